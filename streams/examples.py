@@ -1,0 +1,255 @@
+"""Messages of the examples log, byte for byte (format version 1, little endian). One message is one micro-batch.
+
+    header      8 B   version u1 | kind u1 (1 = examples, 2 = items) | source partition u2 | count u2 | zero u2
+    kind 1, `count` times:
+      example  32 B   item key i8 | ts f8 | position u8 (state.rows.position) | label u1 (1 positive, 0 low rating)
+                      | history_count u1 | flags u1 (1 = text, 2 = ranked) | zero u1 | weight f4
+      history  16 B each, newest first, as in the user's row (state.rows) *before* this event
+      text     weight f4 | scale f4 | vector i1[text_dim]        only with flag 1
+      seen     count u4 | keys i8 each                           only with flag 2: consumed beyond the history
+    kind 2: a MessagePack array of `count` ItemEntry
+
+The learner drops what is at or below the highest offset that it has applied of the example's (topic, partition):
+repeats vanish, those of a fenced worker too.
+"""
+
+import hashlib
+import struct
+from functools import lru_cache
+from typing import Any, Final
+
+import msgspec
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from model.examples import Examples
+from state import rows
+
+MESSAGE_VERSION: Final = 1
+KIND_EXAMPLES: Final = 1
+KIND_ITEMS: Final = 2
+MESSAGE_EXAMPLES_MAX: Final = 64  # examples a message: the micro-batch (QUALITY: 64 costs 1 % against 1)
+
+FLAG_TEXT: Final = 1
+FLAG_RANKED: Final = 2
+
+HEADER: Final = struct.Struct("<BBHHH")
+EXAMPLE: Final = struct.Struct("<qdQBBBBf")
+TEXT: Final = struct.Struct("<ff")
+COUNT: Final = struct.Struct("<I")
+
+TOPICS: Final = ("clicks", "comments", "items")  # topic codes: the index is stored, so append only
+CLICKS, COMMENTS, ITEMS = range(3)
+
+assert EXAMPLE.size == 32 and HEADER.size == 8
+
+
+class MessageVersionError(ValueError):
+    """A message of the examples log is of a version or kind that this build does not read."""
+
+
+class ItemEntry(msgspec.Struct, array_like=True, frozen=True):
+    """An item that enters (or, without vector and text, leaves) the catalogue, as the learner needs it."""
+
+    key: int
+    item_id: str
+    offset: int  # of the source record in `items`
+    text: str = ""
+    ts: float | None = None  # candidate for events strictly later; None: from the start
+    vector: bytes = b""  # <f2[text_dim], unit length
+    withdrawn: bool = False
+
+
+_encode_items = msgspec.msgpack.Encoder().encode
+_decode_items = msgspec.msgpack.Decoder(list[ItemEntry]).decode
+
+
+@lru_cache(maxsize=1 << 18)
+def key_bytes(item_id: str) -> bytes:
+    """The 8 bytes by which an item is known in rows and messages: blake2b of its id (never all zero)."""
+    digest = hashlib.blake2b(item_id.encode(), digest_size=8).digest()
+    return digest if any(digest) else b"\x01" + digest[1:]
+
+
+def item_key(item_id: str) -> int:
+    """The item's key as a signed 64-bit integer.
+
+    >>> item_key("242") == item_key("242") != item_key("243")
+    True
+    """
+    return int.from_bytes(key_bytes(item_id), "little", signed=True)
+
+
+def pack_examples(partition: int, examples: list[bytes]) -> bytes:
+    """One message of up to MESSAGE_EXAMPLES_MAX packed examples."""
+    assert 0 < len(examples) <= MESSAGE_EXAMPLES_MAX
+    return HEADER.pack(MESSAGE_VERSION, KIND_EXAMPLES, partition, len(examples), 0) + b"".join(examples)
+
+
+def pack_items(partition: int, entries: list[ItemEntry]) -> bytes:
+    """One message of item entries."""
+    assert 0 < len(entries) <= MESSAGE_EXAMPLES_MAX
+    return HEADER.pack(MESSAGE_VERSION, KIND_ITEMS, partition, len(entries), 0) + _encode_items(entries)
+
+
+def read_header(message: bytes) -> tuple[int, int, int]:
+    """(kind, source partition, count). Raises MessageVersionError."""
+    version, kind, partition, count, _ = HEADER.unpack_from(message)
+    if version != MESSAGE_VERSION or kind not in (KIND_EXAMPLES, KIND_ITEMS):
+        raise MessageVersionError(
+            f"message of version {version}, kind {kind} in the examples log; this build reads version "
+            f"{MESSAGE_VERSION}: deploy the build that wrote it, or one that is newer"
+        )
+    return kind, partition, count
+
+
+def unpack_items(message: bytes) -> list[ItemEntry]:
+    """The entries of a message of kind 2."""
+    return _decode_items(message[HEADER.size :])
+
+
+def unpack_examples(message: bytes, out: Examples, applied: npt.NDArray[np.int64]) -> Examples:
+    """Fills `out` from a message of kind 1, dropping examples at or below `applied` (one offset a topic code, of
+    this message's partition), which is moved on. Returns `out` with its count set.
+
+    Raises ValueError when the bytes do not fit the header, or a vector not `out`.
+    """
+    _, partition, count = read_header(message)
+    if count > len(out.item):
+        raise ValueError(f"message of {count} examples: {len(out.item)} is the most that this worker takes")
+    buffer = np.frombuffer(message, np.uint8)
+    kept, used = _unpack(
+        buffer, buffer.ctypes.data, HEADER.size, count, partition, applied,
+        out.item, out.label, out.ts, out.source, out.history_count, out.history_item, out.history_ts,
+        out.history_weight, out.text_on, out.text, out.text_weight, out.ranked, out.seen_start, out.seen,
+    )  # fmt: skip
+    if used != len(message):
+        raise ValueError(
+            f"examples message of {len(message)} bytes from partition {partition} ends at byte {used}: another "
+            f"text dimension than {out.text.shape[1]}, a longer history than {out.history_item.shape[1]}, "
+            "or a torn message"
+        )
+    return out._replace(count=kept)
+
+
+@intrinsic
+def _load_i64(typing: Any, address: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(builder.inttoptr(args[0], ir.IntType(64).as_pointer()))
+        value.align = 1
+        return value
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def _load_f64(typing: Any, address: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(builder.inttoptr(args[0], ir.DoubleType().as_pointer()))
+        value.align = 1
+        return value
+
+    return types.float64(types.int64), emit
+
+
+@intrinsic
+def _load_f32(typing: Any, address: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(builder.inttoptr(args[0], ir.FloatType().as_pointer()))
+        value.align = 1
+        return value
+
+    return types.float32(types.int64), emit
+
+
+@intrinsic
+def _load_u32(typing: Any, address: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(builder.inttoptr(args[0], ir.IntType(32).as_pointer()))
+        value.align = 1
+        return builder.zext(value, ir.IntType(64))
+
+    return types.int64(types.int64), emit
+
+
+@nb.njit(nogil=True, cache=True)
+def _half(bits: int) -> float:
+    """The float of IEEE half-precision bits (no infinities or NaN: weights are finite)."""
+    exponent = (bits >> 10) & 0x1F
+    fraction = bits & 0x3FF
+    value = np.float32(fraction) / np.float32(1024)
+    if exponent == 0:
+        value = value * np.float32(2.0**-14)
+    else:
+        value = (np.float32(1) + value) * np.float32(2.0) ** np.float32(exponent - 15)
+    return -value if bits >> 15 else value
+
+
+@nb.njit(nogil=True, cache=True)
+def _unpack(
+    buffer, address, at, count, partition, applied, item, label, ts, source, history_count, history_item, history_ts,
+    history_weight, text_on, text, text_weight, ranked, seen_start, seen,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Bounds are checked before each section: returns (kept, bytes used), used = -1 when a section does not fit."""
+    size = len(buffer)
+    text_dim = text.shape[1]
+    kept = 0
+    seen_start[0] = 0
+    for _ in range(count):
+        if at + 32 > size:
+            return 0, -1
+        position = _load_i64(address + at + 16)
+        topic = position >> 56
+        offset = position & 0x00FFFFFFFFFFFFFF
+        entries = np.int64(buffer[at + 25])
+        flags = buffer[at + 26]
+        history = at + 32
+        extra = history + 16 * entries
+        end = extra
+        if flags & 1:
+            end += 8 + text_dim
+        if entries > history_item.shape[1] or end + (4 if flags & 2 else 0) > size or topic >= len(applied):
+            return 0, -1
+        seen_at = end + 4
+        seen_count = np.int64(0)
+        if flags & 2:
+            seen_count = _load_u32(address + end)
+            end = seen_at + 8 * seen_count
+            if end > size:
+                return 0, -1
+        start, at = at, end
+        if offset <= applied[topic]:
+            continue
+        applied[topic] = offset
+        item[kept] = _load_i64(address + start)
+        ts[kept] = _load_f64(address + start + 8)
+        source[kept] = topic << 60 | np.int64(partition) << 48 | offset
+        label[kept] = buffer[start + 24]
+        history_count[kept] = entries
+        for q in range(entries):
+            slot = history + 16 * q
+            history_item[kept, q] = _load_i64(address + slot)
+            history_ts[kept, q] = _load_u32(address + slot + 8)
+            history_weight[kept, q] = _half(np.int64(buffer[slot + 12]) | np.int64(buffer[slot + 13]) << 8)
+        text_on[kept] = flags & 1 != 0
+        if flags & 1:
+            text_weight[kept] = _load_f32(address + extra)
+            scale = _load_f32(address + extra + 4)
+            for d in range(text_dim):
+                text[kept, d] = scale * np.float32(np.int8(buffer[extra + 8 + d]))
+        ranked[kept] = flags & 2 != 0
+        room = min(seen_count, len(seen) - seen_start[kept])
+        for q in range(room):
+            seen[seen_start[kept] + q] = _load_i64(address + seen_at + 8 * q)
+        seen_start[kept + 1] = seen_start[kept] + room
+        kept += 1
+    return kept, at
+
+
+def position_of(topic: int, offset: int) -> int:
+    """The source position that an example carries."""
+    return rows.position(topic, offset)

@@ -1,0 +1,322 @@
+"""The work on a batch, without a broker: events -> user rows and examples; items -> catalogue rows and entries;
+examples -> the learner. The agents bind it to topics, `headwater evaluate` to files: one implementation for both.
+
+Everything here is a function of its arguments: no clock, no randomness, no I/O.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from model import texts
+from model.examples import Examples, new_examples
+from model.learner import Learner, LearnerConfig, Outcome
+from state import rows
+from state.rows import UserRow
+from streams import examples
+from streams.events import Click, Comment, Item, Withdrawn
+
+F4: TypeAlias = npt.NDArray[np.float32]
+GetMany: TypeAlias = Callable[[list[bytes]], list[bytes | None]]
+
+SNIPPET_CHARS_MAX: Final = 512  # of an item's text that every worker's replica carries
+SOURCES_KEY: Final = b"~sources"  # the learner's row of highest applied source offsets
+
+
+@dataclass(frozen=True)
+class EvidenceConfig:
+    """What a behaviour weighs in the user's history (w_b), and which behaviours are targets."""
+
+    weights: Mapping[str, float] = field(default_factory=dict)  # per action; the default for all others
+    weight_default: float = 1.0
+    weight_low: float = 0.7  # of a low rating, skip or dislike
+    positive_threshold: float = 4.0  # a rating below is a low rating: evidence, never a target
+    low_actions: frozenset[str] = frozenset({"skip", "dislike"})
+    rank_sample: float = 0.0  # share of the targets that the learner ranks in full before it learns them
+
+
+class SourceEvent(NamedTuple):
+    """An event with its place in the source log; `vector` is the unit vector of a comment's text."""
+
+    topic: int
+    offset: int
+    event: Click | Comment
+    vector: F4 | None = None
+
+
+class UserBatch(NamedTuple):
+    """What a batch of events makes of its users."""
+
+    rows: dict[bytes, bytes]
+    messages: list[bytes]
+    examples: int
+    positives: int
+    unknown_actions: int
+
+
+def learn_users(
+    partition: int, events: Sequence[SourceEvent], get_many: GetMany, config: EvidenceConfig, rows_max: int = 0
+) -> UserBatch:
+    """Folds events, in order, into their users' rows: one example a behaviour that is new, its history as of before.
+
+    A repeat of a (user, item) pair is counted, not learnt; a low rating is an example of label 0. A comment that
+    names an item is the pair's positive when nothing came before; its text is seen by the user's later examples,
+    once the user's time has strictly advanced.
+    """
+    users = list(dict.fromkeys(e.event.user_id for e in events))
+    keys = [u.encode() for u in users]
+    folds = {
+        user: _UserFold(rows.unpack(value) if value is not None else UserRow())
+        for user, value in zip(users, get_many(keys), strict=True)
+    }
+    packed: list[bytes] = []
+    positives = unknown = 0
+    for topic, offset, event, vector in events:
+        fold = folds[event.user_id]
+        position = rows.position(topic, offset)
+        if isinstance(event, Click):
+            low = _is_low(event, config)
+            weight = config.weights.get(event.action)
+            if weight is None:
+                unknown += event.action not in rows.ACTION_CODES
+                weight = config.weight_low if low else config.weight_default
+            example = fold.behave(partition, position, event.item_id, event.ts, event.action, weight, low, config)
+        else:
+            example = b""
+            if event.item_id:
+                example = fold.behave(
+                    partition, position, event.item_id, event.ts, "comment", config.weights.get("comment", 1.0),
+                    False, config,
+                )  # fmt: skip
+            if vector is not None:
+                fold.write(position, event.ts, event.item_id, vector)
+        row = fold.row
+        row.events += 1
+        row.last_ts = max(row.last_ts, event.ts)
+        if example:
+            packed.append(example)
+            positives += example[24]
+    step = examples.MESSAGE_EXAMPLES_MAX
+    messages = [examples.pack_examples(partition, packed[a : a + step]) for a in range(0, len(packed), step)]
+    changed = {key: rows.pack(folds[user].row) for user, key in zip(users, keys, strict=True)}
+    return UserBatch(changed, messages, len(packed), positives, unknown)
+
+
+def _is_low(event: Click, config: EvidenceConfig) -> bool:
+    if event.action == "rating":
+        return event.value is not None and event.value < config.positive_threshold
+    return event.action in config.low_actions
+
+
+class _UserFold:
+    """A user's row while a batch is folded into it."""
+
+    __slots__ = ("row", "text_section", "text_visible_from")
+
+    def __init__(self, row: UserRow) -> None:
+        self.row = row
+        self.text_section = b""  # of an example after `text_visible_from`, when all kept comments are visible
+        self.text_visible_from = float("nan")
+
+    def behave(
+        self, partition: int, position: int, item_id: str, ts: float, action: str, weight: float, low: bool,
+        config: EvidenceConfig,
+    ) -> bytes:  # fmt: skip
+        """Takes a behaviour into the history; the packed example of it, or nothing for a repeat."""
+        row = self.row
+        key = examples.key_bytes(item_id)
+        if not low and row.knows(key):
+            return b""
+        text = self._text_at(ts) if row.text_dim else b""
+        flags = examples.FLAG_TEXT if text else 0
+        seen = b""
+        if not low and _is_sampled(partition, position, config.rank_sample):
+            flags |= examples.FLAG_RANKED
+            seen = examples.COUNT.pack(len(row.seen) >> 3) + row.seen
+        history = row.history
+        head = examples.EXAMPLE.pack(
+            int.from_bytes(key, "little", signed=True), ts, position, 0 if low else 1, len(history) >> 4, flags, 0,
+            weight,
+        )  # fmt: skip
+        second = min(max(int(ts), 0), rows.TS_MAX)
+        slot = rows.SLOT.pack(
+            int.from_bytes(key, "little", signed=True), second, weight, rows.ACTION_CODES.get(action, 0),
+            rows.SLOT_LOW if low else 0,
+        )  # fmt: skip
+        row.history = slot + history
+        row.positions = rows.POSITION.pack(position) + row.positions
+        if len(row.history) > rows.HISTORY_MAX * 16:
+            self._evict()
+        row.positives += not low
+        return b"".join((head, history, text, seen))
+
+    def _evict(self) -> None:
+        row = self.row
+        end = rows.HISTORY_MAX * 16
+        key = row.history[end : end + 8]
+        row.history = row.history[:end]
+        row.positions = row.positions[: rows.HISTORY_MAX * 8]
+        if not row.knows(key):
+            row.seen = (row.seen + key)[-8 * rows.SEEN_MAX :]
+
+    def write(self, position: int, ts: float, item_id: str | None, vector: F4) -> None:
+        """Takes a text into the row: the newest kept comment; the oldest one moves into the tail."""
+        row = self.row
+        if not row.text_dim:
+            row.text_dim = len(vector)
+            row.tail = bytes(4 * row.text_dim)
+        assert row.text_dim == len(vector), "an encoder of another dimension needs a migration"
+        scale, quantized = texts.quantize(vector)
+        item = examples.item_key(item_id) if item_id else 0
+        size = rows.COMMENT.size + row.text_dim
+        row.comments = rows.COMMENT.pack(position, ts, item, scale) + quantized.tobytes() + row.comments
+        if len(row.comments) > size * rows.COMMENTS_MAX:
+            oldest = row.comment_entries()[-1]
+            tail, row.tail_weight = texts.push_tail(row.tail_vector(), row.tail_weight, oldest.scale, oldest.vector)
+            row.tail = tail.tobytes()
+            row.comments = row.comments[: size * rows.COMMENTS_MAX]
+        self.text_visible_from = float("nan")
+
+    def _text_at(self, ts: float) -> bytes:
+        if ts > self.text_visible_from:
+            return self.text_section
+        weight, mean, newest_ts = visible_text(self.row, ts)
+        section = b""
+        if weight > 0:
+            scale, quantized = texts.quantize(mean)
+            section = examples.TEXT.pack(weight, scale) + quantized.tobytes()
+        if ts > newest_ts:
+            self.text_section, self.text_visible_from = section, newest_ts
+        return section
+
+
+def visible_text(row: UserRow, ts: float) -> tuple[float, F4, float]:
+    """(weight, mean (T,), time of the newest kept comment) of what the user wrote strictly before `ts`."""
+    kept = row.comment_entries()
+    visible = [c for c in kept if c.ts < ts]
+    scales = np.array([c.scale for c in visible], np.float32)
+    vectors = np.stack([c.vector for c in visible]) if visible else np.zeros((0, row.text_dim), np.int8)
+    weight, mean = texts.visible_mean(scales, vectors, row.tail_vector(), row.tail_weight)
+    return weight, mean, max((c.ts for c in kept), default=-np.inf)
+
+
+def _is_sampled(partition: int, position: int, share: float) -> bool:
+    """A deterministic sample by source position: the same events on every replay."""
+    if share <= 0 or share >= 1:
+        return share >= 1
+    return zlib.crc32(position.to_bytes(8, "little"), partition) < share * 2**32
+
+
+class CatalogueBatch(NamedTuple):
+    """What a batch of item records makes of the catalogue; a row of None is an item withdrawn."""
+
+    rows: dict[bytes, bytes | None]
+    messages: list[bytes]
+
+
+def learn_catalogue(
+    partition: int, entries: Sequence[tuple[int, Item | Withdrawn, F4 | None]], text_dim: int
+) -> CatalogueBatch:
+    """Turns item records (offset, item, unit vector or None) into catalogue rows and entries for the learner."""
+    changed: dict[bytes, bytes | None] = {}
+    packed: list[examples.ItemEntry] = []
+    for offset, item, vector in entries:
+        key = item.item_id.encode()
+        number = examples.item_key(item.item_id)
+        if isinstance(item, Withdrawn):
+            changed[key] = None
+            packed.append(examples.ItemEntry(number, item.item_id, offset, withdrawn=True))
+            continue
+        unit = np.zeros(text_dim, np.float32) if vector is None else vector
+        half = unit.astype("<f2").tobytes()
+        changed[key] = rows.pack_catalogue(
+            rows.CatalogueRow(rows.CATALOGUE_VERSION, offset, item.text, dict(item.attributes or {}), item.ts, half)
+        )
+        packed.append(
+            examples.ItemEntry(number, item.item_id, offset, item.text[:SNIPPET_CHARS_MAX], item.ts, half)
+        )
+    step = examples.MESSAGE_EXAMPLES_MAX
+    return CatalogueBatch(
+        changed, [examples.pack_items(partition, packed[a : a + step]) for a in range(0, len(packed), step)]
+    )
+
+
+class Learnt(NamedTuple):
+    """What one message of the examples log did."""
+
+    partition: int
+    examples: int
+    entries: int
+    newest_ts: float
+    outcome: Outcome | None
+
+
+class ItemLearner:
+    """The learner behind the examples log: drops repeats, enters items, learns examples message by message.
+
+    State = the learner's rows and the highest source offset applied a (partition, topic): a function of the log.
+    """
+
+    def __init__(self, config: LearnerConfig, text_dim: int) -> None:
+        self.learner = Learner(config)
+        self.text_dim = text_dim
+        self.sources: dict[int, npt.NDArray[np.int64]] = {}
+        self._buffer: Examples = new_examples(config)
+
+    def learn(self, offset: int, message: bytes) -> Learnt:
+        """Applies the message at this offset of the examples log."""
+        kind, partition, _ = examples.read_header(message)
+        applied = self.sources.get(partition)
+        if applied is None:
+            applied = self.sources[partition] = np.full(len(examples.TOPICS), -1, np.int64)
+        if kind == examples.KIND_ITEMS:
+            entered = self._enter(examples.unpack_items(message), applied)
+            return Learnt(partition, 0, entered, 0.0, None)
+        batch = examples.unpack_examples(message, self._buffer, applied)
+        if not batch.count:
+            return Learnt(partition, 0, 0, 0.0, None)
+        outcome = self.learner.learn(batch, offset)
+        return Learnt(partition, batch.count, 0, float(batch.ts[: batch.count].max()), outcome)
+
+    def _enter(self, entries: Iterable[examples.ItemEntry], applied: npt.NDArray[np.int64]) -> int:
+        entered = 0
+        for entry in entries:
+            if entry.offset <= applied[examples.ITEMS]:
+                continue
+            applied[examples.ITEMS] = entry.offset
+            entered += 1
+            if entry.withdrawn:
+                self.learner.withdraw(entry.key)
+                continue
+            vector = np.frombuffer(entry.vector, "<f2").astype(np.float32)
+            self.learner.enter(entry.key, entry.item_id, entry.text, vector, entry.ts)
+        return entered
+
+    def take_dirty(self) -> dict[bytes, bytes | None]:
+        """The rows that changed since the last call, the sources' among them."""
+        changed = self.learner.take_dirty()
+        changed[SOURCES_KEY] = self._pack_sources()
+        return changed
+
+    def load(self, stored: Iterable[tuple[bytes, bytes]]) -> None:
+        """Takes the state from rows, as `take_dirty` gave them, of an empty learner."""
+
+        def others() -> Iterable[tuple[bytes, bytes]]:
+            for key, value in stored:
+                if key == SOURCES_KEY:
+                    self._unpack_sources(value)
+                else:
+                    yield key, value
+
+        self.learner.load(others())
+
+    def _pack_sources(self) -> bytes:
+        return b"".join(np.int64(p).tobytes() + self.sources[p].tobytes() for p in sorted(self.sources))
+
+    def _unpack_sources(self, value: bytes) -> None:
+        table = np.frombuffer(value, "<i8").reshape(-1, 1 + len(examples.TOPICS))
+        self.sources = {int(line[0]): line[1:].copy() for line in table}
