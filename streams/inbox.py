@@ -1,0 +1,95 @@
+"""What waits for one partition of the user state: the merge of its source topics into one order.
+
+A user's state depends on the order of their clicks and comments, and these come by two topics. The order is a
+function of the logs: by event time (never later than the record's own time), made monotone within each topic, then
+by topic, then by offset. While a topic is behind, the others wait for it; once it is at its end, an event is held for
+`hold_s` after it came, since a record with an earlier time may still be on its way.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+LAG_WAIT_MAX_S: Final = 1.0  # for a topic that is behind but sends nothing (an open or aborted transaction)
+
+
+class Entry(NamedTuple, Generic[T]):
+    """One source record: `work` is what is to be done for it (nothing for a reject)."""
+
+    at: float  # merge time
+    offset: int
+    arrived: float
+    work: T | None
+
+
+@dataclass
+class Source(Generic[T]):
+    """One topic's queue. `expected` is the offset that comes next."""
+
+    expected: int
+    newest_at: float = float("-inf")
+    arrived: float = float("-inf")
+    caught_up_to: int = -1
+    entries: deque[Entry[T]] = field(default_factory=deque)
+
+
+class Inbox(Generic[T]):
+    """Queues of one partition's source topics, and the merge. Times are given in, never read."""
+
+    def __init__(self, expected: dict[str, int], hold_s: float) -> None:
+        self.sources: dict[str, Source[T]] = {topic: Source(offset) for topic, offset in expected.items()}
+        self.hold_s = hold_s
+
+    def __len__(self) -> int:
+        return sum(len(s.entries) for s in self.sources.values())
+
+    def put(self, topic: str, records: Sequence[tuple[float, int, T | None]], next_offset: int, now: float) -> None:
+        """Takes (time, offset, work) of a topic in offset order; `next_offset` is what will come after them."""
+        source = self.sources[topic]
+        newest = source.newest_at
+        for at, offset, work in records:
+            newest = max(newest, at)
+            source.entries.append(Entry(newest, offset, now, work))
+        source.newest_at = newest
+        source.arrived = now
+        source.expected = next_offset
+
+    def take(
+        self, now: float, end_of: Callable[[str], int | None], count_max: int
+    ) -> tuple[list[tuple[str, Entry[T]]], float | None]:
+        """The next entries in merge order, at most `count_max`, and how long to wait for more (None: until a put).
+
+        `end_of(topic)` is the offset at which the topic ends, as far as known.
+        """
+        taken: list[tuple[str, Entry[T]]] = []
+        wait: float | None = None
+        while len(taken) < count_max:
+            heads = [(s.entries[0].at, rank, topic) for rank, (topic, s) in enumerate(self.sources.items()) if s.entries]
+            if not heads:
+                return taken, None
+            _, _, topic = min(heads)
+            head = self.sources[topic].entries[0]
+            wait = self._wait_s(head, now, end_of)
+            if wait > 0:
+                return taken, wait
+            taken.append((topic, self.sources[topic].entries.popleft()))
+        return taken, 0.0
+
+    def _wait_s(self, head: Entry[T], now: float, end_of: Callable[[str], int | None]) -> float:
+        """How long the head must wait for topics that have nothing here: 0 when it may go."""
+        wait = 0.0
+        for topic, source in self.sources.items():
+            if source.entries:
+                continue
+            end = end_of(topic)
+            if end is None or end > max(source.expected, source.caught_up_to):
+                left = max(head.arrived, source.arrived) + LAG_WAIT_MAX_S - now
+                if left <= 0 and end is not None:
+                    source.caught_up_to = end
+                wait = max(wait, left)
+            else:
+                wait = max(wait, head.arrived + self.hold_s - now)
+        return wait

@@ -1,0 +1,217 @@
+"""The Kafka edge below Faust: whole batches out, whole changelogs in, exact gaps. Nothing here knows a row or a model."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import structlog
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaError, OffsetOutOfRangeError, UnknownError
+
+from state.changelog import LogRecord
+
+log = structlog.get_logger(__name__)
+
+BATCH_BYTES_MAX: Final = 1 << 19
+REQUEST_BYTES_MAX: Final = 1 << 20
+READ_RECORDS_MAX: Final = 20_000
+FETCH_BYTES_MAX: Final = 1 << 22
+FETCH_WAIT_MS: Final = 50
+assert BATCH_BYTES_MAX <= REQUEST_BYTES_MAX, "a batch must fit into a request"
+
+
+class LogTruncatedError(RuntimeError):
+    """A log no longer holds what a store still needs."""
+
+
+class Producer:
+    """Sends whole record batches to given partitions, acknowledged and in order.
+
+    One sender a (topic, partition), by a lock: aiokafka's `send_batch` counts waiting time twice under contention.
+    Idempotent where the broker has it, so that a retry doubles no batch.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = dict(options)
+        self._producer: AIOKafkaProducer | None = None
+        self._locks: defaultdict[tuple[str, int], asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.idempotent = False
+
+    async def start(self) -> None:
+        """Connects. Raises KafkaError when no broker answers."""
+        try:
+            self._producer = await self._started(enable_idempotence=True)
+            self.idempotent = True
+        except UnknownError:  # the embedded broker's answer to InitProducerId
+            log.info("the broker has no idempotent producer: a retry may repeat a batch; readers drop repeats")
+            self._producer = await self._started(enable_idempotence=False)
+
+    async def _started(self, *, enable_idempotence: bool) -> AIOKafkaProducer:
+        producer = AIOKafkaProducer(
+            **self._options, acks="all", linger_ms=0, max_batch_size=BATCH_BYTES_MAX,
+            max_request_size=REQUEST_BYTES_MAX, enable_idempotence=enable_idempotence,
+        )  # fmt: skip
+        try:
+            await producer.start()
+        except BaseException:
+            await producer.stop()
+            raise
+        return producer
+
+    async def stop(self) -> None:
+        """Waits for what is under way, then disconnects."""
+        if self._producer is not None:
+            await self._producer.stop()
+
+    async def partitions(self, topic: str) -> int:
+        """How many partitions the topic has. Raises KafkaError when it is not there."""
+        assert self._producer is not None
+        return len(await self._producer.partitions_for(topic))
+
+    async def send(self, topic: str, partition: int, records: Sequence[tuple[bytes | None, bytes | None]]) -> int:
+        """Appends the records, all acknowledged on return; the offset of the last one.
+
+        At most one batch of a call is unacknowledged: a failed batch is never overtaken.
+        """
+        assert self._producer is not None and records
+        async with self._locks[topic, partition]:
+            last = -1
+            at = 0
+            while at < len(records):
+                batch = self._producer.create_batch()
+                start = at
+                while at < len(records) and batch.append(key=records[at][0], value=records[at][1], timestamp=None):
+                    at += 1
+                if at == start:
+                    key, value = records[at]
+                    size = len(key or b"") + len(value or b"")
+                    raise ValueError(f"a record of {size} bytes for {topic} exceeds a batch of {BATCH_BYTES_MAX}")
+                batch.close()
+                sent = await self._producer.send_batch(batch, topic, partition=partition)
+                last = (await sent).offset + (at - start) - 1
+        return int(last)
+
+    async def send_one(
+        self, topic: str, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]] = (),
+        partition: int | None = None,
+    ) -> tuple[int, int]:  # fmt: skip
+        """Appends one record, to the partition of its key's murmur2 unless one is given: (partition, offset)."""
+        assert self._producer is not None
+        done = await self._producer.send_and_wait(
+            topic, value=value, key=key, partition=partition, headers=list(headers) or None
+        )
+        return done.partition, done.offset
+
+
+class ChangelogTopic:
+    """One partition of a changelog, as state.changelog.Log asks for it."""
+
+    def __init__(self, topic: str, partition: int, producer: Producer, options: Mapping[str, Any]) -> None:
+        self.topic, self.partition = topic, partition
+        self._producer = producer
+        self._options = options
+
+    async def append(self, records: Sequence[tuple[bytes, bytes | None]]) -> int:
+        """Acknowledged, in order; the offset of the last one."""
+        return await self._producer.send(self.topic, self.partition, records)
+
+    async def read(self, start: int, stop: int | None = None) -> AsyncIterator[list[LogRecord]]:
+        """The records from `start` (or where the log begins, if later) to `stop` inclusive; without stop, for ever."""
+        async for batch in read_log(self._options, self.topic, self.partition, start, stop):
+            yield batch
+
+
+async def read_log(
+    options: Mapping[str, Any], topic: str, partition: int, start: int, stop: int | None = None
+) -> AsyncIterator[list[LogRecord]]:
+    """Batches of a partition's records from `start` (or the log's beginning) to `stop` inclusive.
+
+    Without `stop` it follows the log for ever, with empty batches while nothing comes. Holes in the offsets
+    (compaction) are passed over.
+    """
+    tp = TopicPartition(topic, partition)
+    async with consumer(options) as reader:
+        reader.assign([tp])
+        beginning = (await reader.beginning_offsets([tp]))[tp]
+        at = max(start, beginning)
+        reader.seek(tp, at)
+        while stop is None or at <= stop:
+            fetched = await reader.getmany(tp, timeout_ms=300, max_records=READ_RECORDS_MAX)
+            batch = [LogRecord(m.offset, m.key, m.value) for m in fetched.get(tp, ()) if m.offset >= at]
+            if stop is not None:
+                batch = [r for r in batch if r.offset <= stop]
+            at = max(at, await reader.position(tp))
+            if batch or stop is None:
+                yield batch
+
+
+class consumer:  # noqa: N801  (a context manager, used as one)
+    """A consumer without a group, started and stopped: `async with consumer(options) as c`."""
+
+    def __init__(self, options: Mapping[str, Any], **more: Any) -> None:
+        self._consumer = AIOKafkaConsumer(
+            **options, group_id=None, enable_auto_commit=False, fetch_max_wait_ms=FETCH_WAIT_MS,
+            max_partition_fetch_bytes=FETCH_BYTES_MAX, auto_offset_reset="earliest", **more,
+        )  # fmt: skip
+
+    async def __aenter__(self) -> AIOKafkaConsumer:
+        await self._consumer.start()
+        return self._consumer
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._consumer.stop()
+
+
+async def first_at_or_after(options: Mapping[str, Any], topic: str, partition: int, offset: int) -> tuple[int, int]:
+    """(offset of the first committed record at or after `offset`, where the log begins).
+
+    Tells a legal gap (control records, aborted transactions, compaction) from a hole: see DESIGN in ARCHITECTURE.md.
+    Waits until there is such a record.
+    """
+    tp = TopicPartition(topic, partition)
+    async with consumer(options, isolation_level="read_committed") as probe:
+        probe.assign([tp])
+        beginning = (await probe.beginning_offsets([tp]))[tp]
+        probe.seek(tp, max(offset, beginning))
+        while True:
+            try:
+                fetched = await probe.getmany(tp, timeout_ms=1000, max_records=1)
+            except OffsetOutOfRangeError:
+                beginning = (await probe.beginning_offsets([tp]))[tp]
+                probe.seek(tp, beginning)
+                continue
+            for message in fetched.get(tp, ()):
+                return message.offset, beginning
+
+
+async def log_end(options: Mapping[str, Any], topic: str, partition: int) -> int:
+    """The offset that the next record will get, by the fetch's high watermark.
+
+    The embedded broker's ListOffsets answers the base offset of the last batch + 1, so the fetch decides.
+    """
+    tp = TopicPartition(topic, partition)
+    async with consumer(options) as reader:
+        reader.assign([tp])
+        end = int((await reader.end_offsets([tp]))[tp])
+        if end <= 0:
+            return 0
+        reader.seek(tp, max(end - 1, (await reader.beginning_offsets([tp]))[tp]))
+        for _ in range(20):
+            await reader.getmany(tp, timeout_ms=300, max_records=1)
+            high = reader.highwater(tp)
+            if high is not None:
+                return max(int(high), end)
+        raise KafkaError(f"no answer for the end of {topic}:{partition}")
+
+
+def batches(records: Iterable[tuple[bytes, bytes]], size: int) -> Iterable[list[tuple[bytes, bytes]]]:
+    """The records in lists of at most `size`."""
+    batch: list[tuple[bytes, bytes]] = []
+    for record in records:
+        batch.append(record)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
