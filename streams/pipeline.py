@@ -59,7 +59,7 @@ class UserBatch(NamedTuple):
 
 
 def learn_users(
-    partition: int, events: Sequence[SourceEvent], get_many: GetMany, config: EvidenceConfig, rows_max: int = 0
+    partition: int, events: Sequence[SourceEvent], get_many: GetMany, config: EvidenceConfig
 ) -> UserBatch:
     """Folds events, in order, into their users' rows: one example a behaviour that is new, its history as of before.
 
@@ -108,7 +108,7 @@ def learn_users(
 
 def _is_low(event: Click, config: EvidenceConfig) -> bool:
     if event.action == "rating":
-        return event.value is not None and event.value < config.positive_threshold
+        return event.value < config.positive_threshold
     return event.action in config.low_actions
 
 

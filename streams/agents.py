@@ -1,0 +1,478 @@
+"""The three agents' work, one keeper a partition: take what has come, work on it, flush it, tell what is durable.
+
+A keeper owns one partition's state (state.partition) and its inbox. Faust's agents only put record batches into the
+inbox; the keeper's own task takes all that is there, so that a backlog is worked off in large batches.
+
+    UserKeeper       clicks, comments -> user rows           -> examples
+    CatalogueKeeper  items            -> catalogue rows      -> item entries in the examples log
+    LearnerKeeper    examples         -> item matrix, rows by a byte budget
+"""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+import numpy as np
+import structlog
+
+from model.evaluate import LiveMetrics
+from monitoring.metrics import Metrics
+from state.partition import Fenced, OpenReport, Partition
+from streams import codec, examples, pipeline
+from streams.codec import Record, Reject
+from streams.encoding import Encoding
+from streams.events import Click, Comment, Item, Withdrawn
+from streams.inbox import Entry, Inbox
+from streams.kafka import LogTruncatedError
+from streams.pipeline import EvidenceConfig, ItemLearner, Learnt, SourceEvent
+
+log = structlog.get_logger(__name__)
+
+BATCH_EVENTS_MAX: Final = 1000  # a flush of the user side: some 10 ms of Python, so the loop stays responsive
+BATCH_MESSAGES_MAX: Final = 64  # examples messages a call of the learner: bounds how long a flush waits for it
+INBOX_RECORDS_MAX: Final = 20_000  # a topic's queue; above it the consumer pauses the partition
+INBOX_RECORDS_LOW: Final = 5_000
+ROW_CACHE_BYTES_MAX: Final = 64 << 20  # of one partition's rows kept as bytes, written through
+SWEEP_IDLE_S: Final = 1.0
+assert INBOX_RECORDS_LOW >= BATCH_EVENTS_MAX, "a resumed partition must not run dry while it fetches"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What all keepers of a worker share."""
+
+    now: Callable[[], float]
+    metrics: Metrics
+    evidence: EvidenceConfig
+    encoding: Encoding
+    end_of: Callable[[str, int], int | None]  # (topic, partition) -> where the log ends, as far as known
+    first_at: Callable[[str, int, int], Awaitable[tuple[int, int]]]  # streams.kafka.first_at_or_after
+    dead_letter: Callable[[codec.DeadLetter], Awaitable[None]]
+    durable: Callable[[str, int, int], None]  # (topic, partition, next offset): may be committed
+    changed: Callable[[dict[str, Any]], None]  # something a reader of the live page wants to know
+    fail: Callable[[BaseException], None]  # ends the worker: Kafka delivers again to the next one
+    merge_hold_s: float
+    flush_linger_s: float
+
+
+class Keeper(ABC, Generic[T]):
+    """One partition: `open`, then `offer` from the agent while `run` works; `settle` before it is given away."""
+
+    kind: str
+    batch_max: int
+
+    def __init__(self, number: int, partition: Partition, topics: dict[str, str], around: Surroundings) -> None:
+        self.number = number
+        self.partition = partition
+        self.topics = topics  # name with prefix -> name in the code ("clicks")
+        self.around = around
+        self.inbox: Inbox[T] = Inbox({}, around.merge_hold_s)
+        self.report: OpenReport | None = None
+        self._arrived = asyncio.Event()
+        self._settling = False
+        self._working = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    # -- life
+
+    async def open(self) -> None:
+        """Claims the partition and restores its state; then takes records."""
+        started = self.around.now()
+        self.report = await self.partition.open()
+        await self.load()
+        self.resume()
+        seconds = self.around.now() - started
+        self.around.metrics.restored(self.kind, seconds)
+        log.info("partition open", kind=self.kind, partition=self.number, opened=self.report.kind,
+                 epoch=self.report.epoch, rows_read=self.report.read, applied=self.report.applied,
+                 seconds=round(seconds, 3))  # fmt: skip
+
+    async def load(self) -> None:
+        """Reads what the keeper holds in memory from the store."""
+
+    def resume(self) -> None:
+        """Takes records from just after what is applied."""
+        applied = self.applied()
+        self.inbox = Inbox({t: applied[name] + 1 for t, name in self.topics.items()}, self.around.merge_hold_s)
+        self._settling = False
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run(), name=f"{self.kind}-{self.number}")
+
+    def applied(self) -> dict[str, int]:
+        """Last offset whose effect this keeper holds, a source topic (code name)."""
+        return dict(self.partition.applied)
+
+    def next_offset(self, topic: str) -> int:
+        """Where to read the topic (name with prefix) from."""
+        return self.applied()[self.topics[topic]] + 1
+
+    async def settle(self) -> None:
+        """Stops taking, finishes the batch under way and makes everything durable. `resume` or `close` follows."""
+        self._settling = True
+        self._arrived.set()
+        async with self._working:
+            await self.finish()
+            await self.partition.drain()
+
+    async def finish(self) -> None:
+        """What must still be flushed before the partition is given away."""
+
+    async def close(self) -> None:
+        """Gives the partition's store back. Call `settle` first, unless it is fenced."""
+        self._settling = True
+        self._arrived.set()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self.partition.close()
+
+    # -- records in
+
+    async def offer(self, topic: str, records: Sequence[Record]) -> int | None:
+        """Takes a batch in offset order. Returns the offset to seek back to when the batch begins beyond a hole.
+
+        Raises LogTruncatedError when the log no longer holds what comes next.
+        """
+        source = self.inbox.sources[topic]
+        while records and records[0].offset < source.expected:
+            records = [r for r in records if r.offset >= source.expected]
+        if not records or self._settling:
+            return None
+        if records[0].offset > source.expected:
+            first, beginning = await self.around.first_at(topic, self.number, source.expected)
+            if beginning > source.expected and first == records[0].offset:
+                raise LogTruncatedError(
+                    f"{topic}:{self.number} begins at offset {beginning}, but the state needs {source.expected}: "
+                    f"{beginning - source.expected} offsets are gone (retention). Restore them, or delete the "
+                    "partition's state and changelog to start from what is left"
+                )
+            if first < records[0].offset:
+                return source.expected
+        self.inbox.put(topic, self.prepare(topic, records), records[-1].offset + 1, self.around.now())
+        self._arrived.set()
+        return None
+
+    def is_full(self, topic: str) -> bool:
+        """Whether the consumer should pause this topic's partition for now."""
+        return len(self.inbox.sources[topic].entries) >= INBOX_RECORDS_MAX
+
+    def is_low(self, topic: str) -> bool:
+        """Whether a paused partition should be fetched again."""
+        return len(self.inbox.sources[topic].entries) <= INBOX_RECORDS_LOW
+
+    @abstractmethod
+    def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, T | None]]:
+        """(merge time, offset, work) of each record."""
+
+    # -- work
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._await_work()
+                async with self._working:
+                    if not self._settling:
+                        await self._step()
+        except asyncio.CancelledError:
+            raise
+        except Fenced as fenced:
+            log.warning("partition fenced", kind=self.kind, partition=self.number, reason=str(fenced))
+            self.around.fail(fenced)
+        except BaseException as failure:
+            self.around.fail(failure)
+
+    async def _await_work(self) -> None:
+        """Until something has come, for at most SWEEP_IDLE_S."""
+        try:
+            await asyncio.wait_for(self._arrived.wait(), SWEEP_IDLE_S)
+        except TimeoutError:
+            return
+        self._arrived.clear()
+
+    async def _step(self) -> None:
+        entries, wait = self._take()
+        while entries:
+            await self.work(entries)
+            if self._settling:
+                return
+            if self.around.flush_linger_s and len(entries) < self.batch_max:
+                await asyncio.sleep(self.around.flush_linger_s)
+            entries, wait = self._take()
+        await self.idle()
+        if wait is not None:
+            asyncio.get_running_loop().call_later(max(wait, 0.001), self._arrived.set)
+
+    def _take(self) -> tuple[list[tuple[str, Entry[T]]], float | None]:
+        return self.inbox.take(self.around.now(), lambda topic: self.around.end_of(topic, self.number), self.batch_max)
+
+    @abstractmethod
+    async def work(self, entries: list[tuple[str, Entry[T]]]) -> None:
+        """Applies entries, in order, up to and with their flush."""
+
+    async def idle(self) -> None:
+        """When nothing waits: the store's housekeeping."""
+        await self.partition.sweep()
+
+    def _advanced(self, entries: list[tuple[str, Entry[T]]]) -> dict[str, int]:
+        applied = dict(self.partition.applied)
+        for topic, entry in entries:
+            applied[self.topics[topic]] = entry.offset
+        return applied
+
+    async def _bury(self, topic_rejects: Sequence[Reject]) -> None:
+        """Dead letters go out before the offsets that they are at are applied: none is lost, some may repeat."""
+        for reject in topic_rejects:
+            assert reject.record is not None
+            await self.around.dead_letter(codec.dead_letter(reject))
+            self.around.metrics.dead_letter(self.topics[reject.record.topic], reject.reason.value)
+
+    def _rejected(self, rejects: Sequence[Reject]) -> list[tuple[float, int, Any]]:
+        return [(_record_s(r.record), r.record.offset, r) for r in rejects if r.record is not None]
+
+
+def _record_s(record: Record) -> float:
+    return record.timestamp / 1e3
+
+
+class RowCache:
+    """The rows of recent flushes as bytes, written through; the least recently written leave first."""
+
+    def __init__(self, read: pipeline.GetMany, bytes_max: int = ROW_CACHE_BYTES_MAX) -> None:
+        self._read = read
+        self._rows: dict[bytes, bytes] = {}
+        self._bytes = 0
+        self._bytes_max = bytes_max
+
+    def get_many(self, keys: list[bytes]) -> list[bytes | None]:
+        """As the store's: a row or None for each key."""
+        found: list[bytes | None] = [self._rows.get(key) for key in keys]
+        missing = [at for at, value in enumerate(found) if value is None]
+        if missing:
+            for at, value in zip(missing, self._read([keys[at] for at in missing]), strict=True):
+                found[at] = value
+        return found
+
+    def put_many(self, changed: dict[bytes, bytes]) -> None:
+        """Takes what a flush has written."""
+        for key, value in changed.items():
+            old = self._rows.pop(key, None)
+            if old is not None:
+                self._bytes -= len(old) + len(key)
+            self._rows[key] = value
+            self._bytes += len(value) + len(key)
+        while self._bytes > self._bytes_max:
+            key = next(iter(self._rows))
+            self._bytes -= len(self._rows.pop(key)) + len(key)
+
+
+@dataclass(slots=True)
+class _UserWork:
+    event: Click | Comment
+    record_s: float
+    vector: asyncio.Future[np.ndarray[Any, np.dtype[np.float32]]] | None
+
+
+class UserKeeper(Keeper["_UserWork | Reject"]):
+    """clicks and comments of one partition -> user rows and examples."""
+
+    kind = "users"
+    batch_max = BATCH_EVENTS_MAX
+
+    def __init__(self, number: int, partition: Partition, topics: dict[str, str], around: Surroundings) -> None:
+        super().__init__(number, partition, topics, around)
+        self.cache = RowCache(partition.get_many)
+
+    async def load(self) -> None:
+        """The cache starts empty: another store may lie behind it now."""
+        self.cache = RowCache(self.partition.get_many)
+
+    def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, Any]]:
+        """Decodes, and starts the encoding of texts at once, ahead of their turn."""
+        name = self.topics[topic]
+        decoded = codec.decode_batch("clicks" if name == "clicks" else "comments", records)
+        self.around.metrics.consumed(name, len(decoded.events), len(decoded.rejects))
+        work: list[tuple[float, int, Any]] = []
+        for event, record in zip(decoded.events, decoded.records, strict=True):
+            record_s = _record_s(record)
+            vector = self.around.encoding.submit(event.text) if isinstance(event, Comment) else None
+            work.append((min(event.ts, record_s), record.offset, _UserWork(event, record_s, vector)))
+        if decoded.rejects:
+            work = sorted(work + self._rejected(decoded.rejects), key=lambda w: w[1])
+        return work
+
+    async def work(self, entries: list[tuple[str, Entry[Any]]]) -> None:
+        """Folds a batch of events into their users' rows and flushes."""
+        events: list[SourceEvent] = []
+        rejects: list[Reject] = []
+        stamps: list[float] = []
+        for topic, entry in entries:
+            item = entry.work
+            if isinstance(item, Reject):
+                rejects.append(item)
+                continue
+            code = examples.TOPICS.index(self.topics[topic])
+            vector = await item.vector if item.vector is not None else None
+            events.append(SourceEvent(code, entry.offset, item.event, vector))
+            stamps.append(item.record_s)
+        await self._bury(rejects)
+        metrics = self.around.metrics
+        with metrics.stage("fold"):
+            batch = pipeline.learn_users(self.number, events, self.cache.get_many, self.around.evidence)
+        with metrics.stage("user_flush"):
+            downstream = [(b"%d" % self.number, message) for message in batch.messages]
+            await self.partition.flush(dict(batch.rows), downstream, self._advanced(entries))
+            self.cache.put_many(batch.rows)
+        now = self.around.now()
+        metrics.users_learnt(events, stamps, batch, now)
+        if events:
+            self.around.changed({"partition": self.number, "events": events[-1].event, "count": len(events)})
+
+    def row(self, user_id: str) -> bytes | None:
+        """The user's row as of now."""
+        return self.cache.get_many([user_id.encode()])[0]
+
+
+@dataclass(slots=True)
+class _ItemWork:
+    item: Item | Withdrawn
+    vector: asyncio.Future[np.ndarray[Any, np.dtype[np.float32]]] | None
+
+
+class CatalogueKeeper(Keeper["_ItemWork | Reject"]):
+    """items of one partition -> catalogue rows and item entries in the examples log."""
+
+    kind = "catalogue"
+    batch_max = BATCH_EVENTS_MAX
+
+    def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, Any]]:
+        """Decodes, and starts the encoding of texts at once."""
+        decoded = codec.decode_batch("items", records)
+        self.around.metrics.consumed("items", len(decoded.events), len(decoded.rejects))
+        work: list[tuple[float, int, Any]] = []
+        for item, record in zip(decoded.events, decoded.records, strict=True):
+            vector = None
+            if isinstance(item, Item):
+                vector = self.around.encoding.submit_item(item)
+            work.append((0.0, record.offset, _ItemWork(item, vector)))
+        if decoded.rejects:
+            rejected = [(0.0, offset, reject) for _, offset, reject in self._rejected(decoded.rejects)]
+            work = sorted(work + rejected, key=lambda w: w[1])
+        return work
+
+    async def work(self, entries: list[tuple[str, Entry[Any]]]) -> None:
+        """Turns a batch of item records into rows and entries and flushes."""
+        items = []
+        rejects: list[Reject] = []
+        for _, entry in entries:
+            if isinstance(entry.work, Reject):
+                rejects.append(entry.work)
+                continue
+            vector = await entry.work.vector if entry.work.vector is not None else None
+            items.append((entry.offset, entry.work.item, vector))
+        await self._bury(rejects)
+        batch = pipeline.learn_catalogue(self.number, items, self.around.encoding.dim)
+        downstream = [(b"%d" % self.number, message) for message in batch.messages]
+        await self.partition.flush(batch.rows, downstream, self._advanced(entries))
+        self.around.changed({"partition": self.number, "items": len(items)})
+
+
+class LearnerKeeper(Keeper[bytes]):
+    """The examples log -> the item matrix in memory; its rows by a byte budget, so that a flush costs what it may."""
+
+    kind = "learner"
+    batch_max = BATCH_MESSAGES_MAX
+
+    def __init__(
+        self, number: int, partition: Partition, topics: dict[str, str], around: Surroundings,
+        new_learner: Callable[[], ItemLearner], flush_bytes_per_s: float, flush_min_s: float,
+    ) -> None:  # fmt: skip
+        super().__init__(number, partition, topics, around)
+        self._new_learner = new_learner
+        self.learner = new_learner()
+        self.live = LiveMetrics()
+        self.offset = -1  # of the last message that the matrix in memory holds
+        self.counts = {"examples": 0, "items": 0, "messages": 0}
+        self._flush_bytes_per_s = flush_bytes_per_s
+        self._flush_min_s = flush_min_s
+        self._flushed_s = 0.0
+        self._entered = False
+        self._executor = ThreadPoolExecutor(1, "learner")
+
+    def applied(self) -> dict[str, int]:
+        """What the matrix in memory holds: ahead of what is flushed."""
+        return {"examples": self.offset}
+
+    async def load(self) -> None:
+        """Rows at the marker; the log from there on is read again."""
+        self.learner = self._new_learner()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._executor, self.learner.load, self.partition.items())
+        self.offset = self.partition.applied["examples"]
+        self._flushed_s = self.around.now()
+
+    def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, bytes | None]]:
+        """A message is one record's value."""
+        return [(0.0, r.offset, r.value) for r in records]
+
+    async def work(self, entries: list[tuple[str, Entry[bytes]]]) -> None:
+        """Learns a batch of messages off the loop, then flushes if a flush is due."""
+        loop = asyncio.get_running_loop()
+        messages = [(entry.offset, entry.work) for _, entry in entries if entry.work]
+        with self.around.metrics.stage("learn"):
+            learnt = await loop.run_in_executor(self._executor, self._learn, messages)
+        self.offset = entries[-1][1].offset
+        self._observe(learnt)
+        if self.is_flush_due():
+            await self.flush()
+
+    def _learn(self, messages: list[tuple[int, bytes]]) -> list[Learnt]:
+        return [self.learner.learn(offset, message) for offset, message in messages]
+
+    def _observe(self, learnt: list[Learnt]) -> None:
+        for one in learnt:
+            self.counts["messages"] += 1
+            self.counts["examples"] += one.examples
+            self.counts["items"] += one.entries
+            self._entered |= one.entries > 0
+            if one.outcome is not None:
+                self.live.update(one.outcome)
+        self.around.metrics.learnt(learnt, self.live, self.around.now())
+
+    def is_flush_due(self) -> bool:
+        """Items that enter or leave: at once. Else when the dirty bytes have used up their time, not under the least."""
+        since = self.around.now() - self._flushed_s
+        if self._entered:
+            return True
+        return since >= max(self._flush_min_s, self.learner.learner.dirty_bytes / self._flush_bytes_per_s)
+
+    async def idle(self) -> None:
+        """A quiet log is flushed too, so that replicas and a restart have it all."""
+        if self.offset > self.partition.applied["examples"] and self.is_flush_due():
+            await self.flush()
+        await super().idle()
+
+    async def finish(self) -> None:
+        """The matrix as it is, so that the next owner starts from here."""
+        if self.offset > self.partition.applied["examples"]:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """One flush of the dirty rows; it is published while learning goes on."""
+        loop = asyncio.get_running_loop()
+        changed = await loop.run_in_executor(self._executor, self.learner.take_dirty)
+        self._entered = False
+        self._flushed_s = self.around.now()
+        with self.around.metrics.stage("item_flush"):
+            await self.partition.flush(changed, [], {"examples": self.offset})
+
+    async def close(self) -> None:
+        """As every keeper's, and the learner's thread ends."""
+        await super().close()
+        self._executor.shutdown()
+
+

@@ -1,0 +1,87 @@
+"""Texts to vectors beside the event loop: whatever waits is encoded together, in one thread, in order of arrival."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from streams.events import Item
+
+F4: TypeAlias = npt.NDArray[np.float32]
+
+BATCH_TEXTS_MAX: Final = 256  # bounds how long the next text waits for the batch under way
+
+
+class Encoder(Protocol):
+    """What is needed of model.encoder.Encoder."""
+
+    dim: int
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> F4: ...
+    def project(self, vector: Any) -> F4: ...
+    def combine(self, text_vector: F4, plain_vector: F4) -> F4: ...
+
+
+class Encoding:
+    """The encoder's queue: `submit` at once gives a future of the text's unit vector."""
+
+    def __init__(self, encoder: Encoder, observe: Callable[[int, float], None], now: Callable[[], float]) -> None:
+        self.encoder = encoder
+        self._observe = observe
+        self._now = now
+        self._waiting: list[tuple[str, asyncio.Future[F4]]] = []
+        self._task: asyncio.Task[None] | None = None
+        self._executor = ThreadPoolExecutor(1, "encoder")
+
+    @property
+    def dim(self) -> int:
+        """Length of the vectors."""
+        return self.encoder.dim
+
+    def submit(self, text: str) -> asyncio.Future[F4]:
+        """The text's vector, (dim,) float32, soon. Fails with what the encoder raised."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[F4] = loop.create_future()
+        self._waiting.append((text, future))
+        if self._task is None or self._task.done():
+            self._task = loop.create_task(self._run(), name="encoding")
+        return future
+
+    def submit_item(self, item: Item) -> asyncio.Future[F4] | None:
+        """The item's vector: of its text, of the vector that came with it, or of both; None when it has neither."""
+        if item.vector is None:
+            return self.submit(item.text) if item.text else None
+        plain = self.encoder.project(np.asarray(item.vector, np.float32))
+        if item.text:
+            return asyncio.ensure_future(self._combined(self.submit(item.text), plain))
+        future: asyncio.Future[F4] = asyncio.get_running_loop().create_future()
+        future.set_result(plain)
+        return future
+
+    async def _combined(self, text: asyncio.Future[F4], plain: F4) -> F4:
+        return self.encoder.combine(await text, plain)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            batch, self._waiting = self._waiting[:BATCH_TEXTS_MAX], self._waiting[BATCH_TEXTS_MAX:]
+            started = self._now()
+            try:
+                vectors = await loop.run_in_executor(self._executor, self.encoder.encode, [text for text, _ in batch])
+            except Exception as failure:  # every waiter is told
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(failure)
+                continue
+            self._observe(len(batch), self._now() - started)
+            for (_, future), vector in zip(batch, vectors, strict=True):
+                if not future.done():
+                    future.set_result(vector)
+
+    def close(self) -> None:
+        """Ends the thread; what still waits is dropped."""
+        self._executor.shutdown(cancel_futures=True)
