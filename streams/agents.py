@@ -20,7 +20,7 @@ import structlog
 
 from model.evaluate import LiveMetrics
 from monitoring.metrics import Metrics
-from state.partition import Fenced, OpenReport, Partition
+from state.partition import OpenReport, Partition
 from streams import codec, examples, pipeline
 from streams.codec import Record, Reject
 from streams.encoding import Encoding
@@ -37,6 +37,7 @@ INBOX_RECORDS_MAX: Final = 20_000  # a topic's queue; above it the consumer paus
 INBOX_RECORDS_LOW: Final = 5_000
 ROW_CACHE_BYTES_MAX: Final = 64 << 20  # of one partition's rows kept as bytes, written through
 SWEEP_IDLE_S: Final = 1.0
+FINISH_BYTES_MAX: Final = 32 << 20  # of item rows flushed on a stop: it has 5 s; the examples log holds the rest
 assert INBOX_RECORDS_LOW >= BATCH_EVENTS_MAX, "a resumed partition must not run dry while it fetches"
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Surroundings:
     dead_letter: Callable[[codec.DeadLetter], Awaitable[None]]
     durable: Callable[[str, int, int], None]  # (topic, partition, next offset): may be committed
     changed: Callable[[dict[str, Any]], None]  # something a reader of the live page wants to know
-    fail: Callable[[BaseException], None]  # ends the worker: Kafka delivers again to the next one
+    failed: Callable[["Keeper[Any]", BaseException], None]  # a keeper's task has ended with this
     merge_hold_s: float
     flush_linger_s: float
 
@@ -180,11 +181,8 @@ class Keeper(ABC, Generic[T]):
                         await self._step()
         except asyncio.CancelledError:
             raise
-        except Fenced as fenced:
-            log.warning("partition fenced", kind=self.kind, partition=self.number, reason=str(fenced))
-            self.around.fail(fenced)
         except BaseException as failure:
-            self.around.fail(failure)
+            self.around.failed(self, failure)
 
     async def _await_work(self) -> None:
         """Until something has come, for at most SWEEP_IDLE_S."""
@@ -208,7 +206,8 @@ class Keeper(ABC, Generic[T]):
             asyncio.get_running_loop().call_later(max(wait, 0.001), self._arrived.set)
 
     def _take(self) -> tuple[list[tuple[str, Entry[T]]], float | None]:
-        return self.inbox.take(self.around.now(), lambda topic: self.around.end_of(topic, self.number), self.batch_max)
+        ends = {topic: self.around.end_of(topic, self.number) for topic in self.topics}
+        return self.inbox.take(self.around.now(), ends.get, self.batch_max)
 
     @abstractmethod
     async def work(self, entries: list[tuple[str, Entry[T]]]) -> None:
@@ -457,8 +456,9 @@ class LearnerKeeper(Keeper[bytes]):
         await super().idle()
 
     async def finish(self) -> None:
-        """The matrix as it is, so that the next owner starts from here."""
-        if self.offset > self.partition.applied["examples"]:
+        """The matrix as it is, so that the next owner starts from here; a large one is left to the log."""
+        behind = self.offset > self.partition.applied["examples"]
+        if behind and self.learner.learner.dirty_bytes <= FINISH_BYTES_MAX:
             await self.flush()
 
     async def flush(self) -> None:
