@@ -1,0 +1,101 @@
+"""The merge of clicks and comments: one order, whatever the order of arrival."""
+
+import random
+
+import pytest
+
+from streams.inbox import LAG_WAIT_MAX_S, Inbox
+
+HOLD_S = 0.02
+
+
+def inbox() -> Inbox[str]:
+    return Inbox({"clicks": 0, "comments": 0}, HOLD_S)
+
+
+def drain(box: Inbox[str], now: float, ends: dict[str, int], count_max: int = 1000) -> list[str]:
+    taken, _ = box.take(now, ends.get, count_max)
+    return [entry.work or "" for _, entry in taken]
+
+
+def test_entries_leave_by_time_then_topic_then_offset() -> None:
+    box = inbox()
+    box.put("comments", [(2.0, 0, "b0"), (3.0, 1, "b1")], 2, now=10)
+    box.put("clicks", [(1.0, 0, "a0"), (2.0, 1, "a1"), (4.0, 2, "a2")], 3, now=10)
+    assert drain(box, 11, {"clicks": 3, "comments": 2}) == ["a0", "a1", "b0", "b1", "a2"]
+
+
+def test_a_topic_never_goes_backwards() -> None:
+    box = inbox()
+    box.put("clicks", [(5.0, 0, "a0"), (1.0, 1, "a1")], 2, now=10)
+    box.put("comments", [(3.0, 0, "b0")], 1, now=10)
+    assert drain(box, 11, {"clicks": 2, "comments": 1}) == ["b0", "a0", "a1"]
+
+
+def test_a_topic_that_is_behind_is_waited_for() -> None:
+    box = inbox()
+    box.put("clicks", [(1.0, 0, "a0")], 1, now=10)
+    assert drain(box, 10.5, {"clicks": 1, "comments": 7}) == []
+    box.put("comments", [(0.5, 0, "b0")], 1, now=10.6)
+    assert drain(box, 10.6, {"clicks": 1, "comments": 1}) == ["b0", "a0"]
+
+
+def test_an_unknown_end_is_waited_for_too() -> None:
+    box = inbox()
+    box.put("clicks", [(1.0, 0, "a0")], 1, now=10)
+    assert drain(box, 10.5, {}) == []
+
+
+def test_an_end_that_never_comes_is_waited_for_once() -> None:
+    box = inbox()
+    box.put("clicks", [(1.0, 0, "a0"), (2.0, 1, "a1")], 2, now=10)
+    ends = {"clicks": 9, "comments": 3}  # three offsets of an aborted transaction
+    assert drain(box, 10 + LAG_WAIT_MAX_S - 0.01, ends) == []
+    assert drain(box, 10 + LAG_WAIT_MAX_S + 0.01, ends) == ["a0", "a1"]
+    box.put("clicks", [(3.0, 2, "a2")], 3, now=12)
+    assert drain(box, 12 + HOLD_S, ends) == ["a2"]
+
+
+def test_at_the_end_an_event_is_held_for_the_hold_time() -> None:
+    box = inbox()
+    box.put("clicks", [(1.0, 0, "a0")], 1, now=10)
+    ends = {"clicks": 1, "comments": 0}
+    taken, wait = box.take(10 + HOLD_S / 2, ends.get, 10)
+    assert taken == [] and wait == pytest.approx(HOLD_S / 2)
+    assert drain(box, 10 + HOLD_S, ends) == ["a0"]
+
+
+def test_one_topic_alone_is_never_held() -> None:
+    box: Inbox[str] = Inbox({"items": 5}, HOLD_S)
+    box.put("items", [(0.0, 5, "x")], 6, now=1)
+    assert drain(box, 1, {}) == ["x"]
+
+
+def test_no_more_than_asked_for() -> None:
+    box: Inbox[str] = Inbox({"items": 0}, 0)
+    box.put("items", [(0.0, n, str(n)) for n in range(5)], 5, now=1)
+    assert drain(box, 1, {}, 2) == ["0", "1"]
+    assert len(box) == 3
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_order_does_not_depend_on_how_the_logs_arrive(seed: int) -> None:
+    """Both logs are there (a backlog): any cut into batches gives the same order."""
+    rng = random.Random(seed)
+    logs = {t: sorted(rng.choice(range(40)) / 2 for _ in range(rng.randrange(30))) for t in ("clicks", "comments")}
+    ends = {t: len(log) for t, log in logs.items()}
+
+    def run(cuts: random.Random) -> list[str]:
+        box, at, now, order = inbox(), dict.fromkeys(logs, 0), 100.0, []
+        while any(at[t] < len(log) for t, log in logs.items()):
+            topic = cuts.choice([t for t, log in logs.items() if at[t] < len(log)])
+            end = min(len(logs[topic]), at[topic] + cuts.randrange(1, 8))
+            box.put(topic, [(logs[topic][n], n, f"{topic}{n}") for n in range(at[topic], end)], end, now)
+            at[topic] = end
+            order += drain(box, now, ends)
+            now += 0.001
+        return order + drain(box, now + 1, ends)
+
+    orders = [run(random.Random(f"{seed}-{n}")) for n in range(4)]
+    assert all(order == orders[0] for order in orders)
+    assert len(orders[0]) == sum(ends.values())
