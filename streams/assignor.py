@@ -33,6 +33,10 @@ class CopartitionedAssignor(AbstractPartitionAssignor):  # type: ignore[misc]
         self.owners: dict[str, dict[int, str]] = {}
         self._held: list[int] = []
 
+    def owner_of(self, topic: str, partition: int) -> str | None:
+        """The address of the member that has this partition, as of the last assignment."""
+        return self.owners.get(topic, {}).get(partition)
+
     def metadata(self, topics: Iterable[str]) -> ConsumerProtocolMemberMetadata:
         """What this member tells when it joins: its address, and the partition numbers that it holds."""
         return ConsumerProtocolMemberMetadata(

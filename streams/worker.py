@@ -1,0 +1,308 @@
+"""The worker without its driver: keepers by partition, offsets, the replica. A `Source` moves the records.
+
+streams.app drives it by Faust; a benchmark drives the same by a plain consumer, to tell what Faust costs.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, Final, NamedTuple, Protocol
+
+import structlog
+
+from model.items import ItemMatrix
+from monitoring.metrics import Metrics
+from state.changelog import Reader
+from state.partition import Fenced, Partition
+from streams import kafka
+from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, Surroundings, UserKeeper
+from streams.codec import DeadLetter
+from streams.encoding import Encoder, Encoding
+from streams.pipeline import SOURCES_KEY, ItemLearner
+from streams.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+LEARNER_PARTITION: Final = 0  # of the examples log and the item changelog: one learner
+COMMIT_INTERVAL_S: Final = 1.0
+RESUME_INTERVAL_S: Final = 0.05
+SEEK_WAIT_MAX_S: Final = 5.0  # a seek must not outlast the request timeout: slower opens seek on their own
+REOPEN_WAIT_S: Final = 1.0
+
+
+class TP(NamedTuple):
+    """A topic's partition."""
+
+    topic: str
+    partition: int
+
+
+class Source(Protocol):
+    """What moves records to the worker: Faust's consumer, or a plain one."""
+
+    def assignment(self) -> Iterable[TP]: ...
+    def generation(self) -> int: ...  # changes with every rebalance
+    async def seek(self, targets: Mapping[TP, int]) -> None: ...
+    def pause(self, tps: Iterable[TP]) -> None: ...
+    def resume(self, tps: Iterable[TP]) -> None: ...
+    async def commit(self, offsets: Mapping[TP, int]) -> None: ...
+    def end_of(self, topic: str, partition: int) -> int | None: ...  # last stable offset, as far as known
+
+
+class Worker:
+    """One worker: keepers by (kind, partition), and everything they share."""
+
+    def __init__(
+        self, settings: Settings, now: Callable[[], float], encoder: Encoder, source: Source,
+        owner_of: Callable[[str, int], str | None],
+    ) -> None:  # fmt: skip
+        self.settings = settings
+        self.now = now
+        self.owner_of = owner_of
+        self.metrics = Metrics()
+        self.options = settings.kafka_options()
+        self.producer = kafka.Producer(self.options)
+        self.encoding = Encoding(encoder, self.metrics.encoded, now)
+        self.learner_config = settings.learner_config(encoder.dim)
+        self.replica = ItemMatrix(self.learner_config)
+        self.replica_applied = -1
+        self.keepers: dict[tuple[str, int], Keeper[Any]] = {}
+        self.opening: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self.listeners: set[asyncio.Queue[dict[str, Any]]] = set()
+        self.stopping = False
+        self.topic_kinds = {
+            settings.topic("clicks"): ("users", "clicks"),
+            settings.topic("comments"): ("users", "comments"),
+            settings.topic("items"): ("catalogue", "items"),
+            settings.internal_topic("examples"): ("learner", "examples"),
+        }
+        self._commits: dict[TP, int] = {}
+        self._paused: set[TP] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.source: Source = source
+        self.around = Surroundings(
+            now=now, metrics=self.metrics, evidence=settings.evidence_config(), encoding=self.encoding,
+            end_of=source.end_of, first_at=self._first_at, dead_letter=self._dead_letter, durable=self._durable,
+            changed=self._changed, failed=self._failed, merge_hold_s=settings.merge_hold_ms / 1e3,
+            flush_linger_s=settings.flush_linger_ms / 1e3,
+        )  # fmt: skip
+
+    # -- partitions come and go
+
+    def kind_of(self, tp: TP) -> tuple[str, int]:
+        """Which keeper a topic partition belongs to."""
+        return self.topic_kinds[tp.topic][0], tp.partition
+
+    def assigned(self, tps: set[TP]) -> None:
+        """Opens what is new, resumes what stays, closes what has gone to another worker."""
+        wanted = {self.kind_of(tp) for tp in tps if tp.topic in self.topic_kinds}
+        self.metrics.rebalances_total.inc()
+        for key in [k for k in self.keepers if k not in wanted]:
+            self.opening.pop(key, None)
+            self._spawn(self.keepers.pop(key).close(), f"close-{key[0]}-{key[1]}")
+        for key in sorted(wanted):
+            if key in self.keepers:
+                self.keepers[key].resume()
+            else:
+                self._open(key)
+
+    def _open(self, key: tuple[str, int]) -> None:
+        keeper = self.keepers[key] = self._new_keeper(*key)
+        self.opening[key] = self._spawn(self._opened(key, keeper), f"open-{key[0]}-{key[1]}")
+
+    async def _opened(self, key: tuple[str, int], keeper: Keeper[Any]) -> None:
+        try:
+            await keeper.open()
+        except Fenced:  # another claimant came in between: claim again, if it is still ours
+            await self._reopen(keeper)
+
+    async def revoked(self) -> None:
+        """Everything durable and committed; what stays ours is resumed by `assigned`."""
+        for key, keeper in list(self.keepers.items()):
+            opening = self.opening.get(key)
+            if opening is not None and opening.done() and not opening.exception():
+                await keeper.settle()
+        await self.commit()
+
+    async def _reopen(self, keeper: Keeper[Any]) -> None:
+        key = (keeper.kind, keeper.number)
+        await keeper.close()
+        await asyncio.sleep(REOPEN_WAIT_S)
+        if self.keepers.get(key) is keeper:
+            self._open(key)
+            await self.seek({tp for tp in self.source.assignment() if self.kind_of(tp) == key})
+
+    def _failed(self, keeper: Keeper[Any], failure: BaseException) -> None:
+        if isinstance(failure, Fenced):
+            log.warning("partition fenced; claiming it again", kind=keeper.kind, partition=keeper.number)
+            self._spawn(self._reopen(keeper), f"reopen-{keeper.kind}-{keeper.number}")
+            return
+        log.error("worker ends: a partition's task failed", kind=keeper.kind, partition=keeper.number,
+                  exc_info=failure)  # fmt: skip
+        os._exit(1)  # as by kill -9: nothing half done is written, and the next owner reads again
+
+    def _new_keeper(self, kind: str, number: int) -> Keeper[Any]:
+        topics = {topic: name for topic, (k, name) in self.topic_kinds.items() if k == kind}
+        changelog = {"users": "users-changelog", "catalogue": "catalogue-changelog", "learner": "items-changelog"}
+        partition = Partition(
+            path=self.settings.state_dir / f"{kind}-{number}",
+            changelog=kafka.ChangelogTopic(
+                self.settings.internal_topic(changelog[kind]), number, self.producer, self.options
+            ),
+            publish=self._publish_examples,
+            sources=tuple(topics.values()),
+            on_durable=lambda applied: self._applied(topics, number, applied),
+        )
+        if kind == "users":
+            return UserKeeper(number, partition, topics, self.around)
+        if kind == "catalogue":
+            return CatalogueKeeper(number, partition, topics, self.around)
+        return LearnerKeeper(
+            number, partition, topics, self.around,
+            lambda: ItemLearner(self.learner_config, self.encoding.dim),
+            self.settings.item_flush_bytes_per_s, self.settings.item_flush_min_s,
+        )  # fmt: skip
+
+    async def _publish_examples(self, records: list[tuple[bytes, bytes]]) -> None:
+        await self.producer.send(self.settings.internal_topic("examples"), LEARNER_PARTITION, records)
+
+    # -- records and offsets
+
+    async def offer(self, topic: str, partition: int, records: list[Any]) -> None:
+        """A slice of records from an agent to its keeper. Dropped while the keeper opens: it seeks back afterwards."""
+        tp = TP(topic, partition)
+        key = self.kind_of(tp)
+        keeper = self.keepers.get(key)
+        opening = self.opening.get(key)
+        if keeper is None or opening is None or not opening.done():
+            return
+        opening.result()
+        back = await keeper.offer(topic, records)
+        if back is not None:
+            log.warning("hole in a source log; reading again", topic=topic, partition=partition, offset=back)
+            await self.source.seek({tp: back})
+        elif keeper.is_full(topic):
+            self.source.pause({tp})
+            self._paused.add(tp)
+
+    async def seek(self, tps: set[TP]) -> None:
+        """Reads each from just after what its keeper has applied; those that still open follow by themselves."""
+        generation = self.source.generation()
+        tasks = {self.opening[self.kind_of(tp)] for tp in tps if self.kind_of(tp) in self.opening}
+        if tasks:
+            await asyncio.wait(tasks, timeout=SEEK_WAIT_MAX_S)
+        targets: dict[TP, int] = {}
+        for tp in tps:
+            opening = self.opening.get(self.kind_of(tp))
+            if opening is None:
+                continue
+            if opening.done():
+                opening.result()
+                targets[tp] = self.keepers[self.kind_of(tp)].next_offset(tp.topic)
+            else:
+                self._spawn(self._seek_when_open(tp, opening, generation), f"seek-{tp.topic}-{tp.partition}")
+        if targets and generation == self.source.generation():
+            await self.source.seek(targets)
+
+    async def _seek_when_open(self, tp: TP, opening: asyncio.Task[None], generation: int) -> None:
+        await opening
+        if generation == self.source.generation() and self.kind_of(tp) in self.keepers:
+            await self.source.seek({tp: self.keepers[self.kind_of(tp)].next_offset(tp.topic)})
+
+    def _applied(self, topics: Mapping[str, str], number: int, applied: Mapping[str, int]) -> None:
+        for topic, name in topics.items():
+            if applied.get(name, -1) >= 0:
+                self._durable(topic, number, applied[name] + 1)
+
+    def _durable(self, topic: str, partition: int, next_offset: int) -> None:
+        self._commits[TP(topic, partition)] = next_offset
+
+    async def commit(self) -> None:
+        """Commits what has become durable. Only a convenience for lag tools: a restart seeks by its own state."""
+        held = self.source.assignment()
+        offsets = {tp: offset for tp, offset in self._commits.items() if tp in held}
+        self._commits.clear()
+        if offsets:
+            await self.source.commit(offsets)
+
+    async def _first_at(self, topic: str, partition: int, offset: int) -> tuple[int, int]:
+        return await kafka.first_at_or_after(self.options, topic, partition, offset)
+
+    async def _dead_letter(self, letter: DeadLetter) -> None:
+        headers = [(name, value or b"") for name, value in letter.headers]
+        await self.producer.send_one(letter.topic, letter.key, letter.value, headers)
+
+    # -- the replica
+
+    async def tail(self) -> None:
+        """Follows the item changelog into this worker's item matrix: only complete flushes, as their markers come."""
+
+        def apply(rows: Mapping[bytes, bytes | None], applied: Mapping[str, int], position: int) -> None:
+            self.replica.apply((k, v) for k, v in rows.items() if k != SOURCES_KEY)
+            self.replica_applied = applied["examples"]
+
+        reader = Reader(apply, ("examples",))
+        topic = self.settings.internal_topic("items-changelog")
+        async for batch in kafka.read_log(self.options, topic, LEARNER_PARTITION, 0):
+            for record in batch:
+                reader.feed(record.offset, record.key, record.value)
+
+    def _changed(self, what: dict[str, Any]) -> None:
+        for queue in self.listeners:
+            if not queue.full():
+                queue.put_nowait(what)
+
+    # -- life
+
+    async def start(self) -> None:
+        """Before the agents: the producer, the topics' partitions checked, the tail."""
+        await self.producer.start()
+        await self._check_partitions()
+        self._spawn(self._guarded(self.tail()), "tail")
+        self._spawn(self._guarded(self._every(COMMIT_INTERVAL_S, self.commit)), "commit")
+        self._spawn(self._guarded(self._every(RESUME_INTERVAL_S, self._resume_paused)), "resume")
+
+    async def _check_partitions(self) -> None:
+        counts = {t: await self.producer.partitions(t) for t, (kind, _) in self.topic_kinds.items() if kind == "users"}
+        if len(set(counts.values())) != 1:
+            raise RuntimeError(f"clicks and comments must have as many partitions as each other: {counts}")
+
+    async def _every(self, interval_s: float, work: Any) -> None:
+        while not self.stopping:
+            await asyncio.sleep(interval_s)
+            await work()
+
+    async def _resume_paused(self) -> None:
+        for tp in list(self._paused):
+            keeper = self.keepers.get(self.kind_of(tp))
+            if keeper is None or tp.topic not in keeper.inbox.sources or keeper.is_low(tp.topic):
+                self._paused.discard(tp)
+                if tp in self.source.assignment():
+                    self.source.resume({tp})
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except asyncio.CancelledError:
+            raise
+        except BaseException as failure:
+            log.error("worker ends: a background task failed", exc_info=failure)
+            os._exit(1)
+
+    async def stop(self) -> None:
+        """Drained, flushed, committed, closed."""
+        self.stopping = True
+        await self.revoked()
+        for keeper in list(self.keepers.values()):
+            await keeper.close()
+        self.keepers.clear()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.encoding.close()
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
