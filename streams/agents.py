@@ -26,7 +26,6 @@ from streams.codec import Record, Reject
 from streams.encoding import Encoding
 from streams.events import Click, Comment, Item, Withdrawn
 from streams.inbox import Entry, Inbox
-from streams.kafka import LogTruncatedError
 from streams.pipeline import EvidenceConfig, ItemLearner, Learnt, SourceEvent
 
 log = structlog.get_logger(__name__)
@@ -41,6 +40,10 @@ FINISH_BYTES_MAX: Final = 32 << 20  # of item rows flushed on a stop: it has 5 s
 assert INBOX_RECORDS_LOW >= BATCH_EVENTS_MAX, "a resumed partition must not run dry while it fetches"
 
 T = TypeVar("T")
+
+
+class LogTruncatedError(RuntimeError):
+    """A source log no longer holds what the state still needs."""
 
 
 @dataclass(frozen=True)

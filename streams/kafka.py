@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
 import structlog
@@ -19,10 +19,6 @@ READ_RECORDS_MAX: Final = 20_000
 FETCH_BYTES_MAX: Final = 1 << 22
 FETCH_WAIT_MS: Final = 50
 assert BATCH_BYTES_MAX <= REQUEST_BYTES_MAX, "a batch must fit into a request"
-
-
-class LogTruncatedError(RuntimeError):
-    """A log no longer holds what a store still needs."""
 
 
 class Producer:
@@ -116,10 +112,18 @@ class ChangelogTopic:
         """Acknowledged, in order; the offset of the last one."""
         return await self._producer.send(self.topic, self.partition, records)
 
-    async def read(self, start: int, stop: int | None = None) -> AsyncIterator[list[LogRecord]]:
-        """The records from `start` (or where the log begins, if later) to `stop` inclusive; without stop, for ever."""
+    async def read(self, start: int, stop: int | None) -> AsyncIterator[list[LogRecord]]:
+        """The records from `start` to `stop` inclusive; without stop, to the end that the log has now."""
+        if stop is None:
+            stop = await log_end(self._options, self.topic, self.partition) - 1
         async for batch in read_log(self._options, self.topic, self.partition, start, stop):
             yield batch
+
+    async def first(self) -> int:
+        """Where the log begins."""
+        tp = TopicPartition(self.topic, self.partition)
+        async with consumer(self._options) as reader:
+            return int((await reader.beginning_offsets([tp]))[tp])
 
 
 async def read_log(
@@ -203,15 +207,3 @@ async def log_end(options: Mapping[str, Any], topic: str, partition: int) -> int
             if high is not None:
                 return max(int(high), end)
         raise KafkaError(f"no answer for the end of {topic}:{partition}")
-
-
-def batches(records: Iterable[tuple[bytes, bytes]], size: int) -> Iterable[list[tuple[bytes, bytes]]]:
-    """The records in lists of at most `size`."""
-    batch: list[tuple[bytes, bytes]] = []
-    for record in records:
-        batch.append(record)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -265,7 +265,7 @@ class ItemLearner:
         self.learner = Learner(config)
         self.text_dim = text_dim
         self.sources: dict[int, npt.NDArray[np.int64]] = {}
-        self._buffer: Examples = new_examples(config)
+        self._buffer: Examples = new_examples(config, seen_max=examples.MESSAGE_EXAMPLES_MAX * rows.SEEN_MAX)
 
     def learn(self, offset: int, message: bytes) -> Learnt:
         """Applies the message at this offset of the examples log."""

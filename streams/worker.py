@@ -237,15 +237,14 @@ class Worker:
     async def tail(self) -> None:
         """Follows the item changelog into this worker's item matrix: only complete flushes, as their markers come."""
 
-        def apply(rows: Mapping[bytes, bytes | None], applied: Mapping[str, int], position: int) -> None:
-            self.replica.apply((k, v) for k, v in rows.items() if k != SOURCES_KEY)
-            self.replica_applied = applied["examples"]
-
-        reader = Reader(apply, ("examples",))
+        reader = Reader()
         topic = self.settings.internal_topic("items-changelog")
         async for batch in kafka.read_log(self.options, topic, LEARNER_PARTITION, 0):
             for record in batch:
-                reader.feed(record.offset, record.key, record.value)
+                accepted = reader.feed(record)
+                if accepted is not None:
+                    self.replica.apply((k, v) for k, v in accepted.rows.items() if k != SOURCES_KEY)
+                    self.replica_applied = accepted.applied["examples"]
 
     def _changed(self, what: dict[str, Any]) -> None:
         for queue in self.listeners:
