@@ -1,0 +1,206 @@
+"""One worker process that drains what the topics hold, under Faust or under a plain consumer loop: the same keepers,
+stores, learner and replica. Ends when all is applied, and prints one JSON line.
+
+    python -m bench.drain VIA EVENTS ITEMS     with the worker's settings in the environment
+"""
+
+import asyncio
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import faust
+import numpy as np
+import numpy.typing as npt
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from model.learner import warm_up
+from streams import app as faust_app
+from streams import kafka
+from streams.agents import CatalogueKeeper, LearnerKeeper, UserKeeper
+from streams.assignor import CopartitionedAssignor
+from streams.settings import Settings
+from streams.worker import LEARNER_PARTITION, TP, Worker
+
+F4 = npt.NDArray[np.float32]
+POLL_S: Final = 0.01
+TEXT_DIM: Final = 384
+
+
+class PlainVectors:
+    """Stands for the encoder where every item brings its vector: nothing is encoded."""
+
+    dim = TEXT_DIM
+    name = "plain-vectors"
+
+    def encode(self, texts: Sequence[str]) -> F4:
+        """No text is expected."""
+        raise AssertionError("this benchmark publishes vectors only")
+
+    def project(self, vector: Any) -> F4:
+        """The vector at unit length."""
+        wide = np.asarray(vector, np.float32)
+        return wide / np.linalg.norm(wide)
+
+    def combine(self, text_vector: F4, plain_vector: F4) -> F4:
+        """Not reached."""
+        raise AssertionError("this benchmark publishes vectors only")
+
+
+class PlainSource:
+    """A consumer loop as plain as can be: all partitions, no group, no Faust."""
+
+    def __init__(self, settings: Settings) -> None:
+        options = settings.kafka_options()
+        self.consumer = AIOKafkaConsumer(
+            **options, group_id=None, enable_auto_commit=False, fetch_max_wait_ms=faust_app.FETCH_WAIT_MS,
+            max_partition_fetch_bytes=kafka.FETCH_BYTES_MAX, isolation_level="read_committed",
+        )  # fmt: skip
+        self.tps: set[TP] = set()
+        self.paused: set[TP] = set()
+
+    def assignment(self) -> Iterable[TP]:
+        """All partitions."""
+        return self.tps
+
+    def generation(self) -> int:
+        """There is one."""
+        return 1
+
+    async def seek(self, targets: Mapping[TP, int]) -> None:
+        """Reads on from these offsets."""
+        for tp, offset in targets.items():
+            self.consumer.seek(TopicPartition(*tp), offset)
+
+    def pause(self, tps: Iterable[TP]) -> None:
+        """No more of these for now."""
+        self.paused.update(tps)
+
+    def resume(self, tps: Iterable[TP]) -> None:
+        """More of these again."""
+        self.paused.difference_update(tps)
+
+    async def commit(self, offsets: Mapping[TP, int]) -> None:
+        """Without a group there is nothing to commit to."""
+
+    def end_of(self, topic: str, partition: int) -> int | None:
+        """As the last fetch told."""
+        try:
+            high = self.consumer.highwater(TopicPartition(topic, partition))
+            stable = self.consumer.last_stable_offset(TopicPartition(topic, partition))
+        except AssertionError:
+            return None
+        return high if high is None or stable is None or stable < 0 else min(high, stable)
+
+    async def run(self, worker: Worker) -> None:
+        """Starts everything and hands records over for ever."""
+        await worker.start()
+        await self.consumer.start()
+        self.tps = {
+            TP(topic, partition)
+            for topic in worker.topic_kinds
+            for partition in range(await worker.producer.partitions(topic))
+        }
+        self.consumer.assign([TopicPartition(*tp) for tp in self.tps])
+        worker.assigned(self.tps)
+        await asyncio.wait(worker.opening.values())
+        await worker.seek(self.tps)
+        size = faust_app.SLICE_RECORDS_MAX
+        while True:
+            active = [TopicPartition(*tp) for tp in self.tps - self.paused]
+            fetched = await self.consumer.getmany(*active, timeout_ms=faust_app.FETCH_WAIT_MS)
+            for tp, records in fetched.items():
+                for at in range(0, len(records), size):
+                    await worker.offer(tp.topic, tp.partition, records[at : at + size])
+
+
+async def watch(worker: Worker, events: int, items: int) -> dict[str, Any]:
+    """Waits until all items and events are applied and learnt; the time from the first event on."""
+    while not worker.keepers or count(worker, CatalogueKeeper) < items or learner(worker).counts["items"] < items:
+        await asyncio.sleep(POLL_S)
+    while count(worker, UserKeeper) == 0:
+        await asyncio.sleep(POLL_S)
+    started, cpu = time.perf_counter(), time.process_time()
+    first = count(worker, UserKeeper)
+    while count(worker, UserKeeper) < events:
+        await asyncio.sleep(POLL_S)
+    users_s = time.perf_counter() - started
+    topic = worker.settings.internal_topic("examples")
+    end = await kafka.log_end(worker.options, topic, LEARNER_PARTITION)
+    while learner(worker).offset + 1 < end:
+        await asyncio.sleep(POLL_S)
+    seconds = time.perf_counter() - started
+    cpu = time.process_time() - cpu
+    stages = worker.metrics.stage_totals()
+    return {
+        "events": events, "items": items, "seconds": seconds, "events_per_s": (events - first) / seconds,
+        "user_events_per_s": (events - first) / users_s, "cpu_us_per_event": cpu / (events - first) * 1e6,
+        "examples": learner(worker).counts["examples"], "messages": learner(worker).counts["messages"],
+        "stage_us_per_event": {name: s / (events - first) * 1e6 for name, s in stages.items()},
+    }  # fmt: skip
+
+
+def count(worker: Worker, kind: type[Any]) -> int:
+    """Records applied by the keepers of a kind."""
+    return sum(
+        sum(offset + 1 for offset in keeper.applied().values())
+        for keeper in worker.keepers.values()
+        if isinstance(keeper, kind)
+    )
+
+
+def learner(worker: Worker) -> LearnerKeeper:
+    """The learner's keeper, once it is there."""
+    keeper = worker.keepers.get(("learner", LEARNER_PARTITION))
+    assert isinstance(keeper, LearnerKeeper)
+    return keeper
+
+
+async def measure(worker: Worker, events: int, items: int) -> None:
+    """Prints the result and ends the process: what comes after the measurement is not the benchmark's."""
+    while not worker.keepers:
+        await asyncio.sleep(POLL_S)
+    print(json.dumps(await watch(worker, events, items)), flush=True)
+    os._exit(0)
+
+
+def main(via: str, events: int, items: int) -> None:
+    """Runs the worker `via` "faust" or "plain"."""
+    settings = Settings()
+    vectors = PlainVectors()
+    warm_up(settings.learner_config(vectors.dim))
+    if via == "plain":
+        plain = PlainSource(settings)
+        worker = Worker(settings, time.time, vectors, plain, lambda topic, partition: None)
+        _quiet_gc()
+
+        async def both() -> None:
+            await asyncio.gather(plain.run(worker), measure(worker, events, items))
+
+        asyncio.run(both())
+        return
+    source = faust_app.FaustSource()
+    assignor = CopartitionedAssignor("")
+    worker = Worker(settings, time.time, vectors, source, assignor.owner_of)
+    app = faust_app.build(settings, worker, source, assignor)
+
+    @app.task  # type: ignore[untyped-decorator]
+    async def measuring() -> None:
+        await measure(worker, events, items)
+
+    _quiet_gc()
+    faust.Worker(app, loglevel="WARN", logging_config=None, redirect_stdouts=False).execute_from_commandline()
+
+
+def _quiet_gc() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 1000)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
