@@ -1,0 +1,1172 @@
+"""The compiled arithmetic of the item side: learner, profile and ranker share these kernels.
+
+All of them live in one file because numba stamps its on-disk cache by the file of the called kernel alone: a helper
+changed in another file would leave a stale kernel in the cache. Symbols are those of the formulation:
+
+    s_j = beta_j + w . f_j(t) + <zC, phi_j> + sum_h aT_h <zT_h, e_j> + aX <zX, e_j>
+        + aK nK sum_k oK[age_k] tK[gap_k] tw_k S_kj,      S_kj = sqrt(C_kj) / ((c_k + 1)(c_j + 1))^.2
+
+    softmax cross-entropy of the positive against K uniform candidates (each weighs exp(s) n / K), g_j = 1[j = i] - p_j;
+    all gradients of a message from the state at its start, one AdaGrad step (Duchi 2011) a touched row:
+    G += mean(d^2), x += lr d / sqrt(G), where d is the message's summed gradient.
+
+Arrays grow by doubling and keep their types, so nothing is compiled twice. Every kernel releases the GIL and is
+single-threaded; the matrix products go to BLAS, which the process is expected to keep at one thread.
+"""
+
+from typing import Any, Final, NamedTuple
+
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+Array = npt.NDArray[Any]
+
+RECORD: Final = np.dtype(
+    [
+        ("beta", "<f4"),  # learnt constant beta_j
+        ("square_beta", "<f4"),  # AdaGrad accumulators G of beta, phi and y
+        ("square_phi", "<f4"),
+        ("square_y", "<f4"),
+        ("count_10", "<f4"),  # positives, decayed with half-lives of 10, 100, 1000 positives of the whole stream,
+        ("count_100", "<f4"),  # as of last_step
+        ("count_1000", "<f4"),
+        ("count", "<f4"),  # positives
+        ("evidence", "<f4"),  # c_j: positives + .5 for each low rating
+        ("damping", "<f4"),  # (c_j + 1)^-.2
+        ("entered_ts", "<u4"),  # Unix s
+        ("last_ts", "<u4"),  # of the last positive
+        ("entered_step", "<i8"),  # the stream's count of positives at entry
+        ("last_step", "<i8"),  # ... at this item's last positive; -1: none
+    ]
+)
+assert RECORD.itemsize == 64  # one cache line
+
+# Flags of a row.
+KNOWN: Final = 1  # entered the catalogue once: has an id
+ACTIVE: Final = 2  # a candidate
+WITHDRAWN: Final = 4
+VECTOR: Final = 8  # has a text vector
+STARTING: Final = 16  # inside one message: becomes active in it
+
+# The stream's scalars, float64.
+STEP: Final = 0  # positives learnt
+CLOCK: Final = 1  # highest event time, Unix s; -1 before the first event
+FIRST_TS: Final = 2  # event time of the first event
+SHARP: Final = 3  # a: p_ij = exp(a s_ij) / sum_k exp(a s_ik)
+SHARP_SQUARE: Final = 4
+VECTORS: Final = 5  # activated items that had a text vector: what mu is the mean of
+ROWS: Final = 6
+ACTIVES: Final = 7
+ENTRIES: Final = 8  # calls of enter, which break ties of pending items
+MESSAGES: Final = 9
+LOSS: Final = 10  # sum of the sampled cross-entropy
+LOSSES: Final = 11
+SCALARS: Final = 16
+
+FEATURES: Final = 11
+AGES: Final = 11
+GAPS: Final = 4
+TEXT_HEADS: Final = 3  # texts of the history's items with g = .7 and .97, the user's own words
+
+# theta: all learnt scalars in one vector.
+T_FEATURE: Final = 0  # w
+T_TEXT: Final = T_FEATURE + FEATURES  # aT, aX
+T_NEIGHBOUR: Final = T_TEXT + TEXT_HEADS  # aK
+T_AGE: Final = T_NEIGHBOUR + 1  # om; from here on kept >= 0
+T_GAP: Final = T_AGE + AGES  # ta
+T_AGE_K: Final = T_GAP + GAPS  # oK
+T_GAP_K: Final = T_AGE_K + AGES  # tK
+THETA: Final = T_GAP_K + GAPS
+
+TEXT_HISTORY: Final = 40  # entries of the history in the text heads
+TEXT_DECAYS: Final = (0.7, 0.97)
+TEXT_WEIGHT_MAX: Final = 4.0
+SQUARE_START: Final = 0.01  # every AdaGrad accumulator starts here
+COUNT_DECAY: Final = 0.9  # co-occurrence weight per step back in the history
+COUNT_MIN: Final = 0.1  # the least weight that is counted
+AGE_MIDS: Final = (0.0, 1.0, 2.0, 3.0, 4.5, 7.0, 10.5, 16.5, 28.0, 48.0, 80.0)
+POPULARITIES: Final = 4  # running popularity: half-lives of 10, 100, 1000 positives, all-time
+
+DIRTY_DENSE: Final = 1
+DIRTY_NEIGHBOURS: Final = 2
+DIRTY_STATIC: Final = 4
+
+# Odd constants of splitmix64 (Steele, Lea, Flood 2014) and its relatives.
+GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
+SEED_STRIDE: Final = np.uint64(0xD1B54A32D192ED03)
+
+OPTIONS: Final = {
+    "nogil": True,
+    "cache": True,
+    "fastmath": True,
+    "error_model": "numpy",
+    "boundscheck": False,
+}
+f4 = np.float32
+
+
+class Matrix(NamedTuple):
+    """The arrays of an ItemMatrix: N rows of capacity, D learnt and T text dimensions, M neighbours."""
+
+    key: Array  # (N,) int64
+    flags: Array  # (N,) uint8
+    rec: Array  # (N,) RECORD
+    phi: Array  # (N, D) float32
+    y: Array  # (N, D) float32
+    e: Array  # (N, T) float32
+    neighbour: Array  # (N, M) int32 rows
+    weight: Array  # (N, M) float32 C_kj
+    length: Array  # (N,) int32 neighbours in use
+    mu: Array  # (T,) float32
+    theta: Array  # (THETA,) float32
+    square: Array  # (THETA,) float32 accumulators of theta
+    scalar: Array  # (SCALARS,) float64
+    table_key: Array  # (C,) int64 open addressing, C a power of two
+    table_row: Array  # (C,) int32, -1: empty
+    dirty: Array  # (N,) uint8 DIRTY_*
+    dirty_row: Array  # (N,) int32 the rows with a dirty bit
+    dirty_total: Array  # (2,) int64: rows in dirty_row, bytes of their dense and neighbour records
+
+
+class Work(NamedTuple):
+    """Scratch of the learner; B examples, K candidates, L history entries, R rows ranked at a time."""
+
+    target: Array  # (B,) int32 row
+    history: Array  # (B, L) int32 rows
+    go: Array  # (B,) bool: gives a gradient
+    wt: Array  # (B, L) float32 n om ta tw
+    ck: Array  # (B, L) float32 nK oK tK tw (c_k + 1)^-.2
+    age: Array  # (B, L) int32 bucket
+    gap: Array  # (B, L) int32 bucket
+    norm: Array  # (B,) float32 n
+    norm_k: Array  # (B,) float32 nK
+    z: Array  # (B, D) float32 zC
+    user: Array  # (B, D + T) float32: zC and sum_h a_h zT_h
+    text: Array  # (B, 3, T) float32 zT_h, zX
+    slot: Array  # (N,) int16: 1 + candidate number
+    cand: Array  # (K,) int32 rows
+    item: Array  # (K, D + T) float32: phi and e of the candidates
+    feature: Array  # (K, FEATURES) float32
+    bias: Array  # (K,) float32
+    feature_i: Array  # (B, FEATURES) float32 of the targets
+    score_i: Array  # (B,) float32
+    cooc: Array  # (B, K + 2) float32
+    cooc_i: Array  # (B,) float32
+    link_slot: Array  # (links,) int32: candidate number + 1 of each neighbour that is a candidate
+    link_value: Array  # (links,) float32 sqrt(C)
+    link_start: Array  # (B, LK + 1) int32
+    grad_i: Array  # (B,) float32
+    step_phi: Array  # (K + B, D) float32 summed gradients
+    step_beta: Array  # (K + B,) float32
+    row_phi: Array  # (K + B,) int32
+    slot_y: Array  # (N,) int32: 1 + slot of a history item
+    step_y: Array  # (B LY, D) float32
+    row_y: Array  # (B LY,) int32
+    theta: Array  # (THETA,) float32 gradient
+    weight_c: Array  # (K + 2,) float32
+    score: Array  # (N,) float32
+    dense: Array  # (R N,) float32
+    skip: Array  # (N,) uint8
+    popularity: Array  # (POPULARITIES, N) float32
+
+
+class Outcomes(NamedTuple):
+    """What ranking in full gave, a row an example; candidates is 0 where the example was not ranked."""
+
+    candidates: Array  # (B,) int32
+    rank: Array  # (B,) float64
+    popularity_rank: Array  # (B, POPULARITIES) float64
+    probability: Array  # (B,) float64 p of the target
+    log_loss: Array  # (B,) float64 -ln p_i - sum_{j != i} ln(1 - p_j)
+
+
+class Steps(NamedTuple):
+    """The learner's constants, as the kernels take them."""
+
+    negatives: int
+    cooccurrence_history: int
+    y_history: int
+    seed: int
+    lr_phi: float
+    lr_y: float
+    lr_beta: float
+    lr_scale: float
+    lr_decay: float
+    lr_sharp: float
+    start: float
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _bits_of(typing_context, x):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _float_of(typing_context, x):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _prefetch(typing_context, address):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = ir.IntType(8).as_pointer()
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+        function = builder.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
+        constants = [ir.Constant(word, value) for value in (0, 3, 1)]  # read, keep, data
+        builder.call(function, [builder.inttoptr(args[0], pointer), *constants])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@nb.njit(inline="always", **OPTIONS)
+def _log(x):  # type: ignore[no-untyped-def]
+    """ln x of x > 0 in float32, relative error about 1e-6, without a call of libm (so that loops vectorise)."""
+    bits = _bits_of(x)
+    exponent = f4((bits >> np.int32(23)) - np.int32(127))
+    t = _float_of((bits & np.int32(0x7FFFFF)) | np.int32(0x3F800000)) - f4(1)
+    p = f4(-0.0064535442)
+    p = p * t + f4(0.0360884937)
+    p = p * t + f4(-0.0953293897)
+    p = p * t + f4(0.1676540711)
+    p = p * t + f4(-0.2407338084)
+    p = p * t + f4(0.3317990258)
+    p = p * t + f4(-0.4998741238)
+    p = p * t + f4(0.9999964239)
+    return exponent * f4(0.69314718) + p * t
+
+
+@nb.njit(inline="always", **OPTIONS)
+def _exp2(x):  # type: ignore[no-untyped-def]
+    """2^x in float32, clipped to [-126, 126], relative error about 2e-7."""
+    x = max(f4(-126), min(f4(126), x))
+    whole = np.floor(x)
+    t = x - whole
+    p = f4(0.0018775767)
+    p = p * t + f4(0.0089893397)
+    p = p * t + f4(0.0558263180)
+    p = p * t + f4(0.2401536217)
+    p = p * t + f4(0.6931530732)
+    p = p * t + f4(0.9999999404)
+    return p * _float_of((np.int32(whole) + np.int32(127)) << np.int32(23))
+
+
+@nb.njit(inline="always", **OPTIONS)
+def _exp(x):  # type: ignore[no-untyped-def]
+    return _exp2(x * f4(1.44269504))
+
+
+@nb.njit(**OPTIONS)
+def _mix(x):  # type: ignore[no-untyped-def]
+    """The finaliser of splitmix64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@nb.njit(**OPTIONS)
+def age_bucket(back):  # type: ignore[no-untyped-def]
+    """Bucket of an entry `back` of the user's own entries ago: 0, 1, 2, 3, 4-5, 6-8, 9-12, 13-20, 21-35, 36-60, 61+."""
+    if back < 4:
+        return back
+    if back < 6:
+        return 4
+    if back < 9:
+        return 5
+    if back < 13:
+        return 6
+    if back < 21:
+        return 7
+    if back < 36:
+        return 8
+    if back < 61:
+        return 9
+    return 10
+
+
+@nb.njit(**OPTIONS)
+def gap_bucket(gap_s):  # type: ignore[no-untyped-def]
+    """Bucket of the seconds between an entry and now: a minute, an hour, two days, more."""
+    if gap_s <= 60.0:
+        return 0
+    if gap_s <= 3600.0:
+        return 1
+    if gap_s <= 172800.0:
+        return 2
+    return 3
+
+
+# --- key -> row ---------------------------------------------------------------------------------------------------
+
+
+@nb.njit(**OPTIONS)
+def find(table_key, table_row, key):  # type: ignore[no-untyped-def]
+    """Row of a key, or -1."""
+    mask = np.uint64(len(table_key) - 1)
+    place = _mix(np.uint64(key)) & mask
+    while table_row[place] >= 0:
+        if table_key[place] == key:
+            return table_row[place]
+        place = (place + np.uint64(1)) & mask
+    return np.int32(-1)
+
+
+@nb.njit(**OPTIONS)
+def fill_table(table_key, table_row, key, first, rows):  # type: ignore[no-untyped-def]
+    """Puts key[first:rows] into the table; the keys must be new to it. Key 0 is a row without a key yet."""
+    mask = np.uint64(len(table_key) - 1)
+    for row in range(first, rows):
+        if key[row] == 0:
+            continue
+        place = _mix(np.uint64(key[row])) & mask
+        while table_row[place] >= 0:
+            place = (place + np.uint64(1)) & mask
+        table_key[place] = key[row]
+        table_row[place] = row
+
+
+@nb.njit(**OPTIONS)
+def find_many(table_key, table_row, keys, out):  # type: ignore[no-untyped-def]
+    """out[q] = row of keys[q], or -1."""
+    for q in range(len(keys)):
+        out[q] = find(table_key, table_row, keys[q])
+
+
+@nb.njit(**OPTIONS)
+def find_examples(table_key, table_row, x, target, history, unknown):  # type: ignore[no-untyped-def]
+    """Rows of the targets and histories; the keys without a row go to `unknown`. Returns how many these are."""
+    missing = 0
+    for b in range(x.count):
+        target[b] = find(table_key, table_row, x.item[b])
+        if target[b] < 0:
+            unknown[missing] = x.item[b]
+            missing += 1
+        for q in range(x.history_count[b]):
+            row = find(table_key, table_row, x.history_item[b, q])
+            history[b, q] = row
+            if row < 0:
+                unknown[missing] = x.history_item[b, q]
+                missing += 1
+    return missing
+
+
+# --- what changed -------------------------------------------------------------------------------------------------
+
+
+@nb.njit(**OPTIONS)
+def mark(m, row, bits, record_bytes):  # type: ignore[no-untyped-def]
+    """Marks the row's records as changed. record_bytes: (header, dense record, of one neighbour)."""
+    old = m.dirty[row]
+    new = old | bits
+    if new == old:
+        return
+    if old == 0:
+        m.dirty_row[m.dirty_total[0]] = row
+        m.dirty_total[0] += 1
+    if new & ~old & DIRTY_DENSE:
+        m.dirty_total[1] += record_bytes[1]
+    if new & ~old & DIRTY_NEIGHBOURS:
+        m.dirty_total[1] += record_bytes[0] + record_bytes[2] * m.length[row]
+    m.dirty[row] = new
+
+
+# --- bias ---------------------------------------------------------------------------------------------------------
+
+
+@nb.njit(**OPTIONS)
+def features(rec, row, step, ts, first_ts, out):  # type: ignore[no-untyped-def]
+    """The f_j(t) of one row: popularity (0-3, 6), age (4, 7), recency (5, 8, 9, 10). step in positives, ts in s."""
+    r = rec[row]
+    new = r.last_step < 0
+    entered_ts = max(np.int64(r.entered_ts), first_ts)
+    last_ts = entered_ts if new else np.int64(r.last_ts)
+    since = f4(step - (r.entered_step if new else r.last_step))
+    out[0] = _log(f4(1) + r.count_10 * _exp2(since * f4(-0.1)))
+    out[1] = _log(f4(1) + r.count_100 * _exp2(since * f4(-0.01)))
+    out[2] = _log(f4(1) + r.count_1000 * _exp2(since * f4(-0.001)))
+    out[3] = _log(f4(1) + r.count)
+    out[4] = f4(0.3) * _log(f4(1) + f4(step - r.entered_step))
+    recent = f4(0.3) * _log(f4(1) + since)
+    out[5] = recent
+    out[6] = f4(1) if new else f4(0)
+    out[7] = f4(0.15) * _log(f4(1) + f4(max(np.int64(0), ts - entered_ts)))
+    quiet = f4(0.15) * _log(f4(1) + f4(max(np.int64(0), ts - last_ts)))
+    out[8] = quiet
+    out[9] = f4(0.4) * recent * recent
+    out[10] = f4(0.4) * quiet * quiet
+
+
+@nb.njit(**OPTIONS)
+def bias_of(m, row, step, ts, first_ts, feature):  # type: ignore[no-untyped-def]
+    """b_j(t) = beta_j + w . f_j(t); leaves f_j in `feature`."""
+    features(m.rec, row, step, ts, first_ts, feature)
+    total = m.rec[row].beta
+    for q in range(FEATURES):
+        total += feature[q] * m.theta[T_FEATURE + q]
+    return total
+
+
+@nb.njit(**OPTIONS)
+def bias_all(m, rows, ts, out):  # type: ignore[no-untyped-def]
+    """b_j(t) of rows 0..rows-1 as of event time ts, s."""
+    feature = np.empty(FEATURES, np.float32)
+    step = np.int64(m.scalar[STEP])
+    first_ts = np.int64(m.scalar[FIRST_TS])
+    for row in range(rows):
+        out[row] = bias_of(m, row, step, np.int64(ts), first_ts, feature)
+
+
+@nb.njit(**OPTIONS)
+def popularity_all(m, rows, out):  # type: ignore[no-untyped-def]
+    """Positives of each row decayed to now with half-lives of 10, 100, 1000 positives, and undecayed."""
+    step = np.int64(m.scalar[STEP])
+    for row in range(rows):
+        r = m.rec[row]
+        since = f4(step - r.last_step)
+        out[0, row] = r.count_10 * _exp2(since * f4(-0.1))
+        out[1, row] = r.count_100 * _exp2(since * f4(-0.01))
+        out[2, row] = r.count_1000 * _exp2(since * f4(-0.001))
+        out[3, row] = r.count
+
+
+# --- the user's vectors -------------------------------------------------------------------------------------------
+
+
+@nb.njit(**OPTIONS)
+def behaviour_vector(m, ts, rows, row_ts, tw, lk, wt, ck, age, gap, z):  # type: ignore[no-untyped-def]
+    """zC = n sum_k om ta tw y_k into z (D,); the coefficients wt = n om ta tw and
+    ck = nK oK tK tw (c_k + 1)^-.2 of each entry; its buckets. Returns (n, nK).
+
+    rows, row_ts, tw: (m,) the history, newest first; lk: entries in the co-occurrence block.
+    """
+    theta = m.theta
+    total = f4(0)
+    total_k = f4(0)
+    for q in range(len(rows)):
+        a = age_bucket(q)
+        g = gap_bucket(ts - row_ts[q])
+        age[q] = a
+        gap[q] = g
+        wt[q] = theta[T_AGE + a] * theta[T_GAP + g] * tw[q]
+        total += abs(wt[q])
+        if q < lk:
+            ck[q] = theta[T_AGE_K + a] * theta[T_GAP_K + g] * tw[q]
+            total_k += ck[q]
+    n = f4(1) / np.sqrt(total + f4(1e-6))
+    n_k = f4(1) / np.sqrt(np.sqrt(total_k + f4(1e-6)))
+    z[:] = 0
+    for q in range(len(rows)):
+        wt[q] *= n
+        x = wt[q]
+        y = m.y[rows[q]]
+        for d in range(len(z)):
+            z[d] += x * y[d]
+        if q < lk:
+            ck[q] *= m.rec[rows[q]].damping * n_k
+    return n, n_k
+
+
+@nb.njit(**OPTIONS)
+def history_texts(m, rows, tw, out, coefficient):  # type: ignore[no-untyped-def]
+    """zT_h = (sum g^q tw e_k / sum g^q tw - mu) sqrt(min(sum, 4)) into out[0:2] (2, T).
+
+    coefficient (2, L): what (e_k - mu) of entry q weighs in zT_h; 0 where the item has no text vector.
+    """
+    out[0] = 0
+    out[1] = 0
+    coefficient[:, : len(rows)] = 0
+    near = f4(1)
+    far = f4(1)
+    near_total = f4(0)
+    far_total = f4(0)
+    for q in range(min(len(rows), TEXT_HISTORY)):
+        if m.flags[rows[q]] & VECTOR:
+            near_q = near * tw[q]
+            far_q = far * tw[q]
+            near_total += near_q
+            far_total += far_q
+            e = m.e[rows[q]]
+            for d in range(len(e)):
+                out[0, d] += near_q * e[d]
+                out[1, d] += far_q * e[d]
+            coefficient[0, q] = near_q
+            coefficient[1, q] = far_q
+        near *= f4(TEXT_DECAYS[0])
+        far *= f4(TEXT_DECAYS[1])
+    if near_total <= 0:
+        return
+    near_n = np.sqrt(min(near_total, f4(TEXT_WEIGHT_MAX)))
+    far_n = np.sqrt(min(far_total, f4(TEXT_WEIGHT_MAX)))
+    for d in range(out.shape[1]):
+        out[0, d] = (out[0, d] / near_total - m.mu[d]) * near_n
+        out[1, d] = (out[1, d] / far_total - m.mu[d]) * far_n
+    for q in range(min(len(rows), TEXT_HISTORY)):
+        coefficient[0, q] *= near_n / near_total
+        coefficient[1, q] *= far_n / far_total
+
+
+@nb.njit(**OPTIONS)
+def own_text(mu, text, text_weight, out):  # type: ignore[no-untyped-def]
+    """zX = (text - mu) sqrt(min(text_weight, 4)) into out (T,)."""
+    n = np.sqrt(min(text_weight, f4(TEXT_WEIGHT_MAX)))
+    for d in range(len(out)):
+        out[d] = (text[d] - mu[d]) * n
+
+
+# --- entering -----------------------------------------------------------------------------------------------------
+
+
+@nb.njit(**OPTIONS)
+def start_row(m, row, project, start):  # type: ignore[no-untyped-def]
+    """Takes the row's text vector into mu and starts phi and y from it: start sqrt(D) P(e - mu) / |P(e - mu)|.
+
+    project: (D, T) orthonormal P. An item that had been withdrawn keeps what it learnt.
+    """
+    if not m.flags[row] & VECTOR:
+        return
+    e = m.e[row]
+    m.scalar[VECTORS] += 1
+    share = f4(1.0 / m.scalar[VECTORS])
+    for d in range(len(e)):
+        m.mu[d] += (e[d] - m.mu[d]) * share
+    if m.flags[row] & WITHDRAWN:
+        return
+    dim = project.shape[0]
+    direction = np.zeros(dim, np.float32)
+    norm = f4(0)
+    for a in range(dim):
+        total = f4(0)
+        for d in range(len(e)):
+            total += project[a, d] * (e[d] - m.mu[d])
+        direction[a] = total
+        norm += total * total
+    norm = f4(start) * np.sqrt(f4(dim)) / np.sqrt(norm + f4(1e-9))
+    for a in range(dim):
+        m.phi[row, a] += direction[a] * norm
+        m.y[row, a] += direction[a] * norm
+
+
+@nb.njit(**OPTIONS)
+def activate(m, row, ts):  # type: ignore[no-untyped-def]
+    """Makes the row a candidate from now on; ts: when it entered, s."""
+    m.flags[row] = (m.flags[row] & ~(WITHDRAWN | STARTING)) | ACTIVE
+    m.scalar[ACTIVES] += 1
+    m.rec[row].entered_step = np.int64(m.scalar[STEP])
+    m.rec[row].entered_ts = np.uint32(max(0.0, min(4294967295.0, ts)))
+
+
+# --- co-occurrence ------------------------------------------------------------------------------------------------
+
+
+@nb.njit(**OPTIONS)
+def _count_pair(m, k, j, amount):  # type: ignore[no-untyped-def]
+    """C_kj += amount in row k. A full row's newcomer evicts the lowest count and starts at its own weight.
+
+    Returns 1 where the row grew.
+    """
+    limit = m.neighbour.shape[1]
+    row = m.neighbour[k]
+    weight = m.weight[k]
+    used = m.length[k]
+    place = -1
+    for r in range(used):
+        place = max(place, r if row[r] == j else -1)
+    if place >= 0:
+        weight[place] += amount
+        return 0
+    if used < limit:
+        row[used] = j
+        weight[used] = amount
+        m.length[k] = used + 1
+        return 1
+    least = f4(1e30)
+    for r in range(limit):
+        least = min(least, weight[r])
+    for r in range(limit - 1, -1, -1):
+        if weight[r] == least:
+            place = r
+    row[place] = j
+    weight[place] = amount
+    return 0
+
+
+@nb.njit(**OPTIONS)
+def count_event(m, row, positive, ts, history, record_bytes):  # type: ignore[no-untyped-def]
+    """One event's evidence: C_ki = C_ik += .9^q for the q-th entry of the history (rows), counters, recency.
+
+    A low rating starts at .5 and is no positive.
+    """
+    amount = f4(1) if positive else f4(0.5)
+    least = f4(COUNT_MIN)
+    span = np.int64(m.neighbour.ctypes.data)
+    span_w = np.int64(m.weight.ctypes.data)
+    row_bytes = np.int64(m.neighbour.shape[1]) * 4
+    mark(m, row, DIRTY_DENSE | DIRTY_NEIGHBOURS, record_bytes)
+    for q in range(len(history)):
+        if amount < least:
+            break
+        if q + 2 < len(history):
+            for step in range(0, m.length[history[q + 2]] * 4, 64):
+                _prefetch(span + history[q + 2] * row_bytes + step)
+                _prefetch(span_w + history[q + 2] * row_bytes + step)
+        k = history[q]
+        if k != row:
+            mark(m, k, DIRTY_NEIGHBOURS, record_bytes)
+            m.dirty_total[1] += record_bytes[2] * (_count_pair(m, k, row, amount) + _count_pair(m, row, k, amount))
+        amount *= f4(COUNT_DECAY)
+    r = m.rec[row]
+    r.evidence += f4(1) if positive else f4(0.5)
+    r.damping = _exp2(f4(-0.2 * 1.44269504) * _log(r.evidence + f4(1)))
+    if positive:
+        m.scalar[STEP] += 1
+        step = np.int64(m.scalar[STEP])
+        if r.last_step >= 0:
+            since = f4(step - r.last_step)
+            r.count_10 *= _exp2(since * f4(-0.1))
+            r.count_100 *= _exp2(since * f4(-0.01))
+            r.count_1000 *= _exp2(since * f4(-0.001))
+        r.count_10 += f4(1)
+        r.count_100 += f4(1)
+        r.count_1000 += f4(1)
+        r.count += f4(1)
+        r.last_step = step
+        r.last_ts = np.uint32(max(0.0, min(4294967295.0, ts)))
+
+
+@nb.njit(**OPTIONS)
+def neighbour_scores(m, history, ck, out):  # type: ignore[no-untyped-def]
+    """out[j] += sum_k ck sqrt(C_kj), without aK and (c_j + 1)^-.2; out is zeroed here, (rows,)."""
+    out[:] = 0
+    for q in range(len(history)):
+        k = history[q]
+        x = ck[q]
+        for r in range(m.length[k]):
+            out[m.neighbour[k, r]] += x * np.sqrt(m.weight[k, r])
+
+
+# --- one message --------------------------------------------------------------------------------------------------
+
+
+@nb.njit(**OPTIONS)
+def _draw(m, w, steps, rows, position):  # type: ignore[no-untyped-def]
+    """Up to K different candidates, uniform: row floor(rows mix(position, q) / 2^32) for q = 1, 2, ..., unless it
+    is taken or no candidate; all of them where there are K or fewer. Returns how many."""
+    count = 0
+    if m.scalar[ACTIVES] <= steps.negatives:
+        for row in range(rows):
+            if m.flags[row] & ACTIVE:
+                w.cand[count] = row
+                count += 1
+                w.slot[row] = count
+        return count
+    base = _mix(np.uint64(position) * GOLDEN + np.uint64(steps.seed) * SEED_STRIDE)
+    for q in range(16 * steps.negatives):
+        x = _mix(base + np.uint64(q + 1) * GOLDEN)
+        row = np.int32(((x >> np.uint64(32)) * np.uint64(rows)) >> np.uint64(32))
+        if m.flags[row] & ACTIVE and w.slot[row] == 0:
+            w.cand[count] = row
+            count += 1
+            w.slot[row] = count
+            if count == steps.negatives:
+                break
+    return count
+
+
+@nb.njit(**OPTIONS)
+def _gather(m, w, x, count):  # type: ignore[no-untyped-def]
+    """Features, bias and vectors of the candidates, as of the message's first example."""
+    step = np.int64(m.scalar[STEP])
+    first_ts = np.int64(m.scalar[FIRST_TS])
+    dim = m.phi.shape[1]
+    for c in range(count):
+        if c + 4 < count:
+            ahead = np.int64(w.cand[c + 4])
+            for place in range(0, m.e.shape[1] * 4, 64):
+                _prefetch(np.int64(m.e.ctypes.data) + ahead * (m.e.shape[1] * 4) + place)
+            for place in range(0, dim * 4, 64):
+                _prefetch(np.int64(m.phi.ctypes.data) + ahead * (dim * 4) + place)
+            _prefetch(np.int64(m.rec.ctypes.data) + ahead * 64)
+        row = w.cand[c]
+        w.bias[c] = bias_of(m, row, step, np.int64(x.ts[0]), first_ts, w.feature[c])
+        w.item[c, :dim] = m.phi[row]
+        w.item[c, dim:] = m.e[row]
+
+
+@nb.njit(**OPTIONS)
+def _user_side(m, w, x, steps, project, entry_row, entry_at, entries):  # type: ignore[no-untyped-def]
+    """The users' vectors, example by example; items that enter inside the message get their start on the way."""
+    done = 0
+    dim = m.phi.shape[1]
+    coefficient = np.empty((2, x.history_item.shape[1]), np.float32)
+    for b in range(x.count):
+        while done < entries and entry_at[done] <= 2 * b:
+            start_row(m, entry_row[done], project, steps.start)
+            m.flags[entry_row[done]] |= STARTING
+            done += 1
+        w.go[b] = x.label[b] == 1 and m.flags[w.target[b]] & (ACTIVE | STARTING) != 0
+        w.user[b] = 0
+        w.z[b] = 0
+        w.text[b] = 0
+        if not w.go[b]:
+            continue
+        used = x.history_count[b]
+        rows = w.history[b, :used]
+        span = np.int64(m.y.ctypes.data)
+        for q in range(used):
+            _prefetch(np.int64(m.rec.ctypes.data) + np.int64(rows[q]) * 64)
+            for place in range(0, dim * 4, 64):
+                _prefetch(span + np.int64(rows[q]) * (dim * 4) + place)
+        tw = x.history_weight[b, :used]
+        w.norm[b], w.norm_k[b] = behaviour_vector(
+            m, x.ts[b], rows, x.history_ts[b, :used], tw, steps.cooccurrence_history,
+            w.wt[b], w.ck[b], w.age[b], w.gap[b], w.z[b],
+        )  # fmt: skip
+        history_texts(m, rows, tw, w.text[b], coefficient)
+        if x.text_on[b]:
+            own_text(m.mu, x.text[b], x.text_weight[b], w.text[b, 2])
+        w.user[b, :dim] = w.z[b]
+        for h in range(TEXT_HEADS):
+            a = m.theta[T_TEXT + h]
+            for d in range(m.e.shape[1]):
+                w.user[b, dim + d] += a * w.text[b, h, d]
+    while done < entries:
+        start_row(m, entry_row[done], project, steps.start)
+        m.flags[entry_row[done]] |= STARTING
+        done += 1
+
+
+@nb.njit(**OPTIONS)
+def _neighbours(m, w, x, b, steps, count, used):  # type: ignore[no-untyped-def]
+    """The co-occurrence block of the candidates and of the target (w.cooc, w.cooc_i), and the links that made it.
+
+    `used`: links before this example; returns links after it. A branch-free compaction: slot 0 is nobody.
+    """
+    target = w.target[b]
+    history = w.history[b]
+    score = w.cooc[b]
+    score[: count + 2] = 0
+    kept = min(x.history_count[b], steps.cooccurrence_history)
+    before = w.slot[target]
+    w.slot[target] = count + 1
+    span = np.int64(m.neighbour.ctypes.data)
+    row_bytes = np.int64(m.neighbour.shape[1]) * 4
+    for q in range(kept):
+        if q + 2 < kept:
+            for place in range(0, m.length[history[q + 2]] * 4, 64):
+                _prefetch(span + history[q + 2] * row_bytes + place)
+        k = history[q]
+        neighbour = m.neighbour[k]
+        weight = m.weight[k]
+        w.link_start[b, q] = used
+        end = used
+        for r in range(m.length[k]):
+            slot = w.slot[neighbour[r]]
+            w.link_slot[end] = slot
+            w.link_value[end] = weight[r]
+            end += 1 if slot != 0 else 0
+        x_k = w.ck[b, q]
+        for r in range(used, end):
+            w.link_value[r] = np.sqrt(w.link_value[r])
+        for r in range(used, end):
+            score[w.link_slot[r]] += x_k * w.link_value[r]
+        used = end
+    w.link_start[b, kept] = used
+    w.slot[target] = before
+    w.cooc_i[b] = score[count + 1] * m.rec[target].damping
+    for c in range(count):
+        score[c] = score[c + 1] * m.rec[w.cand[c]].damping
+    return used
+
+
+@nb.njit(**OPTIONS)
+def _target_score(m, w, x, b):  # type: ignore[no-untyped-def]
+    """s of the target from the state now; its features stay in w.feature_i."""
+    target = w.target[b]
+    dim = m.phi.shape[1]
+    total = bias_of(
+        m, target, np.int64(m.scalar[STEP]), np.int64(x.ts[b]), np.int64(m.scalar[FIRST_TS]), w.feature_i[b]
+    )
+    learnt = f4(0)
+    for d in range(dim):
+        learnt += m.phi[target, d] * w.user[b, d]
+    text = f4(0)
+    for d in range(m.e.shape[1]):
+        text += m.e[target, d] * w.user[b, dim + d]
+    return total + learnt + text + m.theta[T_NEIGHBOUR] * w.cooc_i[b]
+
+
+@nb.njit(**OPTIONS)
+def _rank(m, w, x, b, dense, rows, o):  # type: ignore[no-untyped-def]
+    """Ranks the target among all candidates but the user's own; `dense` (rows,): <zC, phi> + <v, e>.
+
+    Returns d ln p_i / d a, the gradient of the calibration.
+    """
+    target = w.target[b]
+    used = x.history_count[b]
+    for q in range(used):
+        w.skip[w.history[b, q]] = 1
+    for q in range(x.seen_start[b], x.seen_start[b + 1]):
+        row = find(m.table_key, m.table_row, x.seen[q])
+        if row >= 0:
+            w.skip[row] = 1
+    slope = 0.0
+    if w.skip[target] == 0 and m.flags[target] & ACTIVE:
+        kept = min(used, w.link_start.shape[1] - 1)
+        neighbour_scores(m, w.history[b, :kept], w.ck[b, :kept], w.score[:rows])
+        slope = _rank_candidates(m, w, x.ts[b], target, dense, rows, o, b)
+    for q in range(used):
+        w.skip[w.history[b, q]] = 0
+    for q in range(x.seen_start[b], x.seen_start[b + 1]):
+        row = find(m.table_key, m.table_row, x.seen[q])
+        if row >= 0:
+            w.skip[row] = 0
+    return slope
+
+
+@nb.njit(**OPTIONS)
+def _rank_candidates(m, w, ts, target, dense, rows, o, b):  # type: ignore[no-untyped-def]
+    """The body of `_rank`: w.score holds the co-occurrence sums. Mid-ranks: 1 + #greater + ties / 2."""
+    feature = np.empty(FEATURES, np.float32)
+    step = np.int64(m.scalar[STEP])
+    first_ts = np.int64(m.scalar[FIRST_TS])
+    a_k = m.theta[T_NEIGHBOUR]
+    popularity_all(m, rows, w.popularity)
+    top = f4(-1e30)
+    for j in range(rows):
+        open_ = m.flags[j] & ACTIVE != 0 and w.skip[j] == 0
+        s = f4(-1e30)
+        if open_:
+            s = bias_of(m, j, step, np.int64(ts), first_ts, feature) + dense[j]
+            s += a_k * w.score[j] * m.rec[j].damping
+        w.score[j] = s
+        top = max(top, s)
+    sharp = f4(m.scalar[SHARP])
+    s_i = w.score[target]
+    greater = 0
+    ties = 0
+    candidates = 0
+    mass = 0.0
+    mean = 0.0
+    for j in range(rows):
+        s = w.score[j]
+        if s > f4(-1e29):
+            candidates += 1
+            greater += s > s_i
+            ties += s == s_i
+            p = np.float64(_exp(sharp * (s - top)))
+            mass += p
+            mean += p * s
+    mean /= mass
+    log_loss = 0.0
+    for j in range(rows):
+        if w.score[j] > f4(-1e29) and j != target:
+            p = np.float64(_exp(sharp * (w.score[j] - top))) / mass
+            log_loss -= np.log1p(-min(p, 1 - 1e-6)) if p > 1e-3 else -p * (1 + 0.5 * p)
+    p_i = np.float64(_exp(sharp * (s_i - top))) / mass
+    o.candidates[b] = candidates
+    o.rank[b] = 1 + greater + 0.5 * (ties - 1)
+    o.probability[b] = p_i
+    o.log_loss[b] = log_loss - np.log(max(p_i, 1e-30))
+    for h in range(POPULARITIES):
+        count = w.popularity[h]
+        greater = 0
+        ties = 0
+        for j in range(rows):
+            if w.score[j] > f4(-1e29):
+                greater += count[j] > count[target]
+                ties += count[j] == count[target]
+        o.popularity_rank[b, h] = 1 + greater + 0.5 * (ties - 1)
+    return s_i - mean
+
+
+@nb.njit(**OPTIONS)
+def _dense_scores(m, w, x, b, rows):  # type: ignore[no-untyped-def]
+    """<zC, phi_j> + <v, e_j> of every row for the next ranked examples from b on, into w.dense; returns how many.
+
+    One product for several users: phi and e do not change inside a message.
+    """
+    most = max(1, len(w.dense) // rows)
+    chosen = 0
+    for r in range(b, x.count):
+        if x.ranked[r] and w.go[r] and chosen < most:
+            chosen += 1
+    dim = m.phi.shape[1]
+    z = np.empty((chosen, dim), np.float32)
+    v = np.empty((chosen, m.e.shape[1]), np.float32)
+    at = 0
+    for r in range(b, x.count):
+        if x.ranked[r] and w.go[r] and at < chosen:
+            z[at] = w.user[r, :dim]
+            v[at] = w.user[r, dim:]
+            at += 1
+    dense = np.dot(z, m.phi[:rows].T) + np.dot(v, m.e[:rows].T)
+    for r in range(chosen):
+        w.dense[r * rows : (r + 1) * rows] = dense[r]
+    return chosen
+
+
+@nb.njit(**OPTIONS)
+def _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts, entries, record_bytes):  # type: ignore[no-untyped-def]
+    """Example by example, never stale: entries, ranking, the target's score, counters. Returns the slope of ln p."""
+    done = 0
+    links = 0
+    ready = 0
+    taken = 0
+    slope = 0.0
+    for b in range(x.count):
+        m.scalar[CLOCK] = max(m.scalar[CLOCK], x.ts[b])
+        while done < entries and entry_at[done] <= 2 * b:
+            activate(m, entry_row[done], entry_ts[done])
+            mark(m, entry_row[done], DIRTY_DENSE | DIRTY_STATIC, record_bytes)
+            done += 1
+        used = x.history_count[b]
+        if w.go[b]:
+            if x.ranked[b]:
+                if taken == ready:
+                    ready = _dense_scores(m, w, x, b, rows)
+                    taken = 0
+                slope += _rank(m, w, x, b, w.dense[taken * rows : (taken + 1) * rows], rows, o)
+                taken += 1
+            links = _neighbours(m, w, x, b, steps, count, links)
+            w.score_i[b] = _target_score(m, w, x, b)
+        count_event(m, w.target[b], x.label[b] == 1, x.ts[b], w.history[b, :used], record_bytes)
+    while done < entries:
+        activate(m, entry_row[done], entry_ts[done])
+        mark(m, entry_row[done], DIRTY_DENSE | DIRTY_STATIC, record_bytes)
+        done += 1
+    return slope
+
+
+@nb.njit(**OPTIONS)
+def _loss(m, w, x, count, score, weight):  # type: ignore[no-untyped-def]
+    """Softmax cross-entropy: turns the scores (B, count) of the candidates into g_j, fills w.grad_i.
+
+    weight: n / K of each candidate. The target and the carried history are no negatives of their user.
+    """
+    a_k = m.theta[T_NEIGHBOUR]
+    for b in range(x.count):
+        g = score[b]
+        if not w.go[b]:
+            g[:] = 0
+            continue
+        cooc = w.cooc[b]
+        top = w.score_i[b]
+        for c in range(count):
+            g[c] += w.bias[c] + a_k * cooc[c]
+            top = max(top, g[c])
+        for c in range(count):
+            g[c] = _exp(g[c] - top) * weight
+        if w.slot[w.target[b]] > 0:
+            g[w.slot[w.target[b]] - 1] = 0
+        for q in range(x.history_count[b]):
+            if w.slot[w.history[b, q]] > 0:
+                g[w.slot[w.history[b, q]] - 1] = 0
+        own = _exp(w.score_i[b] - top)
+        mass = own
+        for c in range(count):
+            mass += g[c]
+        scale = f4(-1) / mass
+        for c in range(count):
+            g[c] *= scale
+        w.grad_i[b] = f4(1) + own * scale
+        m.scalar[LOSS] -= np.log(max(1e-30, np.float64(own / mass)))
+        m.scalar[LOSSES] += 1
+
+
+@nb.njit(**OPTIONS)
+def _history_gradients(m, w, x, b, steps, count, g, dz, touched):  # type: ignore[no-untyped-def]
+    """Gradients that reach the history: y_k (into step_y), om, ta, oK, tK, aK. Returns rows of step_y in use."""
+    theta = m.theta
+    target = w.target[b]
+    g_i = w.grad_i[b]
+    used = x.history_count[b]
+    total = g_i * w.cooc_i[b]
+    for c in range(count):
+        total += g[c] * w.cooc[b, c]
+        w.weight_c[c + 1] = g[c] * m.rec[w.cand[c]].damping
+    w.weight_c[count + 1] = g_i * m.rec[target].damping
+    w.theta[T_NEIGHBOUR] += total
+    for q in range(min(used, steps.cooccurrence_history)):
+        k = w.history[b, q]
+        slope = f4(0)
+        for r in range(w.link_start[b, q], w.link_start[b, q + 1]):
+            slope += w.weight_c[w.link_slot[r]] * w.link_value[r]
+        slope *= m.rec[k].damping * w.norm_k[b] * x.history_weight[b, q] * theta[T_NEIGHBOUR]
+        a = w.age[b, q]
+        gap = w.gap[b, q]
+        w.theta[T_AGE_K + a] += slope * theta[T_GAP_K + gap]
+        w.theta[T_GAP_K + gap] += slope * theta[T_AGE_K + a]
+    for q in range(used):
+        k = w.history[b, q]
+        y = m.y[k]
+        slope = f4(0)
+        for d in range(len(dz)):
+            slope += dz[d] * y[d]
+        if q < steps.y_history:
+            if w.slot_y[k] == 0:
+                w.row_y[touched] = k
+                w.step_y[touched] = 0
+                touched += 1
+                w.slot_y[k] = touched
+            step = w.step_y[w.slot_y[k] - 1]
+            wt = w.wt[b, q]
+            for d in range(len(dz)):
+                step[d] += wt * dz[d]
+        slope *= w.norm[b] * x.history_weight[b, q]
+        a = w.age[b, q]
+        gap = w.gap[b, q]
+        w.theta[T_AGE + a] += slope * theta[T_GAP + gap]
+        w.theta[T_GAP + gap] += slope * theta[T_AGE + a]
+    return touched
+
+
+@nb.njit(**OPTIONS)
+def _gradients(m, w, x, steps, count, g):  # type: ignore[no-untyped-def]
+    """Sums the message's gradients; g (B, count). Returns (rows of step_phi, rows of step_y)."""
+    dim = m.phi.shape[1]
+    users = np.dot(g, w.item[:count])  # (B, D + T): sum_j g_j phi_j | sum_j g_j e_j
+    items = np.dot(g.T, w.z[: x.count])  # (count, D)
+    w.theta[:] = 0
+    for c in range(count):
+        total = f4(0)
+        for b in range(x.count):
+            total += g[b, c]
+        w.row_phi[c] = w.cand[c]
+        w.step_beta[c] = total
+        w.step_phi[c] = items[c]
+        for q in range(FEATURES):
+            w.theta[T_FEATURE + q] += total * w.feature[c, q]
+    touched = count
+    touched_y = 0
+    for b in range(x.count):
+        if not w.go[b]:
+            continue
+        target = w.target[b]
+        g_i = w.grad_i[b]
+        if w.slot[target] == 0:
+            w.row_phi[touched] = target
+            w.step_phi[touched] = 0
+            w.step_beta[touched] = 0
+            touched += 1
+            w.slot[target] = touched
+        at = w.slot[target] - 1
+        w.step_beta[at] += g_i
+        dz = users[b, :dim]
+        for d in range(dim):
+            w.step_phi[at, d] += g_i * w.z[b, d]
+            dz[d] += g_i * m.phi[target, d]
+        for q in range(FEATURES):
+            w.theta[T_FEATURE + q] += g_i * w.feature_i[b, q]
+        for h in range(TEXT_HEADS):
+            total = f4(0)
+            for d in range(m.e.shape[1]):
+                total += (users[b, dim + d] + g_i * m.e[target, d]) * w.text[b, h, d]
+            w.theta[T_TEXT + h] += total
+        touched_y = _history_gradients(m, w, x, b, steps, count, g[b], dz, touched_y)
+    return touched, touched_y
+
+
+@nb.njit(**OPTIONS)
+def _step_rows(m, w, steps, touched, touched_y, record_bytes):  # type: ignore[no-untyped-def]
+    """One AdaGrad step a touched row: G += mean(d^2), x += lr d / sqrt(G)."""
+    dim = m.phi.shape[1]
+    for slot in range(touched):
+        row = w.row_phi[slot]
+        d = w.step_phi[slot]
+        r = m.rec[row]
+        total = f4(0)
+        for a in range(dim):
+            total += d[a] * d[a]
+        r.square_phi += total / f4(dim)
+        rate = f4(steps.lr_phi) / np.sqrt(r.square_phi)
+        phi = m.phi[row]
+        for a in range(dim):
+            phi[a] += rate * d[a]
+        r.square_beta += w.step_beta[slot] * w.step_beta[slot]
+        r.beta += f4(steps.lr_beta) * w.step_beta[slot] / np.sqrt(r.square_beta)
+        mark(m, row, DIRTY_DENSE, record_bytes)
+    for slot in range(touched_y):
+        row = w.row_y[slot]
+        w.slot_y[row] = 0
+        d = w.step_y[slot]
+        r = m.rec[row]
+        total = f4(0)
+        for a in range(dim):
+            total += d[a] * d[a]
+        r.square_y += total / f4(dim)
+        rate = f4(steps.lr_y) / np.sqrt(r.square_y)
+        y = m.y[row]
+        for a in range(dim):
+            y[a] += rate * d[a]
+        mark(m, row, DIRTY_DENSE, record_bytes)
+    for q in range(THETA):
+        d_q = w.theta[q]
+        if d_q != 0:
+            m.square[q] += d_q * d_q
+            rate = f4(steps.lr_scale) if q < T_AGE else f4(steps.lr_decay)
+            m.theta[q] += rate * d_q / np.sqrt(m.square[q])
+            if q >= T_AGE:
+                m.theta[q] = max(f4(0), m.theta[q])
+
+
+@nb.njit(**OPTIONS)
+def learn_message(m, w, x, o, steps, project, entry_row, entry_at, entry_ts, position, record_bytes):  # type: ignore[no-untyped-def]
+    """One micro-batch. w.target and w.history hold rows; entries are rows that become candidates inside the message,
+    before example b (entry_at 2 b) or right after it (2 b + 1), in order."""
+    rows = np.int64(m.scalar[ROWS])
+    if m.scalar[CLOCK] < 0:
+        m.scalar[FIRST_TS] = max(0.0, x.ts[0])
+    m.scalar[MESSAGES] += 1
+    candidates = m.scalar[ACTIVES]
+    count = _draw(m, w, steps, rows, position)
+    _gather(m, w, x, count)
+    entries = len(entry_row)
+    _user_side(m, w, x, steps, project, entry_row, entry_at, entries)
+    slope = _example_side(
+        m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts, entries, record_bytes
+    )
+    learnt = 0
+    for b in range(x.count):
+        learnt += w.go[b]
+    touched = count
+    if learnt > 0 and count > 0:
+        score = np.dot(w.user[: x.count], w.item[:count].T)
+        _loss(m, w, x, count, score, f4(candidates / count))
+        touched, touched_y = _gradients(m, w, x, steps, count, score)
+        _step_rows(m, w, steps, touched, touched_y, record_bytes)
+    else:
+        w.row_phi[:count] = w.cand[:count]
+    for slot in range(touched):
+        w.slot[w.row_phi[slot]] = 0
+    if slope != 0:
+        m.scalar[SHARP_SQUARE] += slope * slope
+        m.scalar[SHARP] += steps.lr_sharp * slope / np.sqrt(m.scalar[SHARP_SQUARE])
+        m.scalar[SHARP] = max(0.05, m.scalar[SHARP])
+    return learnt
+
+
+# --- replicas -----------------------------------------------------------------------------------------------------
+
+
+@nb.njit(**OPTIONS)
+def apply_neighbours(m, words, values, starts, sizes):  # type: ignore[no-untyped-def]
+    """Neighbour rows into the matrix: words, values are one buffer as int32 and as float32; starts, sizes in words."""
+    for q in range(len(starts)):
+        at = starts[q] + 4
+        row = words[starts[q] + 1]
+        n = (sizes[q] - 4) // 2
+        m.length[row] = n
+        for r in range(n):
+            m.neighbour[row, r] = words[at + r]
+            m.weight[row, r] = values[at + n + r]

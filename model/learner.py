@@ -1,0 +1,364 @@
+"""The learner: a deterministic state machine over the examples log.
+
+The same entries and messages in the same order give the same bytes, also when the state was packed into rows and
+loaded again at any message boundary in between, and whenever `take_dirty` was called. Formulas: model.kernels.
+"""
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from model import kernels
+from model.examples import Examples, new_examples
+from model.items import PENDING, TEXT_CHARS_MAX, ItemMatrix, PendingItem, half, row_key
+
+Array = npt.NDArray[Any]
+
+HALF_LIVES_POSITIVES: Final = (10, 100, 1000, None)  # of the running popularities; None: all-time
+DENSE_FLOATS_MAX: Final = 4_000_000  # scores of ranked examples held at once
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """Sizes and step sizes; one default serves every stream. Reasons and figures: docs/decisions.md."""
+
+    dim: int = 64  # D of the learnt block
+    text_dim: int = 384  # T, the encoder's
+    negatives: int = 512  # K candidates drawn a message, shared by its examples
+    neighbours_max: int = 256  # M co-occurring items kept an item, 8 B each
+    history_max: int = 100  # L history entries an example
+    cooccurrence_history: int = 32  # of these in the co-occurrence block
+    y_history: int = 32  # of these whose y gets a gradient
+    message_examples_max: int = 64  # B
+    seed: int = 7
+    lr_phi: float = 0.05
+    lr_y: float = 0.1
+    lr_beta: float = 0.02
+    lr_scale: float = 0.2  # w, aT, aX, aK
+    lr_decay: float = 0.05  # om, ta, oK, tK
+    lr_sharp: float = 0.1  # the calibration a
+    start: float = 0.1  # length of phi and y at entry, a dimension
+
+    def __post_init__(self) -> None:
+        if self.negatives + self.message_examples_max >= 32_767:
+            raise ValueError(f"negatives {self.negatives}: with a message they must stay under 32,767")
+        if max(self.cooccurrence_history, self.y_history) > self.history_max:
+            raise ValueError(
+                f"cooccurrence_history {self.cooccurrence_history} and y_history {self.y_history} "
+                f"must not exceed history_max {self.history_max}"
+            )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What ranking in full gave, one row an example of the message, n in all.
+
+    rank is NaN where the example was not ranked: not asked for, no positive, or its target no candidate.
+    """
+
+    rank: Array  # (n,) float32: 1 + #greater + ties / 2 among the candidates
+    candidates: Array  # (n,) int32: active items minus the user's own; 0 where not ranked
+    probability: Array  # (n,) float32: p of the target
+    log_loss: Array  # (n,) float32, nats: -ln p_i - sum over the other candidates of ln(1 - p_j)
+    auc: Array  # (n,) float32: share of the other candidates below the target
+    pop_rank: Array  # (n, 4) float32: by running popularity, HALF_LIVES_POSITIVES, among the same candidates
+
+
+class Learner:
+    """Owns the item matrix. Not safe for concurrent use."""
+
+    def __init__(self, config: LearnerConfig | None = None) -> None:
+        self.config = config = config or LearnerConfig()
+        self.matrix = ItemMatrix(config.dim, config.text_dim, config.neighbours_max)
+        self._steps = kernels.Steps(
+            config.negatives, config.cooccurrence_history, config.y_history, config.seed, config.lr_phi, config.lr_y,
+            config.lr_beta, config.lr_scale, config.lr_decay, config.lr_sharp, config.start,
+        )  # fmt: skip
+        self._project = _orthonormal(config.dim, config.text_dim)
+        self._heap: list[tuple[float, int, int]] = []  # (ts, order, key) of pending items; stale ones are skipped
+        self._dirty_pending: set[int] = set()
+        self._work = _new_work(config, self._capacity)
+        self._outcomes = _new_outcomes(config.message_examples_max)
+
+    @property
+    def _capacity(self) -> int:
+        return len(self.matrix.arrays.key)
+
+    # --- catalogue ---
+
+    def enter(self, key: int, item_id: str, text: str, vector: Array, ts: float | None) -> None:
+        """An item enters the catalogue, or its text changed.
+
+        It is a candidate for events strictly later than ts (Unix s): at once when None or 0, else when the log's
+        clock (the highest event time learnt) has passed it. A candidate that is entered again takes the new text and
+        keeps what it learnt. vector: (T,) float32, unit length, or all zeros for none.
+        """
+        if vector.shape != (self.config.text_dim,):
+            raise ValueError(f"item {item_id!r}: vector of shape {vector.shape}, not ({self.config.text_dim},)")
+        m = self.matrix.arrays
+        vector, text = half(vector), text[:TEXT_CHARS_MAX]
+        order = int(m.scalar[kernels.ENTRIES])
+        m.scalar[kernels.ENTRIES] += 1
+        if self.pending.pop(key, None) is not None:
+            self._dirty_pending.add(key)
+        row = self.matrix.index(key)
+        if row >= 0 and self.matrix.is_active(row):
+            self._replace(row, item_id, text, vector)
+        elif not ts or ts < self.matrix.clock:
+            item = PendingItem(key, item_id, text, vector, ts or 0.0, order)
+            fresh = self._describe(item)
+            m = self.matrix.arrays
+            kernels.start_row(m, fresh, self._project, self.config.start)
+            kernels.activate(m, fresh, ts or max(0.0, self.matrix.clock))
+            self.matrix.mark(fresh, kernels.DIRTY_STATIC | kernels.DIRTY_DENSE)
+        else:
+            self.pending[key] = PendingItem(key, item_id, text, vector, ts, order)
+            self._dirty_pending.add(key)
+            heapq.heappush(self._heap, (ts, order, key))
+
+    @property
+    def pending(self) -> dict[int, PendingItem]:
+        """Items that wait until the clock passes their ts, by key."""
+        return self.matrix.pending
+
+    def withdraw(self, key: int) -> None:
+        """The item leaves the catalogue: no candidate and no negative any more; what it learnt is kept."""
+        if self.pending.pop(key, None) is not None:
+            self._dirty_pending.add(key)
+        row = self.matrix.index(key)
+        if row >= 0 and self.matrix.is_active(row):
+            m = self.matrix.arrays
+            m.flags[row] = (int(m.flags[row]) & ~kernels.ACTIVE) | kernels.WITHDRAWN
+            m.scalar[kernels.ACTIVES] -= 1
+            self.matrix.mark(row, kernels.DIRTY_STATIC)
+
+    def _was_active(self, row: int) -> bool:
+        return bool(self.matrix.arrays.flags[row] & kernels.WITHDRAWN)
+
+    def _replace(self, row: int, item_id: str, text: str, vector: Array) -> None:
+        """New text of a candidate: e and, with it, mu."""
+        m = self.matrix.arrays
+        old, had = m.e[row].copy(), bool(m.flags[row] & kernels.VECTOR)
+        self.matrix.describe(row, item_id, text, vector)
+        has = bool(m.flags[row] & kernels.VECTOR)
+        vectors = m.scalar[kernels.VECTORS] + has - had
+        if vectors > 0:
+            m.mu += ((vector - old) - m.mu * np.float32(has - had)) / np.float32(vectors)
+        else:
+            m.mu[:] = 0
+        m.scalar[kernels.VECTORS] = vectors
+
+    def _describe(self, item: PendingItem) -> int:
+        """The item's row, made if need be, with id, text and vector set."""
+        row = self.matrix.index(item.key)
+        if row < 0:
+            row = self.matrix.add_row(item.key)
+        elif self._was_active(row):  # its old vector leaves mu; the new one enters with the start
+            self._replace(row, item.item_id, item.text, np.zeros_like(item.vector))
+        self.matrix.describe(row, item.item_id, item.text, item.vector)
+        return row
+
+    # --- learning ---
+
+    def learn(self, examples: Examples, position: int) -> Outcome:
+        """Learns one message. position: its offset in the examples log, which keys the negatives' generator.
+
+        An example of a pending or unknown target is its creating event: counters and co-occurrence, no gradient,
+        and the item has a row afterwards (a pending one is a candidate from the next example on).
+        """
+        n = examples.count
+        if n > self.config.message_examples_max:
+            raise ValueError(f"message of {n} examples, at most {self.config.message_examples_max} are learnt at once")
+        if n:
+            self._outcomes.candidates[:n] = 0
+            rows, times, stamps = self._schedule(examples)
+            if len(self._work.slot) != self._capacity:
+                target, history = self._work.target, self._work.history
+                self._work = _new_work(self.config, self._capacity)._replace(target=target, history=history)
+            kernels.learn_message(
+                self.matrix.arrays, self._work, examples, self._outcomes, self._steps, self._project,
+                rows, times, stamps, position, self.matrix.record_bytes,
+            )  # fmt: skip
+            self.matrix.version += 1
+        return self._outcome(n)
+
+    def _schedule(self, examples: Examples) -> tuple[Array, Array, Array]:
+        """Gives every key of the message a row, and says which items become candidates inside it.
+
+        Returns rows (int32), moments (int32: 2 b before, 2 b + 1 right after example b), entry times (f8, s), in order.
+        """
+        n = examples.count
+        entries: list[tuple[int, int, float]] = []  # (moment, row, ts)
+        if self._heap:
+            clock = np.maximum(np.maximum.accumulate(examples.ts[:n]), self.matrix.clock)
+            while self._heap and self._heap[0][0] < clock[-1]:
+                ts, order, key = heapq.heappop(self._heap)
+                item = self.pending.get(key)
+                if item is None or item.order != order:
+                    continue
+                moment = 2 * int(np.searchsorted(clock, ts, side="right"))
+                entries.append((moment, self._take_pending(item), ts))
+        created = self._find_rows(examples)
+        if entries or created:
+            targets = self._work.target[:n]
+            entries += [(2 * n, row, 0.0) for row in created]
+            for at, (moment, row, ts) in enumerate(entries):
+                named = np.flatnonzero(targets == row)
+                if len(named) and 2 * named[0] < moment:
+                    entries[at] = (2 * int(named[0]) + 1, row, float(examples.ts[named[0]]))
+            entries.sort(key=lambda entry: entry[0])
+        return (
+            np.array([row for _, row, _ in entries], np.int32),
+            np.array([moment for moment, _, _ in entries], np.int32),
+            np.array([ts for _, _, ts in entries], np.float64),
+        )
+
+    def _take_pending(self, item: PendingItem) -> int:
+        del self.pending[item.key]
+        self._dirty_pending.add(item.key)
+        return self._describe(item)
+
+    def _find_rows(self, examples: Examples) -> list[int]:
+        """Rows of targets and histories into the scratch; stubs for unknown keys. Returns rows of pending targets."""
+        w, created = self._work, []
+        unknown = np.empty(examples.count * (1 + examples.history_item.shape[1]), np.int64)
+        m = self.matrix.arrays
+        missing = kernels.find_examples(m.table_key, m.table_row, examples, w.target, w.history, unknown)
+        if missing:
+            targets = set(examples.item[: examples.count].tolist())
+            for key in dict.fromkeys(unknown[:missing].tolist()):
+                item = self.pending.get(key) if key in targets else None
+                if item is not None:
+                    created.append(self._take_pending(item))
+                else:
+                    self.matrix.add_row(key)
+            m = self.matrix.arrays
+            kernels.find_examples(m.table_key, m.table_row, examples, w.target, w.history, unknown)
+        if self.pending:  # a stub or withdrawn item that is entered again by its event
+            for row in np.unique(w.target[: examples.count]).tolist():
+                item = self.pending.get(int(m.key[row]))
+                if item is not None:
+                    created.append(self._take_pending(item))
+        return created
+
+    def _outcome(self, n: int) -> Outcome:
+        o = self._outcomes
+        ranked = o.candidates[:n] > 0
+        others = o.candidates[:n] - 1
+
+        def column(values: Array) -> Array:
+            keep = ranked if values.ndim == 1 else ranked[:, None]
+            return np.where(keep, values, np.nan).astype(np.float32)
+
+        with np.errstate(divide="ignore", invalid="ignore"):
+            auc = (o.candidates[:n] - o.rank[:n]) / others
+        return Outcome(
+            rank=column(o.rank[:n]),
+            candidates=o.candidates[:n].copy(),
+            probability=column(o.probability[:n]),
+            log_loss=column(o.log_loss[:n]),
+            auc=column(auc),
+            pop_rank=column(o.popularity_rank[:n]),
+        )
+
+    # --- rows ---
+
+    @property
+    def dirty_bytes(self) -> int:
+        """Bytes of the dense and neighbour rows that changed since the last take."""
+        return int(self.matrix.arrays.dirty_total[1])
+
+    def take_dirty(self) -> dict[bytes, bytes | None]:
+        """The rows that changed since the last take, and the globals row; None: the row is gone."""
+        m = self.matrix.arrays
+        rows = np.sort(m.dirty_row[: m.dirty_total[0]])
+        bits = m.dirty[rows]
+        taken: dict[bytes, bytes | None] = {}
+        taken.update(self.matrix.pack_static(rows[bits & kernels.DIRTY_STATIC != 0].tolist()))
+        taken.update(self.matrix.pack_dense(rows[bits & kernels.DIRTY_DENSE != 0]))
+        taken.update(self.matrix.pack_neighbours(rows[bits & kernels.DIRTY_NEIGHBOURS != 0].tolist()))
+        for key in sorted(self._dirty_pending):
+            item = self.pending.get(key)
+            taken.update([self.matrix.pack_pending(item) if item else (row_key(PENDING, key), None)])
+        taken.update([self.matrix.pack_globals()])
+        self._clean()
+        return taken
+
+    def _clean(self) -> None:
+        m = self.matrix.arrays
+        m.dirty[:] = 0
+        m.dirty_total[:] = 0
+        self._dirty_pending.clear()
+
+    def load(self, rows: Iterable[tuple[bytes, bytes | None]]) -> None:
+        """Takes a whole state from its rows; what was learnt here before is gone."""
+        self.matrix = ItemMatrix(self.config.dim, self.config.text_dim, self.config.neighbours_max)
+        self.matrix.apply(rows)
+        self._heap = [(item.ts, item.order, item.key) for item in self.pending.values()]
+        heapq.heapify(self._heap)
+        self._clean()
+
+    def digest(self) -> str:
+        """Of the whole state: `ItemMatrix.digest`."""
+        return self.matrix.digest()
+
+
+def _orthonormal(dim: int, text_dim: int) -> Array:
+    """P: (D, T) float32, fixed, random, orthonormal rows (columns, where D > T)."""
+    shape = (max(dim, text_dim), min(dim, text_dim))
+    q = np.linalg.qr(np.random.default_rng(1).standard_normal(shape))[0]
+    return np.ascontiguousarray(q.T if dim <= text_dim else q, np.float32)
+
+
+def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
+    b, k, length = config.message_examples_max, config.negatives, config.history_max
+    d, t = config.dim, config.text_dim
+    near = min(length, config.cooccurrence_history)
+    links = b * near * config.neighbours_max + config.neighbours_max
+
+    def f(*shape: int) -> Array:
+        return np.zeros(shape, np.float32)
+
+    def i(*shape: int) -> Array:
+        return np.zeros(shape, np.int32)
+
+    return kernels.Work(
+        target=i(b), history=i(b, length), go=np.zeros(b, np.bool_), wt=f(b, length), ck=f(b, length),
+        age=i(b, length), gap=i(b, length), norm=f(b), norm_k=f(b), z=f(b, d), user=f(b, d + t),
+        text=f(b, kernels.TEXT_HEADS, t), slot=np.zeros(capacity, np.int16), cand=i(k), item=f(k, d + t),
+        feature=f(k, kernels.FEATURES), bias=f(k), feature_i=f(b, kernels.FEATURES), score_i=f(b),
+        cooc=f(b, k + 2), cooc_i=f(b), link_slot=i(links), link_value=f(links), link_start=i(b, near + 1),
+        grad_i=f(b), step_phi=f(k + b, d), step_beta=f(k + b), row_phi=i(k + b), slot_y=i(capacity),
+        step_y=f(b * config.y_history, d), row_y=i(b * config.y_history), theta=f(kernels.THETA),
+        weight_c=f(k + 2), score=f(capacity), dense=f(max(DENSE_FLOATS_MAX, capacity)),
+        skip=np.zeros(capacity, np.uint8), popularity=f(kernels.POPULARITIES, capacity),
+    )  # fmt: skip
+
+
+def _new_outcomes(examples_max: int) -> kernels.Outcomes:
+    def f(*shape: int) -> Array:
+        return np.zeros(shape, np.float64)
+
+    b = examples_max
+    return kernels.Outcomes(np.zeros(b, np.int32), f(b), f(b, kernels.POPULARITIES), f(b), f(b))
+
+
+def warm_up(config: LearnerConfig | None = None) -> None:
+    """Compiles (or takes from the cache) every kernel of the learner, so that no partition waits for it."""
+    learner = Learner(config)
+    size = learner.config.text_dim
+    for key in (1, 2, 3):
+        vector = np.zeros(size, np.float32)
+        vector[key % size] = 1
+        learner.enter(key, str(key), "", vector, None if key < 3 else 1.0)
+    examples = new_examples(learner.config, 1)
+    examples.item[:2], examples.label[:2], examples.ts[:2] = (1, 2), 1, (1.0, 2.0)
+    examples.history_count[1], examples.history_item[1, 0], examples.ranked[:2] = 1, 1, True
+    learner.learn(examples._replace(count=2), 0)
+    replica = ItemMatrix(learner.config.dim, size, learner.config.neighbours_max)
+    replica.apply(learner.take_dirty().items())
+    replica.indices(np.array([1, 2]))
