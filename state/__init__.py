@@ -1,0 +1,1 @@
+"""State of a partition: rows in RocksDB, their changelog, and the flush that keeps both exact. No Kafka."""

@@ -1,0 +1,667 @@
+"""One partition's state: rows on disk that are a function of the source logs up to `applied`, and of nothing else.
+
+A flush has five steps (the first is the caller's):
+
+    1. Fold events into rows, in memory.
+    2. One batch to disk: rows, applied offsets, and an outbox entry (downstream records, keys touched).
+    3. Publish the downstream records; await the acknowledgements of those of the flush before first.
+    4. Append the rows to the changelog, then the marker; only after the marker of the flush before.
+    5. Drop the outbox entry; tell the caller (`on_durable`), who may then commit the source offsets.
+
+Steps 3-5 overlap the steps 1-2 of later flushes. A process that ends anywhere in between is repeated from the outbox
+or, on another disk, from the last marker and the source. Downstream sees records again then, with the same content.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from state.changelog import (
+    KIND_ADOPT,
+    KIND_RUNNING,
+    KIND_SWEPT,
+    Accepted,
+    Announce,
+    Log,
+    LogRecord,
+    Marker,
+    Reader,
+    Row,
+    announce_record,
+    marker_record,
+    parse,
+    row_records,
+)
+from state.store import (
+    Disk,
+    Meta,
+    OutboxEntry,
+    Store,
+    StoreCorruptError,
+    StoreLockedError,
+    flush_id,
+    new_store_id,
+    shared_disk,
+)
+
+PIPELINE_DEPTH: Final = 3  # flushes on their way at most; 1: each is durable when `flush` returns
+SWEEP_ROWS: Final = 50  # untouched rows re-published with a flush after an open
+APPEND_BYTES_MAX: Final = 1 << 20  # one append; a row above that goes alone
+APPEND_RECORDS_MAX: Final = 4000
+RESTORE_BYTES_MAX: Final = 4 << 20  # one batch to disk while restoring
+READ_KEYS_MAX: Final = 512  # rows read at once for the ADOPT
+LOCK_WAIT_S: Final = 0.25
+LOCK_TRIES_MAX: Final = 60  # 15 s: an earlier owner in this process or on this machine may still be closing
+
+assert RESTORE_BYTES_MAX >= APPEND_BYTES_MAX, "a marker's append is restored in one batch"
+
+Publish = Callable[[list[tuple[bytes, bytes]]], Awaitable[None]]
+
+
+class Fenced(Exception):
+    """Another claimant owns the partition. Close it; open it again only if it is still ours to have."""
+
+
+class PartitionFailedError(Exception):
+    """A flush could not be published. What is on disk stays there; close the partition and open it again."""
+
+
+class ChangelogLostError(Exception):
+    """The changelog does not hold what this store has seen in it."""
+
+
+class SourcesError(ValueError):
+    """The state has applied offsets of a source topic that this partition is not configured to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenReport:
+    """How a partition was opened.
+
+    kind: "fresh" (an empty disk, restored from the changelog, however much there was), "same" (this disk was the last
+    owner's), "catchup" (others have owned it since, the changelog gave what was missing; also a restore that was cut
+    off), "discard" (the disk contradicted the changelog: restored in full) or "corrupt" (the same, for a damaged one).
+    """
+
+    kind: str
+    epoch: int
+    base: tuple[int, int]  # epoch and flush of the last marker before this open
+    outbox: int  # outstanding flushes found on disk
+    read: int  # rows taken from the changelog
+    repaired: int  # rows written again
+    applied: dict[str, int]
+    reason: str = ""  # why a disk was discarded
+
+
+def digest(rows: Iterable[tuple[bytes, bytes]], applied: Mapping[str, int]) -> str:
+    """Hex blake2b (32 bytes) over the applied offsets and the (key, row) pairs, which come sorted by key.
+
+    Equal state has an equal digest, whatever its history. A source that nothing was applied of counts as absent.
+    """
+    hasher = blake2b(digest_size=32)
+    for name in sorted(name for name, offset in applied.items() if offset >= 0):
+        hasher.update(f"{name}={applied[name]}\n".encode())
+    for key, row in rows:
+        hasher.update(len(key).to_bytes(4, "big") + len(row).to_bytes(4, "big") + key)
+        hasher.update(row)
+    return hasher.hexdigest()
+
+
+@dataclass(eq=False, slots=True)
+class _Flush:
+    """A flush between its batch on disk and its marker's acknowledgement."""
+
+    number: int
+    kind: int
+    rows: dict[bytes, bytes | None]
+    downstream: list[tuple[bytes, bytes]]
+    applied: dict[str, int]
+    outbox_id: bytes | None
+    published: asyncio.Event = field(default_factory=asyncio.Event)
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True)
+class _Opened:
+    """What an open has found out before the ADOPT."""
+
+    kind: str
+    meta: Meta
+    outbox: list[tuple[bytes, OutboxEntry]]
+    epoch: int
+    position: int  # behind our own claim
+    reader: Reader
+    read: int
+    reason: str
+
+
+class Partition:
+    """Store, outbox and changelog of one partition. One task at a time may call `flush`, `sweep`, `drain`, `close`.
+
+    path: folder of this partition's store, its own.
+    publish: appends downstream records in order and returns when all are acknowledged.
+    sources: names of the source topics; `applied` has one offset for each.
+    on_durable: called with the applied offsets that may be committed now, after each flush.
+    on_fenced: called once when a flush on its way finds a newer owner.
+    crash: called with the name of each step, for tests that end the process there.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: Path,
+        changelog: Log,
+        publish: Publish,
+        sources: Sequence[str],
+        pipeline_depth: int = PIPELINE_DEPTH,
+        sweep_rows: int = SWEEP_ROWS,
+        append_bytes_max: int = APPEND_BYTES_MAX,
+        on_durable: Callable[[dict[str, int]], None] | None = None,
+        on_fenced: Callable[[], None] | None = None,
+        crash: Callable[[str], None] | None = None,
+        disk: Disk | None = None,
+    ) -> None:
+        assert pipeline_depth >= 1
+        assert sweep_rows >= 1
+        assert sources
+        self.path = path
+        self.sources = tuple(sources)
+        self.truncatable_to: int | None = None  # changelog records before this offset may be deleted
+        self._log = changelog
+        self._publish = publish
+        self._depth = pipeline_depth
+        self._sweep_rows = sweep_rows
+        self._append_bytes_max = append_bytes_max
+        self._on_durable = on_durable or (lambda applied: None)
+        self._on_fenced = on_fenced or (lambda: None)
+        self._crash = crash or (lambda step: None)
+        self._disk = disk or shared_disk()
+        self._store_or_none: Store | None = None
+        self._meta = self._blank(b"\0" * 16)
+        self._epoch = 0
+        self._flushes = 0  # number of the last flush of this epoch
+        self._next_offset = 0  # of the changelog, when nobody else writes
+        self._announced_at = 0
+        self._sweep_from: bytes | None = None
+        self._repair: set[bytes] = set()
+        self._under_way: deque[_Flush] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+
+    # -- reading
+
+    @property
+    def applied(self) -> Mapping[str, int]:
+        """Source topic -> offset of the last record whose effect is in the rows, -1 for none."""
+        return self._meta.applied
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that this owner has claimed."""
+        return self._epoch
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The rows of `keys` in their order, None where there is none; one multi-get. From any thread."""
+        return self._store.get_many(keys)
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """All (key, row) in key order, as of this call. From any thread."""
+        return self._store.items()
+
+    def digest(self) -> str:
+        """`digest` of what is on disk now; reads all rows. From any thread."""
+        meta, rows = self._store.snapshot()
+        return digest(rows, meta.applied if meta is not None else {})
+
+    def memory_bytes(self) -> int:
+        """Memory of the store (the shared block cache not counted) and of the flushes on their way."""
+        waiting = sum(_size(flush.rows.items()) for flush in self._under_way)
+        return self._store.memory_bytes() + waiting
+
+    def disk_bytes(self) -> int:
+        """Size of the store's table files."""
+        return self._store.disk_bytes()
+
+    def row_count_estimate(self) -> int:
+        """About how many rows there are."""
+        return self._store.row_count_estimate()
+
+    # -- life
+
+    async def open(self) -> OpenReport:
+        """Claim the partition, bring the disk to the state that the changelog and the outbox tell, and adopt it.
+
+        Then read the sources from `applied` + 1. A corrupt disk is restored from the changelog (kind "corrupt").
+        Raises Fenced (somebody else claimed it meanwhile: try again if it is still ours), ChangelogLostError,
+        SourcesError, ChangelogVersionError, StoreVersionError, StoreLockedError, StoreError, and what the log raises.
+        """
+        assert self._store_or_none is None, f"{self.path} is open"
+        try:
+            try:
+                opened = await self._find("")
+                return await self._adopt(opened)
+            except StoreCorruptError as error:
+                self._release()
+                self._disk.wipe(self.path)
+                opened = await self._find(str(error))
+                return await self._adopt(opened)
+        except BaseException:
+            self._release()
+            raise
+
+    async def flush(
+        self,
+        rows: Mapping[bytes, bytes | None],
+        downstream: Sequence[tuple[bytes, bytes]],
+        applied: Mapping[str, int],
+    ) -> None:
+        """Take over a fold's result: changed rows (None deletes), downstream records, and the sources' new offsets.
+
+        Returns when it is on disk and fewer than `pipeline_depth` flushes are on their way. Sources that `applied`
+        does not name stay where they are. Raises ValueError for an unknown source, for offsets that go back, and for
+        rows or records without progress (state is a function of the sources); Fenced; PartitionFailedError.
+        """
+        self._check_usable()
+        target = {**self._meta.applied, **applied}
+        if target.keys() != self._meta.applied.keys():
+            raise ValueError(f"applied names {sorted(applied)}, the sources are {self.sources}")
+        if any(target[name] < offset for name, offset in self._meta.applied.items()):
+            raise ValueError(f"applied would go back from {self._meta.applied} to {target}")
+        progress = target != self._meta.applied
+        if not progress and (rows or downstream):
+            raise ValueError(f"rows or records without progress of a source at {target}")
+        self._crash("fold")
+        outbox_id = None
+        if progress:
+            outbox_id = flush_id(self._epoch, self._flushes + 1)
+            meta = replace(self._meta, applied=target)
+            self._store.write(rows, meta, entry=(outbox_id, OutboxEntry(target, downstream, list(rows))))
+            self._meta = meta
+            self._crash("write")
+        await self._send(dict(rows), list(downstream), outbox_id)
+
+    async def sweep(self) -> bool:
+        """When idle: re-publish some untouched rows, as each flush does. False: nothing is left to do.
+
+        Raises Fenced, PartitionFailedError.
+        """
+        self._check_usable()
+        if self._sweep_from is None and not self._repair:
+            return False
+        await self._send({}, [], None)
+        return True
+
+    async def drain(self) -> None:
+        """Until all flushes are durable. Raises Fenced, PartitionFailedError."""
+        while self._under_way:
+            await self._under_way[0].finished.wait()
+        self._check_usable()
+
+    async def close(self) -> None:
+        """Wait for the flushes on their way (or their failure, which is not raised), then release the disk."""
+        while self._under_way:
+            await self._under_way[0].finished.wait()
+        self._release()
+
+    # -- opening
+
+    @property
+    def _store(self) -> Store:
+        assert self._store_or_none is not None, f"{self.path} is not open"
+        return self._store_or_none
+
+    def _release(self) -> None:
+        if self._store_or_none is not None:
+            self._store_or_none.close()
+            self._store_or_none = None
+
+    def _blank(self, store_id: bytes) -> Meta:
+        nothing = dict.fromkeys(self.sources, -1)
+        return Meta(nothing, 0, store_id, 0, nothing, 0)
+
+    async def _open_store(self) -> Store:
+        for attempt in range(LOCK_TRIES_MAX):
+            try:
+                return self._disk.open(self.path)
+            except StoreLockedError:
+                if attempt == LOCK_TRIES_MAX - 1:
+                    raise
+            await asyncio.sleep(LOCK_WAIT_S)
+        raise AssertionError("the last try returns or raises")
+
+    async def _find(self, corruption: str) -> _Opened:
+        """Claim an epoch, decide what the disk is worth, and make it equal to some prefix of the sources."""
+        store = self._store_or_none = await self._open_store()
+        found, outbox = store.meta(), store.outbox()
+        meta = self._blank(new_store_id()) if found is None else self._configured(found)
+        self._crash("open")
+        # Rows that only ever came from the changelog go on coming from it. Else first see who has owned it since.
+        direct = found is None or meta.restoring
+        reader = _reader(meta, keys_only=not direct)
+        restore = _Restore(self, store, meta) if direct else None
+        start = meta.position or await self._log.first()
+        epoch, offset = await self._claim(meta, reader, start, restore)
+        lost = await self._lost(start)
+        mine = all(store_id == meta.store_id for store_id in reader.winners)
+        caught_up = all(meta.applied[name] >= at for name, at in self._complete(reader.applied).items())
+        if lost:
+            kind, reason = "discard", lost
+        elif direct:
+            kind, reason = "fresh" if found is None else "catchup", ""
+        elif mine and caught_up:
+            kind, reason = "same", ""
+        elif not mine and not outbox:
+            kind, reason = "catchup", ""
+            restore, reader = _Restore(self, store, meta), _reader(meta)
+            await self._read(reader, meta, start, offset, restore)
+            if lost := await self._lost(start):
+                kind, reason = "discard", lost
+        else:
+            kind = "discard"
+            reason = f"applied {meta.applied} is not what the changelog has" if mine else "overtaken with an outbox"
+        dropped = len(outbox)
+        if kind == "discard":
+            restore, reader = await self._restore_all(meta.store_id, offset)
+            outbox = []
+        if restore is not None:
+            restore.write()
+            meta = restore.meta
+        opened = _Opened(kind, meta, outbox, epoch, offset + 1, reader, restore.rows if restore else 0, reason)
+        if corruption:
+            opened.kind, opened.reason = "corrupt", corruption
+        elif kind == "discard" and dropped:
+            opened.reason += f"; {dropped} outstanding flushes dropped, the sources still have them"
+        return opened
+
+    async def _claim(self, meta: Meta, reader: Reader, start: int, restore: "_Restore | None") -> tuple[int, int]:
+        """Compare-and-swap through the log: (epoch, offset of our claim), everything up to there read."""
+        claim = meta.store_id + new_store_id()
+        epoch, at = reader.epoch + 1, start
+        while True:
+            offset = await self._log.append([announce_record(epoch, claim)])
+            if offset < meta.position:
+                raise ChangelogLostError(_lost_text(self.path, meta, f"the log ends at {offset}"))
+            self._crash("announce")
+            await self._read(reader, meta, at, offset, restore)
+            at = offset + 1
+            if reader.epoch == epoch and reader.claim == claim:
+                return epoch, offset
+            epoch = reader.epoch_seen_max + 1
+
+    async def _read(self, reader: Reader, meta: Meta, start: int, stop: int, restore: "_Restore | None") -> None:
+        known = meta.position if start == meta.position else 0
+        async for batch in self._log.read(start - 1 if known else start, stop):
+            for record in batch:
+                if record.offset < known:
+                    self._check_known(record, meta)
+                    continue
+                accepted = reader.feed(record)
+                if accepted is not None and restore is not None:
+                    restore.take(accepted)
+
+    def _check_known(self, record: LogRecord, meta: Meta) -> None:
+        """The record before our position is the marker that we know, or this is another log."""
+        marker = parse(record)
+        if not isinstance(marker, Marker) or (marker.epoch, marker.flush) != (meta.epoch, meta.log_flush):
+            raise ChangelogLostError(_lost_text(self.path, meta, "the log has another record there"))
+
+    async def _lost(self, start: int) -> str:
+        """Why the records read from `start` on are not all that were needed; "" when they are."""
+        first = await self._log.first()
+        return f"the changelog begins at {first}, needed from {start}" if first > start else ""
+
+    async def _restore_all(self, store_id: bytes, stop: int) -> tuple["_Restore", Reader]:
+        """Wipe the disk and restore it from the whole log."""
+        while True:
+            self._release()
+            self._disk.wipe(self.path)
+            store = self._store_or_none = await self._open_store()
+            meta = self._blank(store_id)
+            restore, reader = _Restore(self, store, meta), _reader(meta)
+            start = await self._log.first()
+            await self._read(reader, meta, start, stop, restore)
+            if not await self._lost(start):  # an earlier owner may have deleted the log's head meanwhile
+                return restore, reader
+
+    async def _adopt(self, opened: _Opened) -> OpenReport:
+        """Settle the outbox and write again what the log's readers must not miss, all as the epoch's first flush."""
+        for _, entry in opened.outbox:
+            if entry.downstream:
+                await self._publish(list(entry.downstream))
+        self._crash("outbox")
+        touched = opened.reader.uncovered_keys()
+        touched.update(key for _, entry in opened.outbox for key in entry.keys)
+        base = opened.reader.marker_epoch, opened.reader.flush
+        applied = opened.meta.applied
+        self._epoch, self._flushes, self._next_offset = opened.epoch, 1, opened.position
+        self._announced_at = opened.position - 1
+        self._repair, self._failure = set(), None
+        marker = Marker(opened.epoch, KIND_ADOPT, *base, 1, len(touched), applied)
+        last = await self._append_rows(self._stored(sorted(touched)), marker)
+        self._crash("adopt")
+        self._meta = replace(
+            opened.meta, epoch=opened.epoch, position=last + 1, log_applied=applied, log_flush=1, restoring=False
+        )
+        self._store.write({}, self._meta, settled=[outbox_id for outbox_id, _ in opened.outbox])
+        self.truncatable_to = opened.reader.truncatable_to
+        self._sweep_from = b""
+        return OpenReport(
+            opened.kind, opened.epoch, base, len(opened.outbox), opened.read, len(touched), dict(applied), opened.reason
+        )
+
+    def _stored(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, bytes | None]]:
+        for at in range(0, len(keys), READ_KEYS_MAX):
+            some = keys[at : at + READ_KEYS_MAX]
+            yield from zip(some, self._store.get_many(some), strict=True)
+
+    def _configured(self, meta: Meta) -> Meta:
+        return replace(meta, applied=self._complete(meta.applied), log_applied=self._complete(meta.log_applied))
+
+    def _complete(self, applied: Mapping[str, int]) -> dict[str, int]:
+        """`applied` in the order of our sources, -1 for those that are new."""
+        unknown = applied.keys() - set(self.sources)
+        if unknown:
+            raise SourcesError(
+                f"{self.path}: the state has applied {sorted(unknown)}, this partition reads {self.sources}; "
+                "configure the topics that it was built from, or delete the folder and the changelog"
+            )
+        return {name: applied.get(name, -1) for name in self.sources}
+
+    # -- publishing
+
+    def _check_usable(self) -> None:
+        if isinstance(self._failure, Fenced):
+            raise Fenced(*self._failure.args) from self._failure
+        if self._failure is not None:
+            raise PartitionFailedError(
+                f"{self.path}: a flush could not be published ({self._failure!r}); it is on disk: close, open again"
+            ) from self._failure
+        assert self._store_or_none is not None, f"{self.path} is not open"
+
+    async def _send(
+        self,
+        rows: dict[bytes, bytes | None],
+        downstream: list[tuple[bytes, bytes]],
+        outbox_id: bytes | None,
+    ) -> None:
+        """Put a flush on its way, with repairs and some of the sweep; wait for room behind it."""
+        repair = sorted(self._repair - rows.keys())
+        rows.update(self._stored(repair))
+        self._repair.clear()
+        kind = KIND_SWEPT if self._add_sweep(rows) else KIND_RUNNING
+        self._flushes += 1
+        flush = _Flush(self._flushes, kind, rows, downstream, self._meta.applied, outbox_id)
+        before = self._under_way[-1] if self._under_way else None
+        self._under_way.append(flush)
+        task = asyncio.get_running_loop().create_task(self._settle(flush, before))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        while len(self._under_way) >= self._depth:
+            await self._under_way[0].finished.wait()
+        if self._failure is not None:
+            self._check_usable()
+
+    def _add_sweep(self, rows: dict[bytes, bytes | None]) -> bool:
+        """Add the next untouched rows; whether the sweep ends with them."""
+        if self._sweep_from is None:
+            return False
+        some = list(islice(self._store.items(self._sweep_from), self._sweep_rows))
+        for key, row in some:
+            rows.setdefault(key, row)
+        if len(some) < self._sweep_rows:
+            self._sweep_from = None
+            return True
+        self._sweep_from = some[-1][0] + b"\0"
+        return False
+
+    async def _settle(self, flush: _Flush, before: _Flush | None) -> None:
+        """Steps 3 to 5."""
+        try:
+            if before is not None:
+                await before.published.wait()
+            if flush.downstream and self._failure is None:
+                await self._publish(flush.downstream)  # 3
+            self._crash("publish")
+            flush.published.set()
+            if before is not None:
+                await before.finished.wait()
+            if self._failure is None:
+                await self._settle_rows(flush)
+        except BaseException as failure:  # whatever it is, no later flush may pass this one
+            self._failure = self._failure or failure
+            if not isinstance(failure, Exception):
+                raise
+            if isinstance(failure, Fenced):
+                self._on_fenced()
+        finally:
+            self._under_way.remove(flush)
+            flush.published.set()
+            flush.finished.set()
+
+    async def _settle_rows(self, flush: _Flush) -> None:
+        marker = Marker(self._epoch, flush.kind, 0, 0, flush.number, len(flush.rows), flush.applied)
+        last = await self._append_rows(flush.rows.items(), marker)  # 4
+        self._crash("marker")
+        self._meta = replace(
+            self._meta, epoch=self._epoch, position=last + 1, log_applied=flush.applied, log_flush=flush.number
+        )
+        self._store.write({}, self._meta, settled=[] if flush.outbox_id is None else [flush.outbox_id])  # 5
+        self._crash("commit")
+        if flush.kind == KIND_SWEPT:
+            self.truncatable_to = self._announced_at
+        self._on_durable(dict(flush.applied))
+
+    async def _append_rows(self, rows: Iterable[tuple[bytes, bytes | None]], marker: Marker) -> int:
+        """Rows, in appends of bounded size, each acknowledged before the next; the marker in the last one."""
+        chunk: list[tuple[bytes, bytes | None]] = []
+        size = 0
+        for key, value in row_records(marker.epoch, marker.flush, rows):
+            if chunk and (size >= self._append_bytes_max or len(chunk) >= APPEND_RECORDS_MAX):
+                await self._append(chunk)
+                self._crash("chunk")
+                chunk, size = [], 0
+            chunk.append((key, value))
+            size += len(key) + len(value)
+        self._crash("rows")
+        chunk.append(marker_record(marker))
+        return await self._append(chunk)
+
+    async def _append(self, records: Sequence[tuple[bytes, bytes | None]]) -> int:
+        """Append, and notice who else has written: ours alone would follow on our last record."""
+        last = await self._log.append(records)
+        begins = last - len(records) + 1
+        if begins < self._next_offset:
+            raise ChangelogLostError(
+                f"{self.path}: the changelog went back from offset {self._next_offset} to {begins}; records that were "
+                "acknowledged are gone (topic deleted, unclean leader?): stop, and see docs before restarting"
+            )
+        if begins > self._next_offset:
+            await self._inspect(self._next_offset, begins, last)
+        self._next_offset = last + 1
+        return last
+
+    async def _inspect(self, start: int, begins: int, last: int) -> None:
+        """Read what stands between our records: a newer owner, late rows of an older one, or a doubled append."""
+        newer = 0
+        async for batch in self._log.read(start, last):
+            for record in batch:
+                match parse(record):
+                    case Announce() as announce:
+                        newer = max(newer, announce.epoch)
+                    case Row() as row if row.epoch != self._epoch or record.offset < begins:
+                        self._repair.add(row.key)  # it may hide a good row from a compactor
+        if newer > self._epoch:
+            raise Fenced(f"{self.path}: epoch {self._epoch} was overtaken by {newer}")
+
+
+class _Restore:
+    """Brings a store along the changelog: accepted flushes, some together, in batches of bounded size.
+
+    A batch that is not the last one of its flushes runs ahead of META, which says so (`Meta.restoring`): a restore
+    that is cut off goes on at META's position.
+    """
+
+    def __init__(self, partition: Partition, store: Store, meta: Meta) -> None:
+        self.meta = replace(meta, restoring=True)
+        self.rows = 0
+        self._partition = partition
+        self._store = store
+        self._waiting: dict[bytes, bytes | None] = {}
+        self._waiting_bytes = 0
+        self._store.write({}, self.meta)
+
+    def take(self, accepted: Accepted) -> None:
+        """The next flush of the changelog."""
+        self.rows += len(accepted.rows)
+        self._waiting_bytes += _size(accepted.rows.items())
+        if self._waiting:
+            self._waiting.update(accepted.rows)
+        else:
+            self._waiting = accepted.rows
+        applied = self._partition._complete(accepted.applied)
+        self.meta = replace(
+            self.meta,
+            applied=applied,
+            epoch=accepted.epoch,
+            position=accepted.position,
+            log_applied=applied,
+            log_flush=accepted.flush,
+        )
+        if self._waiting_bytes >= RESTORE_BYTES_MAX:
+            self.write()
+
+    def write(self) -> None:
+        """What waits, to disk; rows leave memory as they are written."""
+        while True:
+            batch: dict[bytes, bytes | None] = {}
+            size = 0
+            while self._waiting and size < RESTORE_BYTES_MAX:
+                key, row = self._waiting.popitem()
+                batch[key] = row
+                size += len(key) + len(row or b"")
+            self._store.write(batch, None if self._waiting else self.meta)
+            self._partition._crash("restore")
+            if not self._waiting:
+                self._waiting_bytes = 0
+                return
+
+
+def _reader(meta: Meta, *, keys_only: bool = False) -> Reader:
+    return Reader(epoch=meta.epoch, flush=meta.log_flush, applied=meta.log_applied, keys_only=keys_only)
+
+
+def _size(rows: Collection[tuple[bytes, bytes | None]]) -> int:
+    return sum(len(key) + len(row or b"") for key, row in rows)
+
+
+def _lost_text(path: Path, meta: Meta, what: str) -> str:
+    return (
+        f"{path}: this store has read its changelog up to offset {meta.position - 1}, but {what}. Records that were "
+        "acknowledged are gone, or the topic was made anew. If that was meant, delete the folder: the state is then "
+        "what the changelog and the sources still have. If not, restore the topic before any worker starts"
+    )
