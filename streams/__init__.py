@@ -1,0 +1,1 @@
+"""Headwater at its edges: topics, agents, the pipeline, HTTP and the command line."""
