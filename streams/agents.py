@@ -19,6 +19,7 @@ import numpy as np
 import structlog
 
 from model.evaluate import LiveMetrics
+from model.learner import HALF_LIVES_POSITIVES
 from monitoring.metrics import Metrics
 from state.partition import OpenReport, Partition
 from streams import codec, examples, pipeline
@@ -38,6 +39,11 @@ ROW_CACHE_BYTES_MAX: Final = 64 << 20  # of one partition's rows kept as bytes, 
 SWEEP_IDLE_S: Final = 1.0
 FINISH_BYTES_MAX: Final = 32 << 20  # of item rows flushed on a stop: it has 5 s; the examples log holds the rest
 assert INBOX_RECORDS_LOW >= BATCH_EVENTS_MAX, "a resumed partition must not run dry while it fetches"
+
+# Names of an outcome's popularity ranks, by the half-life of the counts in positives.
+POPULARITIES: Final = tuple(
+    "popularity" if half_life is None else f"popularity_{half_life}" for half_life in HALF_LIVES_POSITIVES
+)
 
 T = TypeVar("T")
 
@@ -391,12 +397,12 @@ class LearnerKeeper(Keeper[bytes]):
 
     def __init__(
         self, number: int, partition: Partition, topics: dict[str, str], around: Surroundings,
-        new_learner: Callable[[], ItemLearner], flush_bytes_per_s: float, flush_min_s: float,
+        new_learner: Callable[[], ItemLearner], flush_bytes_per_s: float, flush_min_s: float, live_tests_max: int,
     ) -> None:  # fmt: skip
         super().__init__(number, partition, topics, around)
         self._new_learner = new_learner
         self.learner = new_learner()
-        self.live = LiveMetrics()
+        self.live = LiveMetrics(POPULARITIES, live_tests_max)
         self.offset = -1  # of the last message that the matrix in memory holds
         self.counts = {"examples": 0, "items": 0, "messages": 0}
         self._flush_bytes_per_s = flush_bytes_per_s
@@ -442,7 +448,7 @@ class LearnerKeeper(Keeper[bytes]):
             self.counts["items"] += one.entries
             self._entered |= one.entries > 0
             if one.outcome is not None:
-                self.live.update(one.outcome)
+                self.live.observe(one.outcome)
         self.around.metrics.learnt(learnt, self.live, self.around.now())
 
     def is_flush_due(self) -> bool:

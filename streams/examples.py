@@ -236,6 +236,7 @@ def _unpack(
             history_ts[kept, q] = _load_u32(address + slot + 8)
             history_weight[kept, q] = _half(np.int64(buffer[slot + 12]) | np.int64(buffer[slot + 13]) << 8)
         text_on[kept] = flags & 1 != 0
+        text_weight[kept] = 0
         if flags & 1:
             text_weight[kept] = _load_f32(address + extra)
             scale = _load_f32(address + extra + 4)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # numba and Faust load when a worker starts, not for every co
     from streams.pipeline import EvidenceConfig
 
 PREFIX: Final = "HEADWATER_"
+LEARNER: Final = "learner_"  # in front of the fields of LearnerConfig
 TEST_PREFIX: Final = "HEADWATER_TEST_"  # read by the tests, not by the program
 EMBEDDED_BROKER_PORT: Final = 9092  # where `headwater broker` listens, and a worker looks when BROKER is empty
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # what Kafka allows in topics and groups
@@ -71,6 +72,10 @@ class Settings(BaseSettings):
     session_timeout_s: float = _setting(
         10.0, "s", "A worker silent for this long loses its partitions: takeover time against false alarms.",
         ge=6, le=300,
+    )  # fmt: skip
+    retention_hours: float = _setting(
+        720.0, "h", "How long clicks, comments, erasures and dead letters are kept; the state outlives them.",
+        gt=0,
     )  # fmt: skip
     examples_retention_hours: float = _setting(
         168.0, "h", "How long examples are kept. It must outlast the learner's longest stop, or learning has a hole.",
@@ -154,6 +159,35 @@ class Settings(BaseSettings):
         0.05, "share",
         "Of the targets, ranked in full before they are learnt: the live metrics. Each is a pass over the catalogue.",
     )  # fmt: skip
+
+    # -- the learner: model.learner.LearnerConfig; changing a size needs an app id (or state and logs) of its own
+    learner_dim: int = _setting(
+        64, "dimensions", "Of the learnt block: 128 gives a little and costs 25 %.", ge=8, le=512
+    )
+    learner_negatives: int = _setting(
+        512, "items", "Drawn a message and shared by its examples: more is better on large catalogues, and slower.",
+        ge=1, le=16_384,
+    )  # fmt: skip
+    learner_neighbours_max: int = _setting(
+        256, "items", "Co-occurring items kept an item, 8 bytes each.", ge=1, le=4096
+    )
+    learner_cooccurrence_history: int = _setting(
+        32, "events", "Newest of a user's history that the co-occurrence block reads.", ge=1, le=100
+    )
+    learner_y_history: int = _setting(32, "events", "Newest of a user's history whose y is trained.", ge=1, le=100)
+    learner_seed: int = _setting(
+        7, "number", "Of the negatives and the text projection: another seed, another run.", ge=0
+    )
+    learner_lr_phi: float = _setting(0.05, "step", "AdaGrad step of phi.", gt=0, le=10)
+    learner_lr_y: float = _setting(0.1, "step", "AdaGrad step of y.", gt=0, le=10)
+    learner_lr_beta: float = _setting(0.02, "step", "AdaGrad step of the items' biases.", gt=0, le=10)
+    learner_lr_scale: float = _setting(0.2, "step", "AdaGrad step of the blocks' scales.", gt=0, le=10)
+    learner_lr_decay: float = _setting(0.05, "step", "AdaGrad step of the age and gap weights.", gt=0, le=10)
+    learner_lr_sharp: float = _setting(0.1, "step", "AdaGrad step of the probabilities' sharpness.", gt=0, le=10)
+
+    live_tests_max: int = _setting(
+        10_000, "tests", "The newest ranked targets that the live metrics are computed over.", ge=100, le=10_000_000
+    )
 
     @field_validator("topic_prefix", "app_id")
     @classmethod
@@ -264,7 +298,12 @@ class Settings(BaseSettings):
         """The learner's configuration beside an encoder of this many dimensions."""
         from model.learner import LearnerConfig  # loads numba: not for every command
 
-        return LearnerConfig(text_dim=text_dim)
+        mirrored = {
+            name.removeprefix(LEARNER): getattr(self, name)
+            for name in type(self).model_fields
+            if name.startswith(LEARNER)
+        }
+        return LearnerConfig(text_dim=text_dim, **mirrored)
 
 
 class Shown(NamedTuple):

@@ -11,9 +11,11 @@ from typing import Any, Final, NamedTuple, Protocol
 import structlog
 
 from model.items import ItemMatrix
+from model.learner import LearnerConfig
 from monitoring.metrics import Metrics
 from state.changelog import Reader
 from state.partition import Fenced, Partition
+from state.store import RocksDisk
 from streams import kafka
 from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, Surroundings, UserKeeper
 from streams.codec import DeadLetter
@@ -64,8 +66,11 @@ class Worker:
         self.producer = kafka.Producer(self.options)
         self.encoding = Encoding(encoder, self.metrics.encoded, now)
         self.learner_config = settings.learner_config(encoder.dim)
-        self.replica = ItemMatrix(self.learner_config)
+        self.replica = _matrix(self.learner_config)
         self.replica_applied = -1
+        self.disk = RocksDisk(
+            cache_bytes=settings.rocksdb_cache_bytes, write_buffers_bytes=settings.rocksdb_write_buffers_bytes
+        )
         self.keepers: dict[tuple[str, int], Keeper[Any]] = {}
         self.opening: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.listeners: set[asyncio.Queue[dict[str, Any]]] = set()
@@ -145,6 +150,7 @@ class Worker:
         topics = {topic: name for topic, (k, name) in self.topic_kinds.items() if k == kind}
         changelog = {"users": "users-changelog", "catalogue": "catalogue-changelog", "learner": "items-changelog"}
         partition = Partition(
+            disk=self.disk,
             path=self.settings.state_dir / f"{kind}-{number}",
             changelog=kafka.ChangelogTopic(
                 self.settings.internal_topic(changelog[kind]), number, self.producer, self.options
@@ -160,7 +166,7 @@ class Worker:
         return LearnerKeeper(
             number, partition, topics, self.around,
             lambda: ItemLearner(self.learner_config, self.encoding.dim),
-            self.settings.item_flush_bytes_per_s, self.settings.item_flush_min_s,
+            self.settings.item_flush_bytes_per_s, self.settings.item_flush_min_s, self.settings.live_tests_max,
         )  # fmt: skip
 
     async def _publish_examples(self, records: list[tuple[bytes, bytes]]) -> None:
@@ -305,3 +311,7 @@ class Worker:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _matrix(config: LearnerConfig) -> ItemMatrix:
+    return ItemMatrix(config.dim, config.text_dim, config.neighbours_max)

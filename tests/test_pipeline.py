@@ -18,7 +18,7 @@ from streams.examples import CLICKS, COMMENTS, item_key
 from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
 
 DIM = 24
-CONFIG = LearnerConfig(text_dim=DIM, dim=8, negatives=16, neighbours=16)
+CONFIG = LearnerConfig(text_dim=DIM, dim=8, negatives=16, neighbours_max=16)
 EVIDENCE = EvidenceConfig(weights={"purchase": 3.0})
 
 

@@ -1,0 +1,113 @@
+"""A synthetic stream for load: Zipf items in clusters, users uniform, one event in four a rating (as many low as not)."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from aiokafka.partitioner import murmur2
+
+from streams import kafka
+from streams.settings import Settings
+
+CLUSTER_ITEMS: Final = 500
+VECTOR_DIM: Final = 16  # widened by the worker; keeps the messages of 100,000 items small
+PUBLISH_RECORDS: Final = 8000
+TICK_S: Final = 0.01
+
+
+class Stream:
+    """Endless events of `users` users on `items` items, a function of the seed."""
+
+    def __init__(self, items: int, users: int, seed: int = 1) -> None:
+        self._random = np.random.default_rng(seed)
+        self.items, self.users = items, users
+        popularity = 1 / np.arange(1, items + 1) ** 0.9
+        self._cumulated = np.cumsum(popularity) / popularity.sum()
+        self._order = np.random.default_rng(5).permutation(items)
+        self._clusters = max(1, items // CLUSTER_ITEMS)
+        self._number = 0
+
+    def take(self, count: int, ts: float) -> list[tuple[bytes, bytes]]:
+        """(key, value) of the next events, all at `ts`."""
+        draw = self._random
+        users = draw.integers(0, self.users, count)
+        world = self._order[np.minimum(self.items - 1, np.searchsorted(self._cumulated, draw.random(count)))]
+        cluster = (users * 7 + draw.integers(0, 3, count)) % self._clusters
+        near = (cluster + self._clusters * (CLUSTER_ITEMS * draw.random(count) ** 3).astype(np.int64)) % self.items
+        items = np.where(draw.random(count) < 0.5, world, near)
+        kinds = draw.random(count)
+        start, self._number = self._number, self._number + count
+        return [
+            (b"u%d" % user, _event(start + n, user, item, kind, ts))
+            for n, (user, item, kind) in enumerate(zip(users.tolist(), items.tolist(), kinds.tolist(), strict=True))
+        ]
+
+
+def _event(number: int, user: int, item: int, kind: float, ts: float) -> bytes:
+    action = '"click"' if kind < 0.75 else '"rating","value":%d' % (2 if kind < 0.88 else 5)
+    return b'{"event_id":"e%d","user_id":"u%d","item_id":"i%d","action":%s,"ts":%.4f}' % (
+        number, user, item, action.encode(), ts,
+    )  # fmt: skip
+
+
+def item_records(count: int) -> Iterator[tuple[bytes, bytes]]:
+    """(key, value) of the catalogue: items that bring a plain vector, so that nothing is encoded."""
+    vectors: npt.NDArray[Any] = np.random.default_rng(3).standard_normal((count, VECTOR_DIM)).round(3)
+    for n, vector in enumerate(vectors.tolist()):
+        yield b"i%d" % n, json.dumps({"item_id": f"i{n}", "text": "", "vector": vector}).encode()
+
+
+def partition_of(key: bytes, partitions: int) -> int:
+    """Kafka's default: murmur2 of the key."""
+    return int((murmur2(key) & 0x7FFFFFFF) % partitions)
+
+
+async def publish(producer: kafka.Producer, settings: Settings, topic: str, records: list[tuple[bytes, bytes]]) -> None:
+    """Appends records to their keys' partitions, all acknowledged."""
+    parts: dict[int, list[tuple[bytes | None, bytes | None]]] = {}
+    for record in records:
+        parts.setdefault(partition_of(record[0], settings.partitions), []).append(record)
+    await asyncio.gather(*(producer.send(settings.topic(topic), p, part) for p, part in parts.items()))
+
+
+async def publish_items(settings: Settings, count: int) -> None:
+    """The whole catalogue."""
+    producer = kafka.Producer(settings.kafka_options())
+    await producer.start()
+    try:
+        batch: list[tuple[bytes, bytes]] = []
+        for record in item_records(count):
+            batch.append(record)
+            if len(batch) == PUBLISH_RECORDS:
+                await publish(producer, settings, "items", batch)
+                batch = []
+        if batch:
+            await publish(producer, settings, "items", batch)
+    finally:
+        await producer.stop()
+
+
+async def publish_events(
+    settings: Settings, stream: Stream, count: int, rate: float = 0.0, published: Callable[[int], None] | None = None
+) -> None:
+    """`count` events, as fast as it goes or at `rate` a second; their `ts` is when they were made."""
+    producer = kafka.Producer(settings.kafka_options())
+    await producer.start()
+    try:
+        done, started = 0, time.monotonic()
+        while done < count:
+            due = count if not rate else min(count, int((time.monotonic() - started) * rate) + 1)
+            size = min(PUBLISH_RECORDS, due - done)
+            if size > 0:
+                await publish(producer, settings, "clicks", stream.take(size, time.time()))
+                done += size
+                if published is not None:
+                    published(done)
+            elif rate:
+                await asyncio.sleep(TICK_S)
+    finally:
+        await producer.stop()
