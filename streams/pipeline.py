@@ -79,7 +79,7 @@ def learn_users(
         fold = folds[event.user_id]
         position = rows.position(topic, offset)
         if isinstance(event, Click):
-            low = _is_low(event, config)
+            low = is_low(event, config)
             weight = config.weights.get(event.action)
             if weight is None:
                 unknown += event.action not in rows.ACTION_CODES
@@ -106,7 +106,8 @@ def learn_users(
     return UserBatch(changed, messages, len(packed), positives, unknown)
 
 
-def _is_low(event: Click, config: EvidenceConfig) -> bool:
+def is_low(event: Click, config: EvidenceConfig) -> bool:
+    """Whether the behaviour is evidence against, never a target: a rating under the threshold, a skip, a dislike."""
     if event.action == "rating":
         return event.value < config.positive_threshold
     return event.action in config.low_actions
