@@ -110,6 +110,23 @@ def ensure(settings: Settings) -> list[Report]:
     ]
 
 
+def require(settings: Settings, names: Sequence[str]) -> None:
+    """Raises TopicsError unless these public topics are there with the planned partitions, BrokerUnreachable."""
+    wanted = {settings.topic(name) for name in names}
+    topics = [topic for topic in planned(settings) if topic.name in wanted]
+    client = _connect(settings)
+    try:
+        found = _describe(client, topics)
+    finally:
+        client.close()
+    for topic in topics:
+        if topic.name not in found:
+            raise TopicsError(f"topic {topic.name} is not there: make the topics with `headwater topics`")
+        report = _compare(topic, found[topic.name], {})
+        if report.state is State.WRONG:
+            raise TopicsError(f"topic {topic.name}: {report.differences[0]}")
+
+
 def _connect(settings: Settings) -> KafkaAdminClient:
     try:
         return KafkaAdminClient(**settings.kafka_options(), bootstrap_timeout_ms=BOOTSTRAP_WAIT_MS)
