@@ -346,7 +346,7 @@ def environment(settings: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **{PREFIX + name.upper(): value for name, value in settings.items()}}
 
 
-def test_kafka_dir() -> Path | None:
+def kafka_test_dir() -> Path | None:
     """The folder with Kafka's `libs/` that the broker tests run on, where one is given."""
     given = os.environ.get(TEST_PREFIX + "KAFKA")
     return Path(given).resolve() if given else None

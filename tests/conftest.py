@@ -1,0 +1,79 @@
+"""Brokers for the tests: `broker` is each kind that is here, started once a session and ended by its own pid."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from streams import broker as embedded
+from streams.settings import Settings, kafka_test_dir
+from tests.kafka_node import KafkaNode
+
+EMBEDDED: Final = "embedded"
+KAFKA: Final = "kafka"
+_numbers = itertools.count()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of `broker` runs on the embedded one, and on Apache Kafka where HEADWATER_TEST_KAFKA names its jars."""
+    if "broker" in metafunc.fixturenames:
+        kinds = [EMBEDDED, KAFKA] if kafka_test_dir() else [EMBEDDED]
+        metafunc.parametrize("broker", kinds, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that ask for `kafka_node` exist only where Kafka's jars do: they are the same promises on more software."""
+    if kafka_test_dir() is None:
+        items[:] = [item for item in items if KAFKA + "_node" not in getattr(item, "fixturenames", ())]
+
+
+@pytest.fixture(scope="session")
+def embedded_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """host:port of an embedded broker."""
+    with embedded.EmbeddedBroker(log_file=tmp_path_factory.mktemp("broker") / "broker.log") as running:
+        yield running.address
+
+
+@pytest.fixture(scope="session")
+def kafka_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaNode]:
+    """A running node of Apache Kafka, with its own command line clients."""
+    folder = kafka_test_dir()
+    assert folder is not None
+    with KafkaNode(folder, tmp_path_factory.mktemp("kafka")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def broker(request: pytest.FixtureRequest) -> str:
+    """host:port of a broker of each kind, in turn."""
+    if request.param == KAFKA:
+        node: KafkaNode = request.getfixturevalue("kafka_node")
+        return node.address
+    address: str = request.getfixturevalue("embedded_broker")
+    return address
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    return embedded.free_port()
+
+
+@pytest.fixture
+def make_settings(tmp_path: Path) -> Callable[..., Settings]:
+    """`make_settings(broker=address)`: settings with topics, group, state folder and port of their own."""
+
+    def make(**overrides: Any) -> Settings:
+        number = next(_numbers)
+        own: dict[str, Any] = {
+            "topic_prefix": f"t{number}.",
+            "app_id": f"app{number}",
+            "state_dir": tmp_path / f"state-{number}",
+            "http_port": embedded.free_port(),
+            "partitions": 2,
+        }
+        return Settings(**{**own, **overrides})
+
+    return make
