@@ -166,9 +166,11 @@ def validate_event(message: bytes | Mapping[str, Any], now_s: float) -> Click | 
     """
     if not isinstance(message, bytes):
         try:
-            message = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            message = json.dumps(message, ensure_ascii=False).encode()
         except RecursionError:
             return _NESTED_TOO_DEEP
+        except UnicodeEncodeError:
+            return _HALF_PAIR
         except (TypeError, ValueError):
             return Reject(Reason.WRONG_TYPE, "the event holds something that JSON cannot")
     fault = _size_fault(message)
@@ -282,6 +284,7 @@ def _key_mismatch(shape: _Shape[Any], key: bytes | None) -> Reject:
 _NESTED_TOO_DEEP: Final = Reject(
     Reason.NESTED_TOO_DEEP, f"more than {NESTING_MAX} objects and arrays within one another"
 )
+_HALF_PAIR: Final = Reject(Reason.NOT_UTF8, "a string holds half of a surrogate pair")
 _TEXT_EMPTY: Final = Reject(Reason.TEXT_EMPTY, "text: empty")
 _UNKNOWN_TYPE: Final = Reject(Reason.UNKNOWN_TYPE, 'type: has to be "click" or "comment"')
 _ATTRIBUTES_TOO_LARGE: Final = Reject(
@@ -335,15 +338,17 @@ def _syntax_fault(value: bytes) -> Reject | None:
 
 
 def _not_json(text: str) -> Reject:
-    """Tell what other encoders take for JSON (NaN, lone surrogates) from what is none."""
+    """Tell what other encoders take for JSON (NaN, halves of surrogate pairs) from what is none."""
     constants: list[str] = []
     try:
-        json.loads(text, parse_constant=constants.append)
+        parsed = json.loads(text, parse_constant=constants.append)
     except (ValueError, RecursionError):
         return Reject(Reason.NOT_JSON, "the value is not JSON")
-    if constants:
-        return Reject(Reason.NOT_FINITE, "NaN and Infinity are not JSON")
-    return Reject(Reason.NOT_UTF8, "a string holds half of a surrogate pair")
+    try:
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return _HALF_PAIR
+    return Reject(Reason.NOT_FINITE, "NaN and Infinity are not JSON") if constants else _HALF_PAIR
 
 
 def _explain(shape: _Shape[Any], value: bytes) -> Reject:
@@ -402,14 +407,14 @@ def _number_fault(name: str, raw: bytes) -> Reject:
 
 
 def _attributes_explained(raw: bytes) -> Reject:
-    entries = _decode_fields(raw)
-    if len(entries) > ATTRIBUTES_MAX:
+    if len(_decode_fields(raw)) > ATTRIBUTES_MAX:
         return _ATTRIBUTES_TOO_LARGE
-    for entry in entries.values():
-        if _kind(bytes(entry)) == "number":
-            fault = _number_fault("attributes", bytes(entry))
-            if fault.reason is Reason.NOT_FINITE:
-                return fault
+    try:
+        values = _decode_object(raw).values()
+    except msgspec.ValidationError:
+        return Reject(Reason.NOT_FINITE, "attributes: not a finite number")
+    if any(type(value) is int and not -(2**63) <= value < 2**63 for value in values):
+        return Reject(Reason.VALUE_OUT_OF_RANGE, "attributes: an integer beyond 64 bits")
     return Reject(Reason.WRONG_TYPE, "attributes: values have to be numbers, strings, booleans or lists of strings")
 
 
@@ -467,6 +472,7 @@ class _RawAttributes(msgspec.Struct):
 _decode_typed: Final = msgspec.json.Decoder(_Typed).decode
 _decode_raw_attributes: Final = msgspec.json.Decoder(_RawAttributes).decode
 _decode_fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_object: Final = msgspec.json.Decoder(dict[str, Any]).decode
 _decode_float: Final = msgspec.json.Decoder(float).decode
 
 
