@@ -188,7 +188,8 @@ class Partition:
         self._next_offset = 0  # of the changelog, when nobody else writes
         self._announced_at = 0
         self._sweep_from: bytes | None = None
-        self._repair: set[bytes] = set()
+        self._repair: set[bytes] = set()  # keys to write again with the next flush
+        self._repaired_by = 0  # the flush that carries the last repairs
         self._under_way: deque[_Flush] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
@@ -440,13 +441,11 @@ class Partition:
         applied = opened.meta.applied
         self._epoch, self._flushes, self._next_offset = opened.epoch, 1, opened.position
         self._announced_at = opened.position - 1
-        self._repair, self._failure = set(), None
+        self._repair, self._repaired_by, self._failure = set(), 0, None
         marker = Marker(opened.epoch, KIND_ADOPT, *base, 1, len(touched), applied)
         last = await self._append_rows(self._stored(sorted(touched)), marker)
         self._crash("adopt")
-        self._meta = replace(
-            opened.meta, epoch=opened.epoch, position=last + 1, log_applied=applied, log_flush=1, restoring=False
-        )
+        self._meta = self._beyond(replace(opened.meta, restoring=False), last, marker)
         self._store.write({}, self._meta, settled=[outbox_id for outbox_id, _ in opened.outbox])
         self.truncatable_to = opened.reader.truncatable_to
         self._sweep_from = b""
@@ -490,11 +489,12 @@ class Partition:
         outbox_id: bytes | None,
     ) -> None:
         """Put a flush on its way, with repairs and some of the sweep; wait for room behind it."""
-        repair = sorted(self._repair - rows.keys())
-        rows.update(self._stored(repair))
-        self._repair.clear()
-        kind = KIND_SWEPT if self._add_sweep(rows) else KIND_RUNNING
         self._flushes += 1
+        if self._repair:
+            rows.update(self._stored(sorted(self._repair - rows.keys())))
+            self._repair.clear()
+            self._repaired_by = self._flushes
+        kind = KIND_SWEPT if self._add_sweep(rows) else KIND_RUNNING
         flush = _Flush(self._flushes, kind, rows, downstream, self._meta.applied, outbox_id)
         before = self._under_way[-1] if self._under_way else None
         self._under_way.append(flush)
@@ -547,14 +547,27 @@ class Partition:
         marker = Marker(self._epoch, flush.kind, 0, 0, flush.number, len(flush.rows), flush.applied)
         last = await self._append_rows(flush.rows.items(), marker)  # 4
         self._crash("marker")
-        self._meta = replace(
-            self._meta, epoch=self._epoch, position=last + 1, log_applied=flush.applied, log_flush=flush.number
-        )
+        self._meta = self._beyond(self._meta, last, marker)
         self._store.write({}, self._meta, settled=[] if flush.outbox_id is None else [flush.outbox_id])  # 5
         self._crash("commit")
         if flush.kind == KIND_SWEPT:
             self.truncatable_to = self._announced_at
         self._on_durable(dict(flush.applied))
+
+    def _beyond(self, meta: Meta, offset: int, marker: Marker) -> Meta:
+        """`meta` with its place in the changelog behind the marker at `offset`.
+
+        It stays where it is while repairs are owed: the next open must find their reason again.
+        """
+        if self._repair or marker.flush < self._repaired_by:
+            return meta
+        return replace(
+            meta,
+            epoch=marker.epoch,
+            position=offset + 1,
+            log_applied=marker.applied,
+            log_flush=marker.flush,
+        )
 
     async def _append_rows(self, rows: Iterable[tuple[bytes, bytes | None]], marker: Marker) -> int:
         """Rows, in appends of bounded size, each acknowledged before the next; the marker in the last one."""

@@ -254,8 +254,9 @@ class RocksDisk:
         return RocksStore(database, path)
 
     def wipe(self, path: Path) -> None:
-        """Remove the folder of a closed store."""
-        shutil.rmtree(path)
+        """Remove the folder of a closed store, if there is one."""
+        if path.exists():
+            shutil.rmtree(path)
 
     def memory_bytes(self) -> int:
         """Block cache and memtables of all the stores."""
