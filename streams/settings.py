@@ -32,7 +32,11 @@ LOOPBACK_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
 SASL_MECHANISMS: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
-class SettingsError(ValueError):
+class Fault(Exception):
+    """The world's fault, in words that say what to do: the command line prints them and exits with 1."""
+
+
+class SettingsError(Fault):
     """Settings that cannot be used: each problem with its variable, and what to do."""
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, NewTopic
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
-from streams.settings import Settings
+from streams.settings import Fault, Settings
 
 UNKNOWN_TOPIC: Final = 3  # Kafka's error codes
 NO_ERROR: Final = 0
@@ -20,11 +20,11 @@ HOUR_MS: Final = 3_600_000
 REPLICATION_SAFE: Final = 3  # from this many copies on, an acknowledged record is on at least two brokers
 
 
-class BrokerUnreachable(ConnectionError):
+class BrokerUnreachable(Fault):
     """No broker answers."""
 
 
-class TopicsError(RuntimeError):
+class TopicsError(Fault):
     """A topic cannot be used as it is, or not be made."""
 
 

@@ -1,0 +1,418 @@
+"""The command line. Each command loads what it needs when it runs, so that `--help` answers at once."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    import httpx
+
+    from streams.settings import Settings
+
+HTTP_TIMEOUT_S: Final = 15.0
+PIPE_COLUMNS: Final = 300  # a pipe has no width: nothing is cut for it
+
+app = typer.Typer(
+    name="headwater",
+    help="Learns from clicks and comments as they stream by, and recommends from what it has learnt a moment ago.\n\n"
+    "Settings come from the environment (HEADWATER_...): `headwater settings` lists them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")]
+ItemsFile = Annotated[Path, typer.Option("--items", help="The catalogue: items.jsonl or .jsonl.gz.")]
+EventsFile = Annotated[Path, typer.Option("--events", help="The events: events.jsonl or .jsonl.gz, in order of time.")]
+UserId = Annotated[str, typer.Argument(help="The user's id, as producers write it.")]
+
+
+# -- running it
+
+
+@app.command()
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="End after the report instead of serving the page.")] = False,
+    events: Annotated[int | None, typer.Option(min=1, help="Replay only the first N events.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the report to this file, as JSON.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Of the page (HEADWATER_HTTP_PORT).")] = None,
+    state: Annotated[Path | None, typer.Option(help="Keep the worker's state in this folder.")] = None,
+) -> None:  # fmt: skip
+    """The whole of it: broker, worker, and the MovieLens 100k stream learnt live; then the page, until Ctrl-C.
+
+    Example: `headwater demo --once --report r.json`
+    """
+    from streams import demo as show
+
+    overrides = {} if port is None else {"http_port": port}
+    settings = _load(**overrides)
+    with _faults():
+        show.run(settings, show.Options(once=once, events=events, report=report, state_dir=state), time.time)
+
+
+@app.command()
+def broker(
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Where it listens. Default: 9092.")] = None,
+    log_file: Annotated[Path | None, typer.Option(help="Where its own log lines go.")] = None,
+) -> None:
+    """The embedded broker alone, for development: in memory, on 127.0.0.1, until Ctrl-C.
+
+    Example: `headwater broker --port 9092`
+    """
+    from streams.broker import EmbeddedBroker
+    from streams.settings import EMBEDDED_BROKER_PORT
+
+    _end_on_sigterm()
+    with _faults(), EmbeddedBroker(port or EMBEDDED_BROKER_PORT, log_file) as running:
+        _say(f"broker on {running.address}, in memory; end it with Ctrl-C. Topics: headwater topics")
+        try:
+            code = running.wait()
+        except KeyboardInterrupt:
+            return
+    _fail(f"the broker ended by itself, with {code}")
+
+
+@app.command()
+def worker() -> None:
+    """One worker against HEADWATER_BROKER, until SIGTERM. Start one a core, each with its own port and state folder.
+
+    Example: `HEADWATER_BROKER=kafka:9092 HEADWATER_STATE_DIR=/var/lib/headwater headwater worker`
+    """
+    from streams import log
+
+    settings = _load()
+    log.set_up(settings.log_level, settings.log_format)
+    with _faults():
+        from streams import app as worker_app
+
+        worker_app.run(settings, time.time)
+
+
+@app.command()
+def topics(as_json: Json = False) -> None:
+    """Makes the topics that are missing and compares the others with what is planned.
+
+    Exit code 1 where a topic has another number of partitions.
+
+    Example: `HEADWATER_PARTITIONS=8 headwater topics`
+    """
+    from streams import topics as ours
+
+    settings = _load()
+    with _faults():
+        reports = ours.ensure(settings)
+    if as_json:
+        _print_json([
+            {"topic": r.topic.name, "partitions": r.topic.partitions, "replication": r.topic.replication,
+             "configs": dict(r.topic.configs), "state": r.state, "differences": list(r.differences)}
+            for r in reports
+        ])  # fmt: skip
+    else:
+        _table(
+            ["topic", "partitions", "copies", "cleanup", "kept", "holds", "state"],
+            [
+                [r.topic.name, r.topic.partitions, r.topic.replication, r.topic.configs["cleanup.policy"],
+                 _retention(r.topic.configs), r.topic.what, r.state]
+                for r in reports
+            ],
+        )  # fmt: skip
+    for report in reports:
+        for difference in report.differences:
+            _say(f"{report.topic.name}: {difference}")
+    if any(report.state is ours.State.WRONG for report in reports):
+        raise typer.Exit(1)
+
+
+def _retention(configs: Any) -> str:
+    hour_ms = 3_600_000
+    if "retention.ms" in configs:
+        return f"{int(configs['retention.ms']) / hour_ms:g} h"
+    return f"newest of a key; all of {int(configs['min.compaction.lag.ms']) / hour_ms:g} h"
+
+
+@app.command()
+def replay(
+    items: ItemsFile,
+    events: EventsFile,
+    speed: Annotated[str, typer.Option(help="Events per second, or max.")] = "max",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N events.")] = None,
+) -> None:
+    """Publishes a recorded stream: the catalogue, then the events in order. Bad lines are reported and skipped.
+
+    Exit code 1 when there were bad lines.
+
+    Example: `headwater replay --items items.jsonl.gz --events events.jsonl.gz --speed 500`
+    """
+    from streams import replay as tool
+    from streams.progress import Bars
+
+    settings = _load()
+    with _faults(), Bars() as bars:
+        done = tool.replay(settings, items, events, events_per_s=_speed(speed), limit=limit, progress=bars.bytes_of)
+    for line in done.bad_lines:
+        _say(f"{line.file}:{line.number}: {line.reason}")
+    if done.bad > len(done.bad_lines):
+        _say(f"and {done.bad - len(done.bad_lines)} more")
+    print(f"{done.items} items, {done.events} events in {done.seconds:.1f} s ({done.events_per_s:,.0f} events/s)")
+    if done.bad:
+        _fail(f"{done.bad} lines were not published: mend or remove them")
+
+
+def _speed(speed: str) -> float | None:
+    if speed == "max":
+        return None
+    try:
+        events_per_s = float(speed)
+    except ValueError:
+        events_per_s = 0.0
+    if not events_per_s > 0:
+        raise typer.BadParameter(f"{speed!r} is neither max nor a number of events per second", param_hint="--speed")
+    return events_per_s
+
+
+@app.command()
+def evaluate(
+    items: ItemsFile,
+    events: EventsFile,
+    report: Annotated[Path | None, typer.Option(help="Write the report to this file, as JSON.")] = None,
+    ranks: Annotated[Path | None, typer.Option(help="Write every test's rank to this file, one JSON a line.")] = None,
+    baselines: Annotated[str, typer.Option(help="all, none, or names with commas between.")] = "all",
+    until: Annotated[int | None, typer.Option(min=1, help="Stop after about N events.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Save the state into this folder at the end.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on from a saved state.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tests, then learns each event of a recorded stream, without a broker: the same code as the workers'.
+
+    Example: `headwater evaluate --items items.jsonl.gz --events events.jsonl.gz --report r.json`
+    """
+    settings = _load()
+    with _faults():
+        from model.encoder import Encoder
+        from streams import evaluate as tool
+        from streams.progress import Bars
+        from streams.settings import cache_dir
+
+        try:
+            chosen = tool.parse_baselines(baselines)
+        except ValueError as problem:
+            raise typer.BadParameter(str(problem), param_hint="--baselines") from None
+        options = tool.EvaluateOptions(
+            items=items, events=events, report=report, ranks=ranks, baselines=chosen, until=until,
+            checkpoint=checkpoint, resume=resume, cache=cache_dir() / "vectors",
+        )  # fmt: skip
+        encoder = Encoder(settings.encoder, device=settings.device)
+        with Bars() as bars:
+            try:
+                result = tool.evaluate(
+                    options, encoder, settings.evidence_config(), settings.learner_config(encoder.dim), bars.steps_of
+                )
+            except tool.StreamError as problem:
+                _fail(str(problem))
+    if as_json:
+        _print_json(result)
+    else:
+        print(tool.render(result))
+
+
+# -- asking a running worker
+
+
+@app.command()
+def digest(as_json: Json = False) -> None:
+    """What each partition of the worker at HTTP_HOST:HTTP_PORT has applied, with the digests of its state.
+
+    Example: `headwater digest --json`
+    """
+    told = _ask("/v1/digest")
+    if as_json:
+        _print_json(told)
+        return
+    rows = [
+        [part["kind"], part["partition"], _offsets(part["applied"]), part.get("rows", ""), part["digest"]]
+        for part in told["partitions"]
+    ]
+    _table(["state", "partition", "applied", "rows", "digest"], rows)
+
+
+@app.command()
+def state(user_id: UserId, as_json: Json = False) -> None:
+    """What is known of a user: counts, last events, the parts of z.
+
+    Example: `headwater state u42`
+    """
+    told = _ask(f"/v1/users/{_segment(user_id)}/state")
+    if as_json:
+        _print_json(told)
+        return
+    plain = [[name, value] for name, value in told.items() if not isinstance(value, list | dict)]
+    _table(["", f"user {user_id}"], [*plain, ["applied", _offsets(told["applied"])]])
+    events = told.get("events") or told.get("last_events") or []
+    if events:
+        names = list(dict.fromkeys(name for event in events for name in event))
+        _table(names, [[event.get(name, "") for name in names] for event in events])
+
+
+@app.command()
+def recommend(
+    user_id: UserId,
+    limit: Annotated[int, typer.Option(min=1, max=200, help="How many items.")] = 10,
+    explain: Annotated[bool, typer.Option("--explain", help="Each item with the events that speak for it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The list that the user would be shown now.
+
+    Example: `headwater recommend u42 --explain`
+    """
+    query = {"limit": limit, "explain": explain, "texts": True}
+    told = _ask(f"/v1/users/{_segment(user_id)}/recommendations", {k: str(v).lower() for k, v in query.items()})
+    if as_json:
+        _print_json(told)
+        return
+    rows = []
+    for rank, item in enumerate(told["items"], 1):
+        line = [rank, item["item_id"], f"{item['score']:.4f}", str(item.get("text", ""))[:60]]
+        if explain:
+            line.append(_reasons(item["explanation"]))
+        rows.append(line)
+    _table(["", "item", "p", "text", *(["because"] if explain else [])], rows)
+
+
+def _reasons(explanation: dict[str, Any]) -> str:
+    parts = sorted(explanation["contributions"], key=lambda part: -abs(part["value"]))[:3]
+    named = [f"{part.get('action') or part['type']} {part.get('item_id', '')} {part['value']:+.3f}" for part in parts]
+    return f"bias {explanation['bias']:+.3f}, " + ", ".join(named) + f", rest {explanation['rest']:+.3f}"
+
+
+def _offsets(applied: Any) -> str:
+    if isinstance(applied, dict):
+        return ", ".join(f"{name} {json.dumps(value)}" for name, value in applied.items())
+    return json.dumps(applied)
+
+
+# -- the settings
+
+
+@app.command("settings")
+def show_settings(as_json: Json = False) -> None:
+    """Every setting: its variable, value, unit, where the value came from, and why it is there.
+
+    Example: `HEADWATER_PARTITIONS=8 headwater settings`
+    """
+    from streams.settings import show
+
+    lines = show(_load())
+    if as_json:
+        _print_json({line.variable: line._asdict() for line in lines})
+    else:
+        _table(
+            ["variable", "value", "unit", "from", "why"],
+            [[x.variable, x.value, x.unit, x.source, x.why] for x in lines],
+        )
+
+
+# -- shared
+
+
+def _load(**overrides: Any) -> "Settings":
+    from streams import settings
+
+    with _faults():
+        return settings.load(**overrides)
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """The world's faults become a sentence on stderr and exit code 1; a fault of ours keeps its traceback."""
+    from streams.settings import Fault
+
+    try:
+        yield
+    except Fault as problem:
+        _fail(str(problem))
+    except KeyboardInterrupt:
+        _say("interrupted")
+        raise typer.Exit(130) from None
+
+
+def _ask(path: str, query: dict[str, str] | None = None) -> Any:
+    import httpx
+
+    url = _load().http_url()
+    try:
+        answer = httpx.get(url + path, params=query, timeout=HTTP_TIMEOUT_S, trust_env=False)
+    except httpx.HTTPError as problem:
+        _fail(
+            f"no worker answers at {url} ({type(problem).__name__}): start one with `headwater worker` or "
+            "`headwater demo`, or set HEADWATER_HTTP_HOST and HEADWATER_HTTP_PORT to a running one's"
+        )
+    if answer.is_error:
+        _fail(_problem_of(answer))
+    return answer.json()
+
+
+def _problem_of(answer: "httpx.Response") -> str:
+    try:
+        problem = answer.json()
+        return f"{problem['title']}: {problem.get('detail', '')} ({answer.status_code})"
+    except (ValueError, KeyError, TypeError):
+        return f"{answer.url} answers {answer.status_code}"
+
+
+def _segment(user_id: str) -> str:
+    from urllib.parse import quote
+
+    return quote(user_id, safe="")
+
+
+def _end_on_sigterm() -> None:
+    """SIGTERM ends the command as Ctrl-C does, so that blocks are left in order."""
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for number, name in enumerate(head):
+        table.add_column(name, no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPE_COLUMNS)
+    console.print(table)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _fail(line: str) -> NoReturn:
+    _say(f"headwater: {line}")
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    """The command `headwater`."""
+    app(prog_name="headwater")
+
+
+if __name__ == "__main__":
+    main()
