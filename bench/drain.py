@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
+from bench import load
 from model.learner import warm_up
 from streams import app as faust_app
 from streams import kafka
@@ -41,9 +42,13 @@ class PlainVectors:
         """No text is expected."""
         raise AssertionError("this benchmark publishes vectors only")
 
+    def __init__(self) -> None:
+        square = np.random.default_rng(11).standard_normal((TEXT_DIM, load.VECTOR_DIM))
+        self._widen = np.linalg.qr(square)[0].T.astype(np.float32)
+
     def project(self, vector: Any) -> F4:
-        """The vector at unit length."""
-        wide = np.asarray(vector, np.float32)
+        """The vector in TEXT_DIM dimensions, at unit length."""
+        wide: F4 = np.asarray(vector, np.float32) @ self._widen
         return wide / np.linalg.norm(wide)
 
     def combine(self, text_vector: F4, plain_vector: F4) -> F4:
@@ -55,11 +60,8 @@ class PlainSource:
     """A consumer loop as plain as can be: all partitions, no group, no Faust."""
 
     def __init__(self, settings: Settings) -> None:
-        options = settings.kafka_options()
-        self.consumer = AIOKafkaConsumer(
-            **options, group_id=None, enable_auto_commit=False, fetch_max_wait_ms=faust_app.FETCH_WAIT_MS,
-            max_partition_fetch_bytes=kafka.FETCH_BYTES_MAX, isolation_level="read_committed",
-        )  # fmt: skip
+        self._options = settings.kafka_options()
+        self.consumer: Any = None
         self.tps: set[TP] = set()
         self.paused: set[TP] = set()
 
@@ -98,6 +100,10 @@ class PlainSource:
 
     async def run(self, worker: Worker) -> None:
         """Starts everything and hands records over for ever."""
+        self.consumer = AIOKafkaConsumer(
+            **self._options, group_id=None, enable_auto_commit=False, fetch_max_wait_ms=faust_app.FETCH_WAIT_MS,
+            max_partition_fetch_bytes=kafka.FETCH_BYTES_MAX, isolation_level="read_committed",
+        )  # fmt: skip
         await worker.start()
         await self.consumer.start()
         self.tps = {

@@ -116,6 +116,18 @@ class FaustSource:
         return min(high, stable) if stable is not None and stable >= 0 else high
 
 
+def _credentials(settings: Settings) -> Any:
+    """The connection's security as Faust takes it; None for plain text."""
+    options = settings.kafka_options()
+    context = options.get("ssl_context")
+    if settings.uses_sasl:
+        return faust.SASLCredentials(
+            username=options["sasl_plain_username"], password=options["sasl_plain_password"],
+            mechanism=options["sasl_mechanism"], ssl_context=context,
+        )  # fmt: skip
+    return None if context is None else faust.SSLCredentials(context=context)
+
+
 def build(settings: Settings, worker: Worker, source: FaustSource, assignor: CopartitionedAssignor) -> Any:
     """The Faust app whose three agents feed the worker."""
 
@@ -159,9 +171,11 @@ def build(settings: Settings, worker: Worker, source: FaustSource, assignor: Cop
             await worker.producer.stop()
             watchdog.cancel()
 
+    faust_dir = settings.state_dir / "faust"  # Faust keeps nothing there for an app without tables, but wants it
+    faust_dir.mkdir(parents=True, exist_ok=True)
     app = App(
-        settings.app_id, broker=[f"kafka://{b}" for b in settings.bootstrap()], datadir=str(settings.state_dir / "faust"),
-        broker_credentials=settings.faust_credentials(), topic_partitions=settings.partitions,
+        settings.app_id, broker=[f"kafka://{b}" for b in settings.bootstrap()], datadir=str(faust_dir),
+        broker_credentials=_credentials(settings), topic_partitions=settings.partitions,
         topic_replication_factor=settings.replication, broker_session_timeout=settings.session_timeout_s,
         broker_heartbeat_interval=settings.session_timeout_s / 3, broker_request_timeout=REQUEST_TIMEOUT_S,
         consumer_auto_offset_reset="earliest", consumer_max_fetch_size=kafka.FETCH_BYTES_MAX, web_enabled=False,

@@ -297,7 +297,8 @@ class Worker:
     async def stop(self) -> None:
         """Drained, flushed, committed, closed."""
         self.stopping = True
-        await self.revoked()
+        if self.keepers:
+            await self.revoked()
         for keeper in list(self.keepers.values()):
             await keeper.close()
         self.keepers.clear()
