@@ -26,7 +26,7 @@ GROWTH_MAX: Final = 1e100  # counts are kept scaled up by the decay that they ha
 
 KNN_DECAYS: Final = ((0.8, 0.9), (0.65, 0.8))  # per item further back in the history: in scoring, in counting
 KNN_WEIGHT_MIN: Final = 0.01  # history items that weigh less are left out
-KNN_DAMPINGS: Final = ((0.25, 0.5), (0.5, 1.0))  # (a, p): C_kj^p / ((c_k + 1)(c_j + 1))^a; the second is the cosine
+KNN_DAMPINGS: Final = ((0.1, 0.5), (0.25, 0.5), (0.5, 1.0))  # (a, p): C_kj^p / ((c_k + 1)(c_j + 1))^a; last: cosine
 KNN_PRIORS: Final = ((0.001, 350.0), (0.1, 23.0), (3.0, 7.0))  # (weight, half-life) of the popularity that is added
 KNN_LOW_WEIGHT: Final = 0.5  # of a low rating in the counts
 

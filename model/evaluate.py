@@ -56,6 +56,14 @@ class Trace(NamedTuple):
     order: Array  # (items,) int32: item in order of entry -> item as numbered by the caller
     users: int
 
+    def head(self, events: int) -> "Trace":
+        """The trace of the first events alone."""
+        return Trace(
+            self.kind[:events], self.user[:events], self.item[:events], self.available[:events],
+            self.candidates[:events], self.user_positives[:events], self.item_positives[:events], self.order,
+            self.users,
+        )  # fmt: skip
+
 
 def trace(user: Array, item: Array, ts: Array, low: Array, text: Array, item_ts: Array) -> Trace:
     """Applies the protocol to events in their order.

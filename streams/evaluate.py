@@ -1,0 +1,489 @@
+"""Prequential evaluation of a recorded stream, without a broker: every event is a test first, then learnt.
+
+The fold of events into user rows, the messages of the examples log and the learner are the workers' own
+(`streams.pipeline`); this module only feeds them from files and asks for every target to be ranked. Which events are
+tests is decided by `model.evaluate.trace`, from the events alone.
+
+One message holds MESSAGE_EXAMPLES_MAX examples and is learnt before the next event is folded; a user's own state is
+never behind. A run is a function of the two files, the encoder and the configuration: it ends in the same digest
+every time, also when it was stopped at a message's end and went on from the saved state.
+"""
+
+import gzip
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from model import baselines
+from model.evaluate import CREATED, LOW, SCORED, DriftMonitor, Metrics, Report, Trace, trace
+from model.examples import new_examples
+from model.learner import LearnerConfig, Outcome, warm_up
+from streams import codec, examples, pipeline
+from streams.events import Click, Comment, Item
+from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
+from streams.vectors import VectorCache
+
+Array: TypeAlias = npt.NDArray[Any]
+F4: TypeAlias = npt.NDArray[np.float32]
+Progress: TypeAlias = Callable[[str, int, int], None]  # (stage, done, in all)
+
+PARTITION: Final = 0  # a file is one partition
+LINE_BYTES_MAX: Final = 4_000_000
+TIMED_MESSAGES: Final = 100  # learnt once more without ranking, to tell the two costs apart
+CHECKPOINT_VERSION: Final = 1
+
+
+class Encoder(Protocol):
+    """What is needed of model.encoder.Encoder."""
+
+    dim: int
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> F4: ...
+    def project(self, vector: Any) -> F4: ...
+    def combine(self, text_vector: F4, plain_vector: F4) -> F4: ...
+
+
+class StreamError(ValueError):
+    """A recorded stream, or a saved run, that cannot be used: what, where, what to do."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `headwater evaluate` is asked for."""
+
+    items: Path
+    events: Path
+    report: Path | None = None
+    ranks: Path | None = None
+    baselines: tuple[str, ...] = tuple(baselines.BASELINES)
+    until: int | None = None  # events: stop at the last message that ends at or before it
+    checkpoint: Path | None = None  # folder: save the state at the end
+    resume: Path | None = None  # folder: go on from a saved state
+    cache: Path | None = None  # folder of the vector cache
+
+
+class Stream(NamedTuple):
+    """A recorded stream, read and checked; n events, in the file's order."""
+
+    name: str
+    items: list[Item]  # in the order in which they enter
+    events: list[Click | Comment]
+    lines: Array  # (n,) int64: line in the events file, from 0
+    trace: Trace
+    rejects: int  # lines that the stream would have sent to a dead-letter topic
+    digest: str  # of both files
+
+
+def parse_baselines(names: str) -> tuple[str, ...]:
+    """The names of `--baselines all|none|a,b`. Raises ValueError for an unknown one."""
+    if names in ("all", "none"):
+        return tuple(baselines.BASELINES) if names == "all" else ()
+    chosen = tuple(name.strip() for name in names.split(",") if name.strip())
+    for name in chosen:
+        if name not in baselines.BASELINES:
+            raise ValueError(f"no baseline {name!r}; there are all, none or {', '.join(baselines.BASELINES)}")
+    return chosen
+
+
+def evaluate(
+    options: EvaluateOptions,
+    encoder: Encoder,
+    evidence: EvidenceConfig,
+    config: LearnerConfig,
+    progress: Progress = lambda stage, done, total: None,
+) -> Report:
+    """Runs the stream and gives the report; writes the files that the options name.
+
+    The report is the public contract's, with `tests`, the state's `digest`, the costs and what drifted beside it.
+    Raises StreamError.
+    """
+    stream = read_stream(options.items, options.events, evidence)
+    run = Run(stream, encoder, evidence, config)
+    if options.resume is not None:
+        run.load(options.resume)
+    run.encode(options.cache, progress)
+    warm_up(config)
+    run.advance(options.until, progress)
+    if options.checkpoint is not None:
+        run.save(options.checkpoint)
+    report = run.report(options.baselines, progress)
+    if options.report is not None:
+        options.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if options.ranks is not None:
+        run.write_ranks(options.ranks)
+    return report
+
+
+def read_stream(items_path: Path, events_path: Path, evidence: EvidenceConfig) -> Stream:
+    """Reads and checks both files, and lays the protocol over the events. Raises StreamError."""
+    hasher = hashlib.blake2b(digest_size=16)
+    items: list[Item] = []
+    rejects = 0
+    for line in _lines(items_path, hasher):
+        item = codec.validate("items", line, np.inf)
+        if isinstance(item, Item):
+            items.append(item)
+        else:
+            rejects += 1
+    items.sort(key=lambda item: -np.inf if item.ts is None else item.ts)
+    events: list[Click | Comment] = []
+    lines: list[int] = []
+    for number, line in enumerate(_lines(events_path, hasher)):
+        event = codec.validate_event(line, np.inf)
+        if isinstance(event, codec.Reject):
+            rejects += 1
+            continue
+        events.append(event)
+        lines.append(number)
+    if not events:
+        raise StreamError(f"{events_path}: no line of it is an event (type, user_id, item_id, action, ts)")
+    laid = _lay(items, events, evidence)
+    return Stream(
+        events_path.resolve().parent.name, items, events, np.array(lines, np.int64), laid, rejects, hasher.hexdigest()
+    )
+
+
+def _lines(path: Path, hasher: Any) -> Iterator[bytes]:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            while line := file.readline(LINE_BYTES_MAX):
+                hasher.update(line)
+                yield line
+    except (OSError, EOFError) as problem:
+        raise StreamError(f"{path}: {problem}") from problem
+
+
+def _lay(items: Sequence[Item], events: Sequence[Click | Comment], evidence: EvidenceConfig) -> Trace:
+    numbers: dict[str, int] = {}
+    entered: list[float] = []
+    for item in items:
+        if numbers.setdefault(item.item_id, len(numbers)) == len(entered):
+            entered.append(-np.inf if item.ts is None else item.ts)
+    users: dict[str, int] = {}
+    n = len(events)
+    user, item_number = np.zeros(n, np.int32), np.zeros(n, np.int32)
+    low, text = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
+    for k, event in enumerate(events):
+        user[k] = users.setdefault(event.user_id, len(users))
+        if event.item_id is None:
+            item_number[k] = -1
+        else:
+            item_number[k] = numbers.setdefault(event.item_id, len(numbers))
+        text[k] = isinstance(event, Comment)
+        low[k] = isinstance(event, Click) and pipeline.is_low(event, evidence)
+    item_ts = np.full(len(numbers), np.inf)
+    item_ts[: len(entered)] = entered
+    return trace(user, item_number, np.array([event.ts for event in events]), low, text, item_ts)
+
+
+class Costs(NamedTuple):
+    """CPU seconds of this process."""
+
+    fold_s: float = 0.0  # events into rows and messages
+    learn_s: float = 0.0  # learning and ranking
+
+
+class Run:
+    """One evaluation under way."""
+
+    def __init__(self, stream: Stream, encoder: Encoder, evidence: EvidenceConfig, config: LearnerConfig) -> None:
+        """Every target is ranked, whatever `evidence` says of sampling."""
+        n = len(stream.events)
+        self.stream = stream
+        self.config = config
+        self.users: dict[bytes, bytes] = {}
+        self.learner = ItemLearner(config, encoder.dim)
+        self.done = 0  # events
+        self.costs = Costs()
+        self.rank = np.full(n, np.nan)
+        self.candidates = np.zeros(n, np.int32)
+        self.log_loss = np.full(n, np.nan)
+        self._encoder = encoder
+        self._evidence = replace(evidence, rank_sample=1.0)
+        self._entered = 0  # items
+        self._position = 0  # in the examples log
+        self._started = 0
+        self._learner_rows: dict[bytes, bytes] = {}
+        self._item_vectors: list[F4 | None] = []
+        self._text_vectors: dict[int, F4] = {}
+        self._timed: list[bytes] = []
+        self._probe = new_examples(config, 0)
+        is_example = np.isin(stream.trace.kind, (SCORED, CREATED, LOW))
+        ends = np.flatnonzero(np.cumsum(is_example) % examples.MESSAGE_EXAMPLES_MAX == 0)
+        self._stops = np.append(ends[is_example[ends]] + 1, n)
+
+    def encode(self, cache_folder: Path | None, progress: Progress) -> None:
+        """Encodes what is still to come: texts of the items and of the events, each text once."""
+        items = self.stream.items
+        comments = [k for k in range(self.done, len(self.stream.events)) if isinstance(self.stream.events[k], Comment)]
+        texts = [item.text for item in items if item.text]
+        texts += [self.stream.events[k].text for k in comments]  # type: ignore[union-attr]
+
+        def encode(missing: list[str]) -> F4:
+            return self._encoder.encode(missing)
+
+        def show(done: int, total: int) -> None:
+            progress("encode", done, total)
+
+        if cache_folder is None:
+            vectors = encode(texts) if texts else np.zeros((0, self._encoder.dim), np.float32)
+        else:
+            vectors = VectorCache(cache_folder, self._encoder.name, self._encoder.dim).encode(texts, encode, show)
+        rows = iter(vectors)
+        self._item_vectors = [self._item_vector(item, next(rows) if item.text else None) for item in items]
+        self._text_vectors = dict(zip(comments, rows, strict=True))
+
+    def _item_vector(self, item: Item, text_vector: F4 | None) -> F4 | None:
+        if item.vector is None:
+            return text_vector
+        plain = self._encoder.project(np.asarray(item.vector, np.float32))
+        return plain if text_vector is None else self._encoder.combine(text_vector, plain)
+
+    def advance(self, until: int | None, progress: Progress) -> None:
+        """Tests and learns, message by message, up to the last one that ends at or before `until` events."""
+        n = len(self.stream.events)
+        until = n if until is None else min(until, n)
+        self._started = self.done
+        stops = self._stops[(self._stops > self.done) & (self._stops <= until)].tolist()
+        every = max(1, len(stops) // TIMED_MESSAGES)
+        for number, stop in enumerate(stops):
+            messages = self._step(stop)
+            if number % every == 0:
+                self._timed += messages
+            progress("learn", stop, until)
+
+    def _step(self, stop: int) -> list[bytes]:
+        """Events done..stop: items that entered, then the fold, then the learner."""
+        start = time.process_time()
+        entries = self._entries(self.stream.events[stop - 1].ts)
+        catalogue = pipeline.learn_catalogue(PARTITION, entries, self._encoder.dim)
+        sources = []
+        for k in range(self.done, stop):
+            event = self.stream.events[k]
+            topic = examples.CLICKS if isinstance(event, Click) else examples.COMMENTS
+            sources.append(SourceEvent(topic, k, event, self._text_vectors.get(k)))
+        batch = pipeline.learn_users(PARTITION, sources, self._get_users, self._evidence)
+        self.users.update((key, row) for key, row in batch.rows.items() if row is not None)
+        self.done = stop
+        folded = time.process_time()
+        for message in (*catalogue.messages, *batch.messages):
+            learnt = self.learner.learn(self._position, message)
+            self._position += 1
+            if learnt.outcome is not None:
+                self._take(message, learnt.outcome)
+        learnt_at = time.process_time()
+        self.costs = Costs(self.costs.fold_s + folded - start, self.costs.learn_s + learnt_at - folded)
+        return batch.messages
+
+    def _entries(self, ts: float) -> list[tuple[int, Any, F4 | None]]:
+        """The next items whose records are there by `ts`; their offsets are their places in the order of entry."""
+        first, items = self._entered, self.stream.items
+        while self._entered < len(items):
+            entered = items[self._entered].ts
+            if entered is not None and entered > ts:
+                break
+            self._entered += 1
+        return [(at, items[at], self._item_vectors[at]) for at in range(first, self._entered)]
+
+    def _get_users(self, keys: list[bytes]) -> list[bytes | None]:
+        return [self.users.get(key) for key in keys]
+
+    def _take(self, message: bytes, outcome: Outcome) -> None:
+        nothing_applied = np.full(len(examples.TOPICS), -1, np.int64)
+        probe = examples.unpack_examples(message, self._probe, nothing_applied)
+        events = probe.source[: probe.count] & ((1 << 48) - 1)
+        self.rank[events] = outcome.rank
+        self.candidates[events] = outcome.candidates
+        self.log_loss[events] = outcome.log_loss
+
+    # --- figures ---
+
+    def metrics(self) -> Metrics:
+        """Of the tests so far. Raises StreamError where the learner left a test without a rank."""
+        laid = self.stream.trace
+        tests = np.flatnonzero(laid.kind[: self.done] == SCORED)
+        lost = tests[np.isnan(self.rank[tests])]
+        if len(lost):
+            raise StreamError(
+                f"line {self.stream.lines[lost[0]]} of the events is a test, but the learner did not rank it "
+                f"({len(lost)} such): the pipeline's fold and the protocol disagree"
+            )
+        metrics = Metrics()
+        metrics.update(
+            self.rank[tests], self.candidates[tests], user_positives=laid.user_positives[tests],
+            item_positives=laid.item_positives[tests], log_loss=self.log_loss[tests],
+        )  # fmt: skip
+        return metrics
+
+    def report(self, names: Sequence[str], progress: Progress) -> Report:
+        """The report of the public contract. The learner is used up by it: it learns some messages once more."""
+        laid = self.stream.trace
+        kind = laid.kind[: self.done]
+        tests = kind == SCORED
+        out: Report = {
+            "stream": self.stream.name,
+            "events": self.done,
+            "positives": int((tests | (kind == CREATED)).sum()),
+            "tests": int(tests.sum()),
+            "rejects": self.stream.rejects,
+            "candidates_differ": int((self.candidates[: self.done] != laid.candidates[: self.done])[tests].sum()),
+            "model": self.metrics().report(),
+            "digest": self.digest(),
+            "drift": self._drift(),
+        }
+        out.update(self._costs())
+        reached = laid.head(self.done)
+        out["baselines"], out["baseline_variants"] = {}, {}
+        for done, name in enumerate(names):
+            progress("baselines", done, len(names))
+            best = baselines.run(name, reached)
+            out["baselines"][name] = best.metrics.report()
+            out["baseline_variants"][name] = best.variant
+        if names:
+            progress("baselines", len(names), len(names))
+        return out
+
+    def digest(self) -> dict[str, str]:
+        """Of the user rows, of the learner's state, and of both."""
+        hasher = hashlib.blake2b(digest_size=16)
+        for key in sorted(self.users):
+            for part in (key, self.users[key]):
+                hasher.update(len(part).to_bytes(4, "little") + part)
+        users, items = hasher.hexdigest(), self.learner.learner.digest()
+        both = hashlib.blake2b(f"{users} {items} {self._position}".encode(), digest_size=16).hexdigest()
+        return {"users": users, "items": items, "state": both}
+
+    def _drift(self) -> dict[str, int]:
+        monitor = DriftMonitor()
+        first = 0
+        for stop in self._stops[self._stops <= self.done].tolist():
+            monitor.update(self.log_loss[first:stop])
+            first = stop
+        return {monitor.signal: monitor.detections}
+
+    def _costs(self) -> Report:
+        """CPU of this run: in all, and of fold, learning and ranking apart."""
+        kind = self.stream.trace.kind[self._started : self.done]
+        learnt = int(np.isin(kind, (SCORED, CREATED, LOW)).sum())
+        ranked = int((kind == SCORED).sum())
+        events = max(1, self.done - self._started)
+        learning_s = self._learning_s_per_example() * learnt
+        return {
+            "cpu_s_per_1k_events": 1e3 * (self.costs.fold_s + self.costs.learn_s) / events,
+            "fold_us_per_event": 1e6 * self.costs.fold_s / events,
+            "learning_us_per_example": 1e6 * learning_s / max(1, learnt),
+            "ranking_us_per_test": 1e6 * max(0.0, self.costs.learn_s - learning_s) / max(1, ranked),
+        }
+
+    def _learning_s_per_example(self) -> float:
+        """By learning messages from all over the run once more, unranked."""
+        learnt, total = 0, 0.0
+        for message in self._timed:
+            nothing_applied = np.full(len(examples.TOPICS), -1, np.int64)
+            batch = examples.unpack_examples(message, self._probe, nothing_applied)
+            batch.ranked[:] = False
+            start = time.process_time()
+            self.learner.learner.learn(batch, self._position)
+            total += time.process_time() - start
+            learnt += batch.count
+        return total / max(1, learnt)
+
+    def write_ranks(self, path: Path) -> None:
+        """One JSON object a test, so that any figure can be computed again."""
+        with path.open("w", encoding="utf-8") as file:
+            for k in np.flatnonzero(self.stream.trace.kind[: self.done] == SCORED).tolist():
+                event = self.stream.events[k]
+                line = {
+                    "offset": int(self.stream.lines[k]), "user_id": event.user_id, "item_id": event.item_id,
+                    "rank": float(self.rank[k]), "candidates": int(self.candidates[k]),
+                }  # fmt: skip
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    # --- stop and go on ---
+
+    def save(self, folder: Path) -> None:
+        """Saves the run in a folder; one that is there already is replaced only by a complete new one."""
+        for key, row in self.learner.take_dirty().items():
+            if row is None:
+                self._learner_rows.pop(key, None)
+            else:
+                self._learner_rows[key] = row
+        saved = _Saved(
+            CHECKPOINT_VERSION, self._identity(), self.done, self._entered, self._position,
+            list(self.users.items()), list(self._learner_rows.items()),
+            self.rank[: self.done].tobytes(), self.candidates[: self.done].tobytes(),
+            self.log_loss[: self.done].tobytes(),
+        )  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        fresh = folder / "run.new"
+        fresh.write_bytes(msgspec.msgpack.encode(saved))
+        fresh.replace(folder / "run.msgpack")
+
+    def load(self, folder: Path) -> None:
+        """Goes on from a saved run of the same stream, encoder and configuration. Raises StreamError."""
+        path = folder / "run.msgpack"
+        try:
+            saved = msgspec.msgpack.decode(path.read_bytes(), type=_Saved)
+        except (OSError, msgspec.DecodeError) as problem:
+            raise StreamError(f"{path}: {problem}; save one with --checkpoint") from problem
+        if saved.version != CHECKPOINT_VERSION or saved.identity != self._identity():
+            raise StreamError(f"{path} is of another stream, encoder, configuration or version: start from the files")
+        self.users = dict(saved.users)
+        self._learner_rows = dict(saved.learner)
+        self.learner.load(self._learner_rows.items())
+        self.done, self._entered, self._position = saved.done, saved.entered, saved.position
+        self.rank[: saved.done] = np.frombuffer(saved.rank, np.float64)
+        self.candidates[: saved.done] = np.frombuffer(saved.candidates, np.int32)
+        self.log_loss[: saved.done] = np.frombuffer(saved.log_loss, np.float64)
+
+    def _identity(self) -> str:
+        evidence = {**asdict(self._evidence), "low_actions": sorted(self._evidence.low_actions)}
+        return json.dumps([self.stream.digest, self._encoder.name, evidence, asdict(self.config)])
+
+
+class _Saved(msgspec.Struct, array_like=True):
+    version: int
+    identity: str
+    done: int
+    entered: int
+    position: int
+    users: list[tuple[bytes, bytes]]
+    learner: list[tuple[bytes, bytes]]
+    rank: bytes
+    candidates: bytes
+    log_loss: bytes
+
+
+def render(report: Report) -> str:
+    """The report for people: a table of the figures, then what it cost."""
+    columns = ("HR@10", "NDCG@10", "MRR", "R@20", "2nd half", "new user", "new item", "AUC")
+    head = " " * 14 + "".join(f"{column:>10}" for column in columns)
+    lines = [
+        f"{report['stream']}: {report['events']} events, {report['positives']} positives, {report['tests']} tests",
+        head,
+    ]
+    for name, m in (("model", report["model"]), *report["baselines"].items()):
+        figures = (
+            m["hr@10"], m["ndcg@10"], m["mrr"], m["recall@20"], m["second_half"]["hr@10"], m["new_user"]["hr@10"],
+            m["new_item"]["hr@10"], m["auc"],
+        )  # fmt: skip
+        cells = (f"{'-':>10}" if figure is None else f"{figure:10.4f}" for figure in figures)
+        lines.append(f"{name:14}" + "".join(cells))
+    lines += [f"best {name}: {variant}" for name, variant in report["baseline_variants"].items()]
+    loss = report["model"]["log_loss"]
+    lines.append(
+        f"log loss {'-' if loss is None else f'{loss:.3f}'} nats a test; CPU {report['cpu_s_per_1k_events']:.3f} s per "
+        f"1,000 events: fold {report['fold_us_per_event']:.0f} us an event, learning "
+        f"{report['learning_us_per_example']:.0f} us an example, ranking {report['ranking_us_per_test']:.0f} us a test"
+    )
+    lines.append(f"state digest {report['digest']['state']}")
+    return "\n".join(lines)
