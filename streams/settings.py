@@ -164,6 +164,11 @@ class Settings(BaseSettings):
         "Of the targets, ranked in full before they are learnt: the live metrics. Each is a pass over the catalogue.",
     )  # fmt: skip
 
+    live_tests_max: int = _setting(
+        5000, "tests", "Newest ranked targets that the live figures are taken over: HR@10 of .25 is known to +-.006.",
+        ge=100, le=10_000_000,
+    )  # fmt: skip
+
     # -- the learner: model.learner.LearnerConfig; changing a size needs an app id (or state and logs) of its own
     learner_dim: int = _setting(
         64, "dimensions", "Of the learnt block: 128 gives a little and costs 25 %.", ge=8, le=512
