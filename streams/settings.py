@@ -165,9 +165,8 @@ class Settings(BaseSettings):
     )  # fmt: skip
 
     live_tests_max: int = _setting(
-        5000, "tests", "Newest ranked targets that the live figures are taken over: HR@10 of .25 is known to +-.006.",
-        ge=100, le=10_000_000,
-    )  # fmt: skip
+        10_000, "tests", "The newest ranked targets that the live metrics are computed over.", ge=100, le=10_000_000
+    )
 
     # -- the learner: model.learner.LearnerConfig; changing a size needs an app id (or state and logs) of its own
     learner_dim: int = _setting(
@@ -193,10 +192,6 @@ class Settings(BaseSettings):
     learner_lr_scale: float = _setting(0.2, "step", "AdaGrad step of the blocks' scales.", gt=0, le=10)
     learner_lr_decay: float = _setting(0.05, "step", "AdaGrad step of the age and gap weights.", gt=0, le=10)
     learner_lr_sharp: float = _setting(0.1, "step", "AdaGrad step of the probabilities' sharpness.", gt=0, le=10)
-
-    live_tests_max: int = _setting(
-        10_000, "tests", "The newest ranked targets that the live metrics are computed over.", ge=100, le=10_000_000
-    )
 
     @field_validator("topic_prefix", "app_id")
     @classmethod
