@@ -96,7 +96,9 @@ class PlainSource:
             stable = self.consumer.last_stable_offset(TopicPartition(topic, partition))
         except AssertionError:
             return None
-        return high if high is None or stable is None or stable < 0 else min(high, stable)
+        if high is None:
+            return None
+        return int(high if stable is None or stable < 0 else min(high, stable))
 
     async def run(self, worker: Worker) -> None:
         """Starts everything and hands records over for ever."""
@@ -141,7 +143,7 @@ async def watch(worker: Worker, events: int, items: int) -> dict[str, Any]:
         await asyncio.sleep(POLL_S)
     seconds = time.perf_counter() - started
     cpu = time.process_time() - cpu
-    stages = worker.metrics.stage_totals()
+    stages = worker.telemetry.stage_s
     return {
         "events": events, "items": items, "seconds": seconds, "events_per_s": (events - first) / seconds,
         "user_events_per_s": (events - first) / users_s, "cpu_us_per_event": cpu / (events - first) * 1e6,
@@ -194,7 +196,7 @@ def main(via: str, events: int, items: int) -> None:
     worker = Worker(settings, time.time, vectors, source, assignor.owner_of)
     app = faust_app.build(settings, worker, source, assignor)
 
-    @app.task  # type: ignore[untyped-decorator]
+    @app.task
     async def measuring() -> None:
         await measure(worker, events, items)
 

@@ -1,4 +1,4 @@
-"""A synthetic stream for load: Zipf items in clusters, users uniform, one event in four a rating (as many low as not)."""
+"""A synthetic stream for load: Zipf items in clusters, users uniform, one event in four a rating."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ class Stream:
 
 
 def _event(number: int, user: int, item: int, kind: float, ts: float) -> bytes:
-    action = '"click"' if kind < 0.75 else '"rating","value":%d' % (2 if kind < 0.88 else 5)
+    action = '"click"' if kind < 0.75 else '"rating","value":2' if kind < 0.88 else '"rating","value":5'
     return b'{"event_id":"e%d","user_id":"u%d","item_id":"i%d","action":%s,"ts":%.4f}' % (
         number, user, item, action.encode(), ts,
     )  # fmt: skip

@@ -214,10 +214,15 @@ class Partition:
         """All (key, row) in key order, as of this call. From any thread."""
         return self._store.items()
 
+    def snapshot(self) -> tuple[dict[str, int], Iterator[tuple[bytes, bytes]]]:
+        """What is on disk now, of one moment: applied, and all (key, row) in key order. From any thread."""
+        meta, rows = self._store.snapshot()
+        return dict(meta.applied if meta is not None else {}), rows
+
     def digest(self) -> str:
         """`digest` of what is on disk now; reads all rows. From any thread."""
-        meta, rows = self._store.snapshot()
-        return digest(rows, meta.applied if meta is not None else {})
+        applied, rows = self.snapshot()
+        return digest(rows, applied)
 
     def memory_bytes(self) -> int:
         """Memory of the store (the shared block cache not counted) and of the flushes on their way."""

@@ -20,7 +20,6 @@ import structlog
 
 from model.evaluate import LiveMetrics
 from model.learner import HALF_LIVES_POSITIVES
-from monitoring.metrics import Metrics
 from state.partition import OpenReport, Partition
 from streams import codec, examples, pipeline
 from streams.codec import Record, Reject
@@ -28,6 +27,7 @@ from streams.encoding import Encoding
 from streams.events import Click, Comment, Item, Withdrawn
 from streams.inbox import Entry, Inbox
 from streams.pipeline import EvidenceConfig, ItemLearner, Learnt, SourceEvent
+from streams.telemetry import Telemetry
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +37,7 @@ INBOX_RECORDS_MAX: Final = 20_000  # a topic's queue; above it the consumer paus
 INBOX_RECORDS_LOW: Final = 5_000
 ROW_CACHE_BYTES_MAX: Final = 64 << 20  # of one partition's rows kept as bytes, written through
 SWEEP_IDLE_S: Final = 1.0
+SHOWN_EVENTS_MAX: Final = 5  # of a batch, told to those who watch
 FINISH_BYTES_MAX: Final = 32 << 20  # of item rows flushed on a stop: it has 5 s; the examples log holds the rest
 assert INBOX_RECORDS_LOW >= BATCH_EVENTS_MAX, "a resumed partition must not run dry while it fetches"
 
@@ -57,14 +58,14 @@ class Surroundings:
     """What all keepers of a worker share."""
 
     now: Callable[[], float]
-    metrics: Metrics
+    metrics: Telemetry
     evidence: EvidenceConfig
     encoding: Encoding
     end_of: Callable[[str, int], int | None]  # (topic, partition) -> where the log ends, as far as known
     first_at: Callable[[str, int, int], Awaitable[tuple[int, int]]]  # streams.kafka.first_at_or_after
     dead_letter: Callable[[codec.DeadLetter], Awaitable[None]]
     durable: Callable[[str, int, int], None]  # (topic, partition, next offset): may be committed
-    changed: Callable[[dict[str, Any]], None]  # something a reader of the live page wants to know
+    changed: Callable[[Click | Comment], None]  # for whoever watches the stream go by
     failed: Callable[["Keeper[Any]", BaseException], None]  # a keeper's task has ended with this
     merge_hold_s: float
     flush_linger_s: float
@@ -323,6 +324,7 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
             if isinstance(item, Reject):
                 rejects.append(item)
                 continue
+            assert item is not None
             code = examples.TOPICS.index(self.topics[topic])
             vector = await item.vector if item.vector is not None else None
             events.append(SourceEvent(code, entry.offset, item.event, vector))
@@ -337,8 +339,8 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
             self.cache.put_many(batch.rows)
         now = self.around.now()
         metrics.users_learnt(events, stamps, batch, now)
-        if events:
-            self.around.changed({"partition": self.number, "events": events[-1].event, "count": len(events)})
+        for event in events[-SHOWN_EVENTS_MAX:]:
+            self.around.changed(event.event)
 
     def row(self, user_id: str) -> bytes | None:
         """The user's row as of now."""
@@ -380,13 +382,13 @@ class CatalogueKeeper(Keeper["_ItemWork | Reject"]):
             if isinstance(entry.work, Reject):
                 rejects.append(entry.work)
                 continue
+            assert entry.work is not None
             vector = await entry.work.vector if entry.work.vector is not None else None
             items.append((entry.offset, entry.work.item, vector))
         await self._bury(rejects)
         batch = pipeline.learn_catalogue(self.number, items, self.around.encoding.dim)
         downstream = [(b"%d" % self.number, message) for message in batch.messages]
         await self.partition.flush(batch.rows, downstream, self._advanced(entries))
-        self.around.changed({"partition": self.number, "items": len(items)})
 
 
 class LearnerKeeper(Keeper[bytes]):
@@ -420,7 +422,7 @@ class LearnerKeeper(Keeper[bytes]):
         self.learner = self._new_learner()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._executor, self.learner.load, self.partition.items())
-        self.offset = self.partition.applied["examples"]
+        self.offset = self.learner.offset = self.partition.applied["examples"]
         self._flushed_s = self.around.now()
 
     def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, bytes | None]]:
@@ -451,8 +453,12 @@ class LearnerKeeper(Keeper[bytes]):
                 self.live.observe(one.outcome)
         self.around.metrics.learnt(learnt, self.live, self.around.now())
 
+    def digest(self) -> tuple[int, str]:
+        """(offset of the last message, digest of the item matrix) of one moment, from any thread."""
+        return self._executor.submit(lambda: (self.learner.offset, self.learner.learner.digest())).result()
+
     def is_flush_due(self) -> bool:
-        """Items that enter or leave: at once. Else when the dirty bytes have used up their time, not under the least."""
+        """Items that enter or leave: at once. Else when the dirty bytes have used up their time."""
         since = self.around.now() - self._flushed_s
         if self._entered:
             return True

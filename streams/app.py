@@ -8,6 +8,7 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import faust
@@ -30,16 +31,24 @@ REQUEST_TIMEOUT_S: Final = 30.0
 assert SEEK_WAIT_MAX_S < REQUEST_TIMEOUT_S, "a seek that outlasts a request reads as a stop"
 
 
+@dataclass(slots=True)
 class _Batch:
     """A slice of a partition's records as one record, whose offset is the last one's."""
 
-    __slots__ = (
-        "checksum", "headers", "key", "offset", "partition", "serialized_key_size", "serialized_value_size",
-        "timestamp", "timestamp_type", "topic", "value",
-    )  # fmt: skip
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    timestamp_type: int
+    value: list[Any]
+    key: None = None
+    headers: tuple[()] = ()
+    checksum: None = None
+    serialized_key_size: int = 0
+    serialized_value_size: int = 0
 
 
-class BatchScheduler(DefaultSchedulingStrategy):  # type: ignore[misc]
+class BatchScheduler(DefaultSchedulingStrategy):
     """Hands whole record batches to the agents: Faust's per-message path costs 65 us an event, this 1 us."""
 
     def iterate(self, records: Mapping[TP, list[Any]]) -> Iterator[tuple[TP, Any]]:
@@ -50,17 +59,13 @@ class BatchScheduler(DefaultSchedulingStrategy):  # type: ignore[misc]
             for tp in list(slices):
                 part = slices[tp].pop()
                 last = part[-1]
-                batch = _Batch()
-                batch.topic, batch.partition, batch.offset = last.topic, last.partition, last.offset
-                batch.timestamp, batch.timestamp_type = last.timestamp, last.timestamp_type
-                batch.headers, batch.key, batch.value, batch.checksum = (), None, part, None
-                batch.serialized_key_size = batch.serialized_value_size = 0
+                batch = _Batch(last.topic, last.partition, last.offset, last.timestamp, last.timestamp_type, part)
                 yield tp, batch
                 if not slices[tp]:
                     del slices[tp]
 
 
-class RawSchema(faust.Schema):  # type: ignore[misc]
+class RawSchema(faust.Schema):
     """Leaves keys and values untouched (`value_type=bytes` alone still decodes JSON)."""
 
     def loads_key(self, app: Any, message: Any, **_: Any) -> Any:
@@ -80,7 +85,8 @@ class FaustSource:
 
     def assignment(self) -> Iterable[TP]:
         """The partitions that this worker has."""
-        return self.app.consumer.assignment()
+        held: Iterable[TP] = self.app.consumer.assignment()
+        return held
 
     def generation(self) -> int:
         """The group's generation."""
@@ -113,7 +119,7 @@ class FaustSource:
             return None
         if high is None:
             return None
-        return min(high, stable) if stable is not None and stable >= 0 else high
+        return int(high if stable is None or stable < 0 else min(high, stable))
 
 
 def _credentials(settings: Settings) -> Any:
@@ -131,7 +137,7 @@ def _credentials(settings: Settings) -> Any:
 def build(settings: Settings, worker: Worker, source: FaustSource, assignor: CopartitionedAssignor) -> Any:
     """The Faust app whose three agents feed the worker."""
 
-    class ConsumerThread(AIOKafkaConsumerThread):  # type: ignore[misc]
+    class ConsumerThread(AIOKafkaConsumerThread):
         """Reads committed records only, waits FETCH_WAIT_MS for a fetch, and shares partitions by our assignor."""
 
         def _create_worker_consumer(self, transport: Any) -> Any:
@@ -141,7 +147,7 @@ def build(settings: Settings, worker: Worker, source: FaustSource, assignor: Cop
             consumer._partition_assignment_strategy = [assignor]
             return consumer
 
-    class SeekConsumer(Consumer):  # type: ignore[misc]
+    class SeekConsumer(Consumer):
         """Opens start before Faust's own callback; `perform_seek` ends with our seek, so that nothing overwrites it."""
 
         def _new_consumer_thread(self) -> Any:
@@ -155,7 +161,7 @@ def build(settings: Settings, worker: Worker, source: FaustSource, assignor: Cop
             await super().perform_seek()
             await worker.seek({tp for tp in self.assignment() if tp.topic in worker.topic_kinds})
 
-    class App(faust.App):  # type: ignore[misc]
+    class App(faust.App):
         """Stops in the order: take no more, finish, flush, commit; with a watchdog."""
 
         async def on_start(self) -> None:
@@ -200,7 +206,7 @@ def build(settings: Settings, worker: Worker, source: FaustSource, assignor: Cop
     agent("catalogue", settings.topic("items"))
     agent("learn_items", settings.internal_topic("examples"))
 
-    @app.on_partitions_revoked.connect  # type: ignore[untyped-decorator]
+    @app.on_partitions_revoked.connect
     async def revoked(sender: Any, tps: set[TP], **_: Any) -> None:
         await worker.revoked()
 
@@ -213,6 +219,7 @@ def run(settings: Settings, now: Callable[[], float]) -> None:
     Kernels are compiled and the encoder is loaded before partitions are taken: neither delays a heartbeat.
     """
     from model.encoder import Encoder  # torch is for the worker alone, not for the command line's help
+    from streams.view import View
     from streams.web import HttpService
 
     encoder = Encoder(settings.encoder, device=settings.device)
@@ -221,7 +228,7 @@ def run(settings: Settings, now: Callable[[], float]) -> None:
     assignor = CopartitionedAssignor(settings.http_url())
     worker = Worker(settings, now, encoder, source, assignor.owner_of)
     app = build(settings, worker, source, assignor)
-    http = HttpService(worker, settings)
+    http = HttpService(View(worker), settings)
     gc.collect()
     gc.freeze()  # aiokafka makes an object an event; collections over all of Faust's heap took a quarter of the CPU
     gc.set_threshold(100_000, 50, 1000)

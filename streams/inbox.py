@@ -67,7 +67,8 @@ class Inbox(Generic[T]):
         taken: list[tuple[str, Entry[T]]] = []
         wait: float | None = None
         while len(taken) < count_max:
-            heads = [(s.entries[0].at, rank, topic) for rank, (topic, s) in enumerate(self.sources.items()) if s.entries]
+            ranked = enumerate(self.sources.items())
+            heads = [(s.entries[0].at, rank, topic) for rank, (topic, s) in ranked if s.entries]
             if not heads:
                 return taken, None
             _, _, topic = min(heads)

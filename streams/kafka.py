@@ -1,4 +1,4 @@
-"""The Kafka edge below Faust: whole batches out, whole changelogs in, exact gaps. Nothing here knows a row or a model."""
+"""The Kafka edge below Faust: whole batches out, whole changelogs in, exact gaps."""
 
 import asyncio
 from collections import defaultdict

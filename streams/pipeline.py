@@ -266,10 +266,12 @@ class ItemLearner:
         self.learner = Learner(config)
         self.text_dim = text_dim
         self.sources: dict[int, npt.NDArray[np.int64]] = {}
+        self.offset = -1  # of the last message that was applied
         self._buffer: Examples = new_examples(config, seen_max=examples.MESSAGE_EXAMPLES_MAX * rows.SEEN_MAX)
 
     def learn(self, offset: int, message: bytes) -> Learnt:
         """Applies the message at this offset of the examples log."""
+        self.offset = offset
         kind, partition, _ = examples.read_header(message)
         applied = self.sources.get(partition)
         if applied is None:

@@ -339,10 +339,15 @@ def show(settings: Settings, overrides: Iterable[str] = ()) -> list[Shown]:
     given = set(overrides)
     for name, field in Settings.model_fields.items():
         variable = PREFIX + name.upper()
-        source = "command line" if name in given else "environment" if os.environ.get(variable) else "default"
+        source = "command line" if name in given else "default" if is_default(name) else "environment"
         assert field.description, f"{name}: a setting has a reason"
         lines.append(Shown(variable, _unit(name), _printed(getattr(settings, name)), source, field.description))
     return lines
+
+
+def is_default(name: str) -> bool:
+    """Whether the environment leaves this setting alone."""
+    return not os.environ.get(PREFIX + name.upper())
 
 
 def environment(settings: Mapping[str, str]) -> dict[str, str]:

@@ -20,14 +20,17 @@ from streams import kafka
 from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, Surroundings, UserKeeper
 from streams.codec import DeadLetter
 from streams.encoding import Encoder, Encoding
+from streams.events import Click, Comment
 from streams.pipeline import SOURCES_KEY, ItemLearner
 from streams.settings import Settings
+from streams.telemetry import Telemetry
 
 log = structlog.get_logger(__name__)
 
 LEARNER_PARTITION: Final = 0  # of the examples log and the item changelog: one learner
 COMMIT_INTERVAL_S: Final = 1.0
 RESUME_INTERVAL_S: Final = 0.05
+OBSERVE_INTERVAL_S: Final = 5.0
 SEEK_WAIT_MAX_S: Final = 5.0  # a seek must not outlast the request timeout: slower opens seek on their own
 REOPEN_WAIT_S: Final = 1.0
 
@@ -62,9 +65,10 @@ class Worker:
         self.now = now
         self.owner_of = owner_of
         self.metrics = Metrics()
+        self.telemetry = Telemetry(self.metrics)
         self.options = settings.kafka_options()
         self.producer = kafka.Producer(self.options)
-        self.encoding = Encoding(encoder, self.metrics.encoded, now)
+        self.encoding = Encoding(encoder, self.telemetry.encoded, now)
         self.learner_config = settings.learner_config(encoder.dim)
         self.replica = _matrix(self.learner_config)
         self.replica_applied = -1
@@ -73,7 +77,8 @@ class Worker:
         )
         self.keepers: dict[tuple[str, int], Keeper[Any]] = {}
         self.opening: dict[tuple[str, int], asyncio.Task[None]] = {}
-        self.listeners: set[asyncio.Queue[dict[str, Any]]] = set()
+        self.watchers: list[Callable[[Click | Comment], None]] = []
+        self.replica_caught_up = False
         self.stopping = False
         self.topic_kinds = {
             settings.topic("clicks"): ("users", "clicks"),
@@ -86,7 +91,7 @@ class Worker:
         self._tasks: set[asyncio.Task[Any]] = set()
         self.source: Source = source
         self.around = Surroundings(
-            now=now, metrics=self.metrics, evidence=settings.evidence_config(), encoding=self.encoding,
+            now=now, metrics=self.telemetry, evidence=settings.evidence_config(), encoding=self.encoding,
             end_of=source.end_of, first_at=self._first_at, dead_letter=self._dead_letter, durable=self._durable,
             changed=self._changed, failed=self._failed, merge_hold_s=settings.merge_hold_ms / 1e3,
             flush_linger_s=settings.flush_linger_ms / 1e3,
@@ -101,7 +106,7 @@ class Worker:
     def assigned(self, tps: set[TP]) -> None:
         """Opens what is new, resumes what stays, closes what has gone to another worker."""
         wanted = {self.kind_of(tp) for tp in tps if tp.topic in self.topic_kinds}
-        self.metrics.rebalances_total.inc()
+        self.telemetry.rebalanced()
         for key in [k for k in self.keepers if k not in wanted]:
             self.opening.pop(key, None)
             self._spawn(self.keepers.pop(key).close(), f"close-{key[0]}-{key[1]}")
@@ -172,6 +177,14 @@ class Worker:
     async def _publish_examples(self, records: list[tuple[bytes, bytes]]) -> None:
         await self.producer.send(self.settings.internal_topic("examples"), LEARNER_PARTITION, records)
 
+    def open_keeper(self, kind: str, number: int) -> Keeper[Any] | None:
+        """The keeper of a partition of this worker, once its state is restored."""
+        opening = self.opening.get((kind, number))
+        keeper = self.keepers.get((kind, number))
+        if keeper is None or opening is None or not opening.done() or keeper.report is None:
+            return None
+        return keeper
+
     # -- records and offsets
 
     async def offer(self, topic: str, partition: int, records: list[Any]) -> None:
@@ -231,6 +244,24 @@ class Worker:
         if offsets:
             await self.source.commit(offsets)
 
+    def lag_records(self, kind: str = "users") -> int:
+        """Records in the source logs of a kind of state that are not applied yet, as far as known."""
+        behind = 0
+        for (of_kind, number), keeper in self.keepers.items():
+            if of_kind == kind and self.open_keeper(of_kind, number) is keeper:
+                for topic in keeper.topics:
+                    end = self.source.end_of(topic, number)
+                    behind += max(0, end - keeper.next_offset(topic)) if end is not None else 0
+        return behind
+
+    async def observe(self) -> None:
+        """State sizes and lags, for the metrics."""
+        for kind in ("users", "catalogue", "learner"):
+            own = [k for (of, n), k in self.keepers.items() if of == kind and self.open_keeper(of, n) is k]
+            rows = sum(k.partition.row_count_estimate() for k in own)
+            size = sum(k.partition.disk_bytes() for k in own)
+            self.telemetry.state(kind, rows, size, self.lag_records(kind))
+
     async def _first_at(self, topic: str, partition: int, offset: int) -> tuple[int, int]:
         return await kafka.first_at_or_after(self.options, topic, partition, offset)
 
@@ -245,17 +276,20 @@ class Worker:
 
         reader = Reader()
         topic = self.settings.internal_topic("items-changelog")
+        end = await kafka.log_end(self.options, topic, LEARNER_PARTITION)
+        read = 0
         async for batch in kafka.read_log(self.options, topic, LEARNER_PARTITION, 0):
+            self.replica_caught_up = self.replica_caught_up or read >= end or not batch
             for record in batch:
+                read = record.offset + 1
                 accepted = reader.feed(record)
                 if accepted is not None:
                     self.replica.apply((k, v) for k, v in accepted.rows.items() if k != SOURCES_KEY)
                     self.replica_applied = accepted.applied["examples"]
 
-    def _changed(self, what: dict[str, Any]) -> None:
-        for queue in self.listeners:
-            if not queue.full():
-                queue.put_nowait(what)
+    def _changed(self, event: Click | Comment) -> None:
+        for watcher in self.watchers:
+            watcher(event)
 
     # -- life
 
@@ -265,6 +299,7 @@ class Worker:
         await self._check_partitions()
         self._spawn(self._guarded(self.tail()), "tail")
         self._spawn(self._guarded(self._every(COMMIT_INTERVAL_S, self.commit)), "commit")
+        self._spawn(self._guarded(self._every(OBSERVE_INTERVAL_S, self.observe)), "observe")
         self._spawn(self._guarded(self._every(RESUME_INTERVAL_S, self._resume_paused)), "resume")
 
     async def _check_partitions(self) -> None:

@@ -1,0 +1,185 @@
+"""The running worker as HTTP sees it (streams.serving.WorkerView)."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from typing import Any, Final
+
+from aiokafka.partitioner import murmur2
+
+from model.ranker import Ranker
+from state import partition as state_partition
+from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, UserKeeper
+from streams.events import Click, Comment
+from streams.serving import NotReady, ServingMetrics, stream_event
+from streams.worker import LEARNER_PARTITION, Worker
+
+WAIT_POLL_S: Final = 0.005
+STATUS_INTERVAL_S: Final = 1.0
+LISTENER_MESSAGES_MAX: Final = 100  # a slow listener misses what does not fit
+RETRY_AFTER_S: Final = 1.0
+
+
+class View:
+    """Reads of one worker; everything but `digest` in the worker's loop."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.partitions = worker.settings.partitions
+        self.metrics: ServingMetrics = worker.metrics
+        self.ranker = Ranker(worker.replica)
+        self._listeners: set[asyncio.Queue[dict[str, Any]]] = set()
+        self._status_task: asyncio.Task[None] | None = None
+        worker.watchers.append(self._watch)
+
+    @property
+    def encoder(self) -> str:
+        """The encoder's name and digest."""
+        return self.worker.encoding.encoder.name
+
+    @property
+    def model_version(self) -> str:
+        """What a list depends on beyond the user: the encoder, and the examples log up to where the replica is."""
+        return f"{self.encoder}@examples:{LEARNER_PARTITION}:{self.worker.replica_applied}"
+
+    def now(self) -> float:
+        """Unix s."""
+        return self.worker.now()
+
+    def partition_of(self, user_id: str) -> int:
+        """As any Kafka client's default partitioner."""
+        return int((murmur2(user_id.encode()) & 0x7FFFFFFF) % self.partitions)
+
+    def owner_url(self, partition: int) -> str | None:
+        """None: this worker's. Raises NotReady while nobody is known to have it."""
+        if ("users", partition) in self.worker.keepers:
+            return None
+        url = self.worker.owner_of(self.worker.settings.topic("clicks"), partition)
+        if not url or url == self.worker.settings.http_url():
+            raise NotReady("the user's partition is being restored", RETRY_AFTER_S)
+        return url
+
+    def _keeper(self, kind: str, partition: int) -> Keeper[Any]:
+        keeper = self.worker.open_keeper(kind, partition)
+        if keeper is None:
+            raise NotReady("the user's partition is being restored", RETRY_AFTER_S)
+        return keeper
+
+    def user_row(self, user_id: str) -> bytes | None:
+        """The row as of the last flush. Raises NotReady."""
+        keeper = self._keeper("users", self.partition_of(user_id))
+        assert isinstance(keeper, UserKeeper)
+        return keeper.row(user_id)
+
+    def applied(self, partition: int) -> dict[str, int]:
+        """Last offset in the rows, a topic. Raises NotReady."""
+        return self._keeper("users", partition).applied()
+
+    async def wait_applied(self, topic: str, partition: int, offset: int, timeout_s: float) -> bool:
+        """Whether the offset is in the rows before the timeout. Raises NotReady."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while self.applied(partition)[topic] < offset:
+            if loop.time() >= deadline:
+                return False
+            await asyncio.sleep(WAIT_POLL_S)
+        return True
+
+    async def publish(self, topic: str, key: bytes, value: bytes) -> tuple[int, int]:
+        """Appends to a source topic: (partition, offset)."""
+        return await self.worker.producer.send_one(self.worker.settings.topic(topic), key, value)
+
+    def digest(self) -> dict[str, Any]:
+        """{"url", "partitions": [{"kind", "partition", "applied", "digest"}]}, each of one moment."""
+        found = []
+        for (kind, number), keeper in sorted(self.worker.keepers.items()):
+            if self.worker.open_keeper(kind, number) is None:
+                continue
+            if isinstance(keeper, LearnerKeeper):
+                offset, told = keeper.digest()
+                applied = {"examples": offset}
+            else:
+                applied, rows = keeper.partition.snapshot()
+                told = state_partition.digest(rows, applied)
+            found.append({"kind": kind, "partition": number, "applied": applied, "digest": told})
+        return {"url": self.worker.settings.http_url(), "partitions": found}
+
+    def model_info(self) -> dict[str, Any]:
+        """Versions, configuration, progress and live figures."""
+        worker = self.worker
+        learner = worker.open_keeper("learner", LEARNER_PARTITION)
+        learning = None
+        if isinstance(learner, LearnerKeeper):
+            worker.telemetry.publish(learner.live)
+            learning = {"applied": {"examples": learner.offset}, **learner.counts}
+        return {
+            "version": version("headwater"),
+            "model_version": self.model_version,
+            "encoder": {"name": self.encoder, "dim": worker.encoding.dim},
+            "learner": learning,
+            "config": worker.learner_config.__dict__,
+            "replica": {"items": len(worker.replica), "active": worker.replica.active_count,
+                        "positives": worker.replica.positives, "applied": {"examples": worker.replica_applied}},
+            "events_applied": self._applied_count(UserKeeper),
+            "items_applied": self._applied_count(CatalogueKeeper),
+            "examples_applied": learner.counts["examples"] if isinstance(learner, LearnerKeeper) else None,
+            "prequential": worker.telemetry.report,
+        }  # fmt: skip
+
+    def _applied_count(self, kind: type[Any]) -> int:
+        return sum(
+            offset + 1
+            for keeper in self.worker.keepers.values()
+            if isinstance(keeper, kind) and self.worker.open_keeper(keeper.kind, keeper.number) is keeper
+            for offset in keeper.applied().values()
+        )
+
+    def ready(self) -> list[str]:
+        """What is still missing before any user can be answered for."""
+        worker = self.worker
+        missing = []
+        if not worker.keepers:
+            missing.append("no partitions have been assigned yet")
+        for kind, number in sorted(worker.keepers):
+            if worker.open_keeper(kind, number) is None:
+                missing.append(f"{kind} partition {number} is being restored")
+        if not worker.replica_caught_up:
+            missing.append("the item changelog is still being read")
+        return missing
+
+    # -- the live page
+
+    async def subscribe(self) -> AsyncIterator[dict[str, Any]]:
+        """Events as they are learnt, and a status each second."""
+        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue(LISTENER_MESSAGES_MAX)
+        self._listeners.add(queue)
+        if self._status_task is None or self._status_task.done():
+            self._status_task = asyncio.get_running_loop().create_task(self._tell_status(), name="status")
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._listeners.discard(queue)
+
+    def _watch(self, event: Click | Comment) -> None:
+        if self._listeners:
+            self._tell(stream_event(event, event.ts))
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        for queue in self._listeners:
+            if not queue.full():
+                queue.put_nowait(message)
+
+    async def _tell_status(self) -> None:
+        before, at = self.worker.telemetry.events, self.now()
+        while self._listeners:
+            await asyncio.sleep(STATUS_INTERVAL_S)
+            events, now = self.worker.telemetry.events, self.now()
+            report: Any = self.worker.telemetry.report
+            self._tell({
+                "type": "status", "events_per_s": (events - before) / max(now - at, 1e-9),
+                "lag_records": self.worker.lag_records(), "lag_s": self.worker.telemetry.event_lag_s,
+                "positives": self.worker.replica.positives, "items": self.worker.replica.active_count,
+                "hit_ratio": {name: report.get(name, {}).get("hr@10") for name in ("model", "popularity")},
+            })  # fmt: skip
+            before, at = events, now
