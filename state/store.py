@@ -17,12 +17,13 @@ import shutil
 import struct
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final, Protocol
 
-from rocksdict import BlockBasedOptions, Cache, Options, Rdict, WriteBatch, WriteBufferManager
+from rocksdict import BlockBasedOptions, Cache, DbClosedError, Options, Rdict, WriteBatch, WriteBufferManager
 
 from state.changelog import STORE_ID_BYTES, pack_applied, unpack_applied
 
@@ -156,6 +157,8 @@ def unpack_outbox(value: bytes) -> OutboxEntry:
             at += _COUNT.size + key_bytes
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise StoreCorruptError(f"outbox entry of {len(value)} bytes is cut short") from error
+    if at != len(value):
+        raise StoreCorruptError(f"outbox entry of {len(value)} bytes: its counts tell of {at}")
     return OutboxEntry(applied, downstream, keys)
 
 
@@ -366,7 +369,8 @@ class RocksStore:
 
     def close(self) -> None:
         """`Store.close`."""
-        self._database.close()
+        with suppress(DbClosedError):
+            self._database.close()
 
     def _property(self, name: str) -> int:
         value: int | None = self._database.property_int_value(name)
