@@ -1,0 +1,271 @@
+"""The OpenAPI document of `streams.web`, and /docs as plain HTML of it: no script, nothing from other hosts.
+
+FastAPI describes paths and parameters; the shapes come from the msgspec types that encode the answers, the events
+from `streams.events`, the failures from `streams.problems`.
+"""
+
+import html
+import json
+from typing import Any, Final
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from streams import serving
+from streams.events import Click, Comment
+from streams.problems import KINDS, MEDIA_TYPE, ProblemDetails
+
+REF: Final = "#/components/schemas/{name}"
+ALWAYS: Final = ("cross-site", "misdirected", "internal")
+USER_READ: Final = (*ALWAYS, "invalid-parameter", "not-ready", "not-applied", "owner-unreachable")
+HTML_TYPE: Final = "text/html"
+
+
+class Operation(msgspec.Struct, frozen=True):
+    """What is said of an operation beyond its parameters."""
+
+    summary: str
+    description: str
+    tag: str
+    problems: tuple[str, ...]
+    shape: Any = None  # of the answer; None: see media_type
+    example: Any = None
+    body: Any = None
+    body_example: Any = None
+    status: str = "200"
+    media_type: str = "application/json"
+
+
+_POSITION = {"topic": "clicks", "partition": 3, "offset": 1041}
+_EXPLANATION = {
+    "bias": -0.31,
+    "contributions": [
+        {"type": "click", "ts": 881250949.0, **_POSITION, "value": 0.42, "action": "click", "item_id": "50"},
+        {"type": "comment", "ts": 881251000.0, "topic": "comments", "partition": 3, "offset": 7, "value": 0.1},
+    ],
+    "rest": 0.02,
+}
+_LIST = {
+    "user_id": "196",
+    "token": "v1.lKptaW5pbG1ANEBhMdkA",
+    "model_version": "all-MiniLM-L6-v2/1041",
+    "applied": {"clicks": [3, 1041], "comments": [3, 7]},
+    "items": [{"item_id": "172", "score": 0.031, "logit": 0.23, "explanation": _EXPLANATION}],
+}
+_EVENTS = [
+    {"type": "click", "user_id": "196", "item_id": "50", "action": "click"},
+    {"type": "comment", "user_id": "196", "text": "More slow science fiction, please."},
+]
+_STATE = {
+    "user_id": "196", "events": 2, "positives": 1, "consumed": 1, "last_ts": 881251000.0, "at": 881251060.0,
+    "z": {"behaviour": [0.11, -0.04], "text": [0.02, 0.3], "cooccurrence": {"50": 0.7}},
+    "parts": [
+        {"name": "behaviour", "norm": 0.8, "events": [{**_POSITION, "share": 1.0}]},
+        {"name": "text", "norm": 0.4, "events": [{"topic": "comments", "partition": 3, "offset": 7, "share": 1.0}]},
+    ],
+    "last_events": [
+        {"type": "click", "ts": 881250949.0, **_POSITION, "weight": 1.0, "action": "click", "item_id": "50"}
+    ],
+    "encoder": "all-MiniLM-L6-v2", "model_version": "all-MiniLM-L6-v2/1041",
+    "applied": {"clicks": [3, 1041], "comments": [3, 7]},
+}  # fmt: skip
+_ITEM = {
+    "item_id": "50", "text": "Star Wars (1977) | Action Adventure", "bias": 0.61, "norm": 1.9, "candidate": True,
+    "positives": 583, "evidence": 590.5, "positives_recent": {"10": 0.2, "100": 1.4, "1000": 9.7},
+    "entered_ts": None, "last_ts": 881251000.0,
+}  # fmt: skip
+
+OPERATIONS: Final[dict[str, Operation]] = {
+    "getState": Operation(
+        "What is known of a user", "The user's last events, the vector z_i and the parts that it is made of. A user of "
+        "whom nothing is known has an empty state.", "users", USER_READ, serving.UserState, _STATE,
+    ),
+    "getRecommendations": Operation(
+        "A list for a user", "The best items, exactly ranked over the whole catalogue. With `explain`, bias + the "
+        "contributions' values + rest = logit, within 1e-4. `score` is the probability among all candidates. The "
+        "`token` names the state that answered: `v1.` and, base64url without padding, a MessagePack array of model "
+        "version, ranking time and applied offsets.", "users", USER_READ, serving.Recommendations, _LIST,
+    ),
+    "rank": Operation(
+        "Order given items for a user", "As recommendations, for the items named; unknown items are left out. An item "
+        "that the user has consumed is ranked too.", "users",
+        (*USER_READ, "not-understood", "too-large", "unsupported-media-type"), serving.Recommendations, _LIST,
+        serving.RankRequest, {"user_id": "196", "item_ids": ["50", "172"], "explain": False},
+    ),
+    "postEvents": Operation(
+        "Send events", "One event or a list, each with its `type`. All are validated, as the stream does, before the "
+        "first is sent: one bad event, and none is accepted. A position in `at_least` makes a read wait for its event.",
+        "events",
+        (*ALWAYS, "not-understood", "invalid-event", "too-large", "unsupported-media-type", "log-unreachable"),
+        serving.Accepted, {"accepted": 2, "positions": ["clicks:3:1041", "comments:3:7"]},
+        "events", _EVENTS, "202",
+    ),
+    "getItem": Operation(
+        "An item", "Its text, its bias b_j as of now, the norm of phi_j, its counts.", "items",
+        (*ALWAYS, "invalid-parameter", "not-found"), serving.ItemView, _ITEM,
+    ),
+    "getSimilar": Operation(
+        "Items like an item", "The nearest by the learnt and the text vectors together.", "items",
+        (*ALWAYS, "invalid-parameter", "not-found"), serving.Similar,
+        {"item_id": "50", "items": [{"item_id": "181", "similarity": 0.83, "text": "Return of the Jedi (1983)"}]},
+    ),
+    "getDigest": Operation(
+        "Digests of this worker's partitions", "Per partition: applied offsets and a digest of the state.", "worker",
+        (*ALWAYS, "not-ready"), "object", {"partitions": {}},
+    ),
+    "getModel": Operation(
+        "The model", "Versions of encoder and learner, settings, live prequential metrics against the baselines.",
+        "worker", ALWAYS, "object", {"model_version": "all-MiniLM-L6-v2/1041"},
+    ),
+    "getStream": Operation(
+        "Server-sent events", "`event` as users do things, `status` with rate, lag and prequential metrics.", "worker",
+        (*ALWAYS, "too-many-streams"), media_type="text/event-stream",
+    ),
+    "getHealth": Operation("Alive", "ok while the process answers.", "worker", ALWAYS, "object", {"status": "ok"}),
+    "getReadiness": Operation(
+        "Ready", "503 with the reasons until every partition of this worker is open.", "worker",
+        (*ALWAYS, "not-ready"), "object", {"status": "ready"},
+    ),
+    "getMetrics": Operation("Prometheus metrics", "Text exposition format.", "worker", ALWAYS, media_type="text/plain"),
+    "getOpenapi": Operation("This document", "OpenAPI 3.1.", "worker", ALWAYS, "object", {"openapi": "3.1.0"}),
+    "getDocs": Operation("This document as a page", "", "worker", ALWAYS, media_type=HTML_TYPE),
+}  # fmt: skip
+
+_SHAPES: Final = (
+    serving.UserState, serving.Recommendations, serving.RankRequest, serving.Accepted, serving.ItemView,
+    serving.Similar, ProblemDetails, Click, Comment,
+)  # fmt: skip
+
+
+def describe(app: FastAPI) -> None:
+    """Makes `app.openapi()` the whole document."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _document(app)
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    schemas = msgspec.json.schema_components(_SHAPES, ref_template=REF)[1]
+    for name, word in (("Click", "click"), ("Comment", "comment")):
+        schemas[name]["properties"] = {"type": {"const": word}, **schemas[name]["properties"]}
+        schemas[name]["required"] = ["type", *schemas[name]["required"]]
+    event = {"oneOf": [{"$ref": REF.format(name=name)} for name in ("Click", "Comment")]}
+    schemas["Event"] = event
+    document["components"] = {"schemas": dict(sorted(schemas.items()))}
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            _complete(operation, OPERATIONS[operation["operationId"]])
+    return document
+
+
+def _complete(operation: dict[str, Any], known: Operation) -> None:
+    operation["summary"] = known.summary
+    operation["description"] = known.description
+    operation["tags"] = [known.tag]
+    operation["responses"] = {known.status: _answer(known)}
+    if known.body is not None:
+        schema: dict[str, Any] = {"$ref": REF.format(name="RankRequest")}
+        if known.body == "events":
+            one = {"$ref": REF.format(name="Event")}
+            schema = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+        content = {"application/json": {"schema": schema, "example": known.body_example}}
+        operation["requestBody"] = {"required": True, "content": content}
+    by_status: dict[int, list[str]] = {}
+    for name in known.problems:
+        by_status.setdefault(KINDS[name].status, []).append(name)
+    for status, names in sorted(by_status.items()):
+        operation["responses"][str(status)] = _failure(names)
+
+
+def _answer(known: Operation) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    if isinstance(known.shape, type):
+        schema = {"$ref": REF.format(name=known.shape.__name__)}
+    elif known.shape is not None:
+        schema = {"type": known.shape}
+    content: dict[str, Any] = {"schema": schema}
+    if known.example is not None:
+        content["example"] = known.example
+    return {"description": known.summary, "content": {known.media_type: content}}
+
+
+def _failure(names: list[str]) -> dict[str, Any]:
+    kinds = [KINDS[name] for name in names]
+    examples = {
+        name: {
+            "value": {
+                "type": f"/docs#problem-{name}", "title": kind.title, "status": kind.status, "detail": kind.advice,
+            }
+        }
+        for name, kind in zip(names, kinds, strict=True)
+    }  # fmt: skip
+    content = {"schema": {"$ref": REF.format(name="ProblemDetails")}, "examples": examples}
+    answer: dict[str, Any] = {
+        "description": "; ".join(kind.title for kind in kinds),
+        "content": {MEDIA_TYPE: content},
+    }
+    if kinds[0].status == 503:
+        answer["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
+    return answer
+
+
+def documentation_page(document: dict[str, Any]) -> str:
+    """The document as one HTML page."""
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Headwater API</title>',
+        '<link rel="icon" href="/page/icon.svg"><link rel="stylesheet" href="/page/style.css"></head>',
+        '<body class="docs"><main><h1>Headwater API</h1>',
+        f"<p>{html.escape(document['info']['description'])} ",
+        'For programs: <a href="/openapi.json">openapi.json</a>. <a href="/">The page</a>.</p>',
+    ]
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            parts.append(_operation_html(method, path, operation))
+    parts.append("<h2>Problems</h2><p>Every failure is <code>application/problem+json</code> (RFC 9457).</p><dl>")
+    for name, kind in KINDS.items():
+        parts.append(
+            f'<dt id="problem-{name}"><code>{name}</code> ({kind.status}): {html.escape(kind.title)}</dt>'
+            f"<dd>{html.escape(kind.advice)}</dd>"
+        )
+    parts.append("</dl><h2>Shapes</h2>")
+    for name, schema in document["components"]["schemas"].items():
+        parts.append(f'<details id="shape-{name}"><summary>{name}</summary><pre>{_json_html(schema)}</pre></details>')
+    return "".join((*parts, "</main></body></html>"))
+
+
+def _operation_html(method: str, path: str, operation: dict[str, Any]) -> str:
+    parts = [
+        f'<section class="panel"><h2 id="{operation["operationId"]}"><code>{method.upper()} {html.escape(path)}</code>'
+        f"</h2><p><strong>{html.escape(operation['summary'])}.</strong> {html.escape(operation['description'])}</p>"
+    ]
+    if operation.get("parameters"):
+        parts.append("<dl>")
+        for parameter in operation["parameters"]:
+            schema = parameter["schema"]
+            limits = ", ".join(f"{k} {schema[k]}" for k in ("type", "minimum", "maximum", "default") if k in schema)
+            parts.append(
+                f"<dt><code>{parameter['name']}</code> <small>{parameter['in']}, {html.escape(limits)}</small></dt>"
+                f"<dd>{html.escape(parameter.get('description', ''))}</dd>"
+            )
+        parts.append("</dl>")
+    if "requestBody" in operation:
+        example = operation["requestBody"]["content"]["application/json"]["example"]
+        parts.append(f"<p>Send:</p><pre>{_json_html(example)}</pre>")
+    for status, answer in operation["responses"].items():
+        for media_type, content in answer["content"].items():
+            words = html.escape(answer["description"])
+            parts.append(f"<p><code>{status}</code> {words} <small>{media_type}</small></p>")
+            if "example" in content:
+                parts.append(f"<pre>{_json_html(content['example'])}</pre>")
+    return "".join((*parts, "</section>"))
+
+
+def _json_html(value: Any) -> str:
+    return html.escape(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,508 @@
+"""What the worker answers: a user's row, the item matrix and the ranker, composed. No HTTP, no broker.
+
+The shapes here are the answers, byte for byte after msgspec's JSON encoding, and the schemas of the OpenAPI document.
+Everything runs in the worker's loop on the replica of the item matrix: a list costs well under a millisecond at 10,000
+items, so that no lock and no copy is needed, and one answer never mixes two states.
+"""
+
+import base64
+import math
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Final, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from msgspec import UNSET, Meta, UnsetType
+from prometheus_client import CollectorRegistry, Histogram
+
+from model import kernels, texts
+from model.profile import Profile, User, profile_of
+from model.ranker import Explanation as RankerExplanation
+from model.ranker import Ranker, Scored
+from state import rows
+from state.rows import CommentEntry, UserRow
+from streams import examples
+from streams.events import Id
+from streams.pipeline import visible_text
+
+USER_TOPICS: Final = ("clicks", "comments")
+EVENT_TYPES: Final = ("click", "comment")  # of the topic code
+RANK_ITEMS_MAX: Final = 1_000  # a rank request
+LAST_EVENTS_MAX: Final = 50  # of a state
+TOKEN_PREFIX: Final = "v1."
+
+assert examples.TOPICS[: len(USER_TOPICS)] == USER_TOPICS and len(EVENT_TYPES) == len(USER_TOPICS)
+
+
+class NotReady(Exception):
+    """The partition's state is not here and not known to be elsewhere: it opens, or moves. Ask again."""
+
+    def __init__(self, detail: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
+
+
+class ServingMetrics(Protocol):
+    """What HTTP needs of `monitoring.metrics.Metrics`."""
+
+    recommendation_seconds: Histogram
+    registry: CollectorRegistry
+
+
+class WorkerView(Protocol):
+    """The running worker, as HTTP needs it. All of it is called in the worker's loop but `digest`."""
+
+    partitions: int
+    metrics: ServingMetrics
+
+    @property
+    def ranker(self) -> Ranker:
+        """Over the replica of the item matrix."""
+
+    @property
+    def model_version(self) -> str:
+        """Encoder and learner's progress, as `model_info` tells them: what a list depends on beyond the user."""
+
+    @property
+    def encoder(self) -> str:
+        """Name and version of the text encoder."""
+
+    def now(self) -> float:
+        """The moment for which lists are made and events are checked, Unix s."""
+
+    def partition_of(self, user_id: str) -> int:
+        """Partition of clicks and comments that the producer's murmur2 puts the user's events in."""
+
+    def owner_url(self, partition: int) -> str | None:
+        """Address of the worker that has the partition; None: this one. Raises NotReady."""
+
+    def user_row(self, user_id: str) -> bytes | None:
+        """The user's row, of an own partition. Raises NotReady while it opens or when it has just left."""
+
+    def applied(self, partition: int) -> dict[str, int]:
+        """Topic ("clicks", "comments") -> last offset that the partition's rows hold; -1: none."""
+
+    async def wait_applied(self, topic: str, partition: int, offset: int, timeout_s: float) -> bool:
+        """Whether the offset is applied, at the latest after the timeout. Raises NotReady."""
+
+    async def publish(self, topic: str, key: bytes, value: bytes) -> tuple[int, int]:
+        """Appends to "clicks" or "comments": (partition, offset) once acknowledged. Raises on any failure."""
+
+    def digest(self) -> dict[str, Any]:
+        """Applied offsets and state digests of this worker's partitions. Called in a thread of its own."""
+
+    def model_info(self) -> dict[str, Any]:
+        """Versions, settings, live prequential metrics."""
+
+    def ready(self) -> list[str]:
+        """What the worker still waits for; empty: ready."""
+
+    def subscribe(self) -> AsyncIterator[dict[str, Any]]:
+        """What happens, for one listener, bounded; the slow one misses some. `type` tells the shape:
+
+        {"type": "event", "topic", "user_id", "item_id"?, "action"?, "ts"} as `stream_event` makes it, and each second
+        {"type": "status", "events_per_s", "lag_records", "lag_s", "positives", "items",
+         "hit_ratio": {"model": number|null, "popularity": number|null}}.
+        """
+
+
+# -- shapes
+
+
+class Accepted(msgspec.Struct):
+    """Events that the log has acknowledged, and where: "topic:partition:offset" each, in the request's order."""
+
+    accepted: int
+    positions: list[str]
+
+
+class RankRequest(msgspec.Struct):
+    """Items to be ordered for a user."""
+
+    user_id: Id
+    item_ids: Annotated[list[Id], Meta(min_length=1, max_length=RANK_ITEMS_MAX)]
+    explain: bool = False
+    texts: bool = False
+
+
+class Contribution(msgspec.Struct):
+    """What one past event adds to a logit. A comment about an item adds twice: as what was done with the item (its
+    action is "comment"), and by its words (no action)."""
+
+    type: str
+    ts: float
+    topic: str
+    partition: int
+    offset: int
+    value: float
+    action: str | UnsetType = UNSET
+    item_id: str | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+
+
+class Explanation(msgspec.Struct):
+    """bias + the contributions' values + rest = logit, within 1e-4. bias: the item's own part and the calibration;
+    rest: texts older than those kept one by one."""
+
+    bias: float
+    contributions: list[Contribution]
+    rest: float
+
+
+class RankedItem(msgspec.Struct):
+    """An item of a list. score: probability, among the user's candidates, of being the next positive."""
+
+    item_id: str
+    score: float
+    logit: float
+    explanation: Explanation | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+
+
+class Recommendations(msgspec.Struct):
+    """A list, best first, and the state that it was made of: applied is topic -> [partition, last offset]."""
+
+    user_id: str
+    token: str
+    model_version: str
+    applied: dict[str, tuple[int, int]]
+    items: list[RankedItem]
+
+
+class Vectors(msgspec.Struct):
+    """z_i: against phi_j (behaviour), against the item's text vector (text), and against its co-occurrences, a
+    coefficient an item of the history."""
+
+    behaviour: list[float]
+    text: list[float]
+    cooccurrence: dict[str, float]
+
+
+class Share(msgspec.Struct):
+    """What part of a vector an event made: its projection on it, so that the shares and the rest make 1."""
+
+    topic: str
+    partition: int
+    offset: int
+    share: float
+
+
+class Part(msgspec.Struct):
+    """A part of z_i, with the events that made it, the largest shares first."""
+
+    name: str
+    norm: float
+    events: list[Share]
+
+
+class PastEvent(msgspec.Struct):
+    """An event of the user's row; of a comment's words only the vector is kept, and it is not shown."""
+
+    type: str
+    ts: float
+    topic: str
+    partition: int
+    offset: int
+    weight: float
+    action: str | UnsetType = UNSET
+    item_id: str | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+
+
+class UserState(msgspec.Struct):
+    """What is known of a user, as of `at` (Unix s). consumed: items that are no candidates any more."""
+
+    user_id: str
+    events: int
+    positives: int
+    consumed: int
+    last_ts: float | None
+    at: float
+    z: Vectors
+    parts: list[Part]
+    last_events: list[PastEvent]
+    encoder: str
+    model_version: str
+    applied: dict[str, tuple[int, int]]
+
+
+class ItemView(msgspec.Struct):
+    """An item. bias: b_j as of now; norm: of phi_j; evidence: positives + .5 a low rating; candidate: may be listed."""
+
+    item_id: str
+    text: str
+    bias: float
+    norm: float
+    candidate: bool
+    positives: int
+    evidence: float
+    entered_ts: float | None
+    last_ts: float | None
+
+
+class SimilarItem(msgspec.Struct):
+    """similarity: cosine of the learnt vectors plus cosine of the text vectors, -2 to 2."""
+
+    item_id: str
+    similarity: float
+    text: str
+
+
+class Similar(msgspec.Struct):
+    """The nearest candidates, most like first."""
+
+    item_id: str
+    items: list[SimilarItem]
+
+
+# -- a user as the ranker sees them
+
+
+class Reader:
+    """One user's row, taken apart for one answer."""
+
+    def __init__(self, view: WorkerView, user_id: str) -> None:
+        value = view.user_row(user_id)
+        self.view = view
+        self.partition = view.partition_of(user_id)
+        self.row = rows.unpack(value) if value is not None else UserRow()
+        # Just after the user's last event: what was written a moment ago counts, whatever the clocks say.
+        self.at = max(view.now(), math.nextafter(self.row.last_ts, math.inf))
+        self.slots = self.row.slots()
+        self.comments = [c for c in self.row.comment_entries() if c.ts < self.at]
+        self.user = self._user()
+
+    def _user(self) -> User:
+        row, slots = self.row, self.slots
+        ts, weights = slots["ts"].astype(np.float64), slots["weight"].astype(np.float32)
+        text_weight, mean, _ = visible_text(row, self.at) if row.text_dim else (0.0, None, 0.0)
+        if not text_weight:
+            return User(slots["key"], ts, weights)
+        kept = [texts.dequantize(c.scale, c.vector) for c in self.comments]
+        vectors = np.stack(kept) if kept else np.zeros((0, row.text_dim), np.float32)
+        decays = texts.DECAY ** np.arange(len(kept), dtype=np.float32)
+        return User(slots["key"], ts, weights, mean, text_weight, vectors, decays)
+
+    def consumed(self) -> npt.NDArray[np.int64]:
+        """(n,) int64 keys of the items that the user has consumed."""
+        return np.concatenate((self.slots["key"], self.row.seen_keys()))
+
+    def item(self, key: int) -> tuple[str | UnsetType, str | UnsetType]:
+        """Id and text of an item; unset where the catalogue does not know it."""
+        matrix = self.view.ranker.matrix
+        at = matrix.index(key) if key else -1
+        return (matrix.names[at] or UNSET, matrix.texts[at] or UNSET) if at >= 0 else (UNSET, UNSET)
+
+    def applied(self) -> dict[str, tuple[int, int]]:
+        """Topic -> (partition, last applied offset)."""
+        return {topic: (self.partition, offset) for topic, offset in self.view.applied(self.partition).items()}
+
+    def contributions(self, explanation: RankerExplanation, with_text: bool) -> list[Contribution]:
+        """One a history entry and one a kept comment's words, newest first within each."""
+        positions = self.row.history_positions()
+        out = []
+        for term in explanation.terms:
+            slot, (topic, offset) = self.slots[term.entry], positions[term.entry]
+            item_id, text = self.item(int(slot["key"]))
+            out.append(
+                Contribution(
+                    EVENT_TYPES[topic], float(slot["ts"]), USER_TOPICS[topic], self.partition, offset, term.total,
+                    rows.ACTIONS[slot["action"]], item_id, text if with_text else UNSET,
+                )
+            )  # fmt: skip
+        for comment, value in zip(self.comments, explanation.comments, strict=False):
+            item_id, text = self.item(comment.item)
+            out.append(
+                Contribution(
+                    "comment", comment.ts, USER_TOPICS[comment.topic], self.partition, comment.offset, value, UNSET,
+                    item_id, text if with_text else UNSET,
+                )
+            )  # fmt: skip
+        return out
+
+
+def _ranked(
+    reader: Reader, scored: list[Scored], exclude: npt.NDArray[np.int64], explain: bool, with_text: bool
+) -> list[RankedItem]:
+    matrix = reader.view.ranker.matrix
+    reasons: dict[int, RankerExplanation] = {}
+    if explain:
+        keys = [s.key for s in scored]
+        reasons = {e.row: e for e in reader.view.ranker.explain(reader.user, reader.at, keys, exclude)}
+    return [
+        RankedItem(
+            s.item_id, s.score, s.logit,
+            _explanation(reader, reasons[s.row], with_text) if explain else UNSET,
+            matrix.texts[s.row] if with_text else UNSET,
+        )
+        for s in scored
+    ]  # fmt: skip
+
+
+def _explanation(reader: Reader, given: RankerExplanation, with_text: bool) -> Explanation:
+    return Explanation(given.bias.total, reader.contributions(given, with_text), given.rest)
+
+
+def _list(reader: Reader, user_id: str, items: list[RankedItem]) -> Recommendations:
+    version, applied = reader.view.model_version, reader.applied()
+    return Recommendations(user_id, token(version, reader.at, applied), version, applied, items)
+
+
+def token(model_version: str, at: float, applied: dict[str, tuple[int, int]]) -> str:
+    """Names the state that a list was made of.
+
+    >>> read_token(token("m/7", 12.5, {"clicks": (3, 1041)}))
+    ('m/7', 12.5, {'clicks': (3, 1041)})
+    """
+    packed = msgspec.msgpack.encode((model_version, at, applied))
+    return TOKEN_PREFIX + base64.urlsafe_b64encode(packed).decode().rstrip("=")
+
+
+def read_token(given: str) -> tuple[str, float, dict[str, tuple[int, int]]]:
+    """(model version, ranking time in Unix s, applied offsets). Raises ValueError."""
+    if not given.startswith(TOKEN_PREFIX):
+        raise ValueError(f"token {given[:40]!r} does not start with {TOKEN_PREFIX!r}: it is of another version")
+    body = given[len(TOKEN_PREFIX) :]
+    packed = base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))
+    return msgspec.msgpack.decode(packed, type=tuple[str, float, dict[str, tuple[int, int]]])
+
+
+# -- answers
+
+
+def recommend(
+    view: WorkerView,
+    user_id: str,
+    limit: int,
+    explain: bool = False,
+    exclude_seen: bool = True,
+    with_text: bool = False,
+) -> Recommendations:
+    """The `limit` best candidates for the user. Raises NotReady."""
+    reader = Reader(view, user_id)
+    exclude = reader.consumed() if exclude_seen else np.zeros(0, np.int64)
+    scored = view.ranker.top_k(reader.user, reader.at, limit, exclude)
+    return _list(reader, user_id, _ranked(reader, scored, exclude, explain, with_text))
+
+
+def rank(view: WorkerView, asked: RankRequest) -> Recommendations:
+    """The given items, best first; those that are no candidates are left out. Raises NotReady."""
+    reader = Reader(view, asked.user_id)
+    none = np.zeros(0, np.int64)
+    keys = [examples.item_key(item_id) for item_id in asked.item_ids]
+    scored = view.ranker.rank_items(reader.user, reader.at, keys)
+    return _list(reader, asked.user_id, _ranked(reader, scored, none, asked.explain, asked.texts))
+
+
+def state(view: WorkerView, user_id: str) -> UserState:
+    """What is known of the user; of an unknown one, nothing. Raises NotReady."""
+    reader = Reader(view, user_id)
+    row = reader.row
+    ranker = view.ranker
+    profile = profile_of(ranker.matrix, reader.user, reader.at, ranker.cooccurrence_history)
+    return UserState(
+        user_id, row.events, row.positives, len(reader.consumed()), row.last_ts if row.events else None, reader.at,
+        _vectors(reader, profile), _parts(reader, profile), _last_events(reader), view.encoder, view.model_version,
+        reader.applied(),
+    )  # fmt: skip
+
+
+def _vectors(reader: Reader, profile: Profile) -> Vectors:
+    names = reader.view.ranker.matrix.names
+    coefficients = {names[row]: float(c) for row, c in zip(profile.row, profile.ck, strict=True) if names[row] and c}
+    return Vectors(profile.z.tolist(), profile.v.tolist(), coefficients)
+
+
+def _parts(reader: Reader, profile: Profile) -> list[Part]:
+    m = reader.view.ranker.matrix.arrays
+    near, far, own = m.theta[kernels.T_TEXT : kernels.T_NEIGHBOUR]
+    positions = [reader.row.history_positions()[entry] for entry in profile.entry]
+    learnt = profile.wt[:, None] * m.y[profile.row]
+    weight = near * profile.text_coefficient[0] + far * profile.text_coefficient[1]
+    item_texts = weight[:, None] * (m.e[profile.row] - m.mu)
+    parts = [
+        _part(reader, "behaviour", profile.z, learnt, positions),
+        _part(reader, "item_texts", near * profile.text[0] + far * profile.text[1], item_texts, positions),
+    ]
+    user = reader.user
+    if user.comment is not None:
+        root = math.sqrt(min(user.text_weight, kernels.TEXT_WEIGHT_MAX)) / user.text_weight
+        words = own * np.float32(root) * user.comment_weight[:, None] * (user.comment - m.mu)
+        comments = [(c.topic, c.offset) for c in reader.comments]
+        parts.append(_part(reader, "own_words", own * profile.text[2], words, comments))
+    ck = profile.ck
+    parts.append(_part(reader, "cooccurrence", ck, np.diag(ck), positions))
+    return parts
+
+
+def _part(
+    reader: Reader, name: str, whole: npt.NDArray[np.float32], terms: npt.NDArray[np.float32],
+    positions: list[tuple[int, int]],
+) -> Part:  # fmt: skip
+    square = float(whole @ whole)
+    if not square:
+        return Part(name, 0.0, [])
+    shares = (terms @ whole / square).tolist()
+    events = [
+        Share(USER_TOPICS[topic], reader.partition, offset, share)
+        for (topic, offset), share in zip(positions, shares, strict=True)
+    ]
+    return Part(name, math.sqrt(square), sorted(events, key=lambda e: -abs(e.share)))
+
+
+def _last_events(reader: Reader) -> list[PastEvent]:
+    positions = reader.row.history_positions()[:LAST_EVENTS_MAX]
+    done = [
+        PastEvent(
+            EVENT_TYPES[topic], float(slot["ts"]), USER_TOPICS[topic], reader.partition, offset, float(slot["weight"]),
+            rows.ACTIONS[slot["action"]], *reader.item(int(slot["key"])),
+        )
+        for slot, (topic, offset) in zip(reader.slots[:LAST_EVENTS_MAX], positions, strict=True)
+    ]  # fmt: skip
+    return sorted(done + [_written(reader, c) for c in reader.comments], key=lambda e: -e.ts)[:LAST_EVENTS_MAX]
+
+
+def _written(reader: Reader, comment: CommentEntry) -> PastEvent:
+    return PastEvent(
+        "comment", comment.ts, USER_TOPICS[comment.topic], reader.partition, comment.offset, 1.0, UNSET,
+        *reader.item(comment.item),
+    )  # fmt: skip
+
+
+def item(view: WorkerView, item_id: str) -> ItemView | None:
+    """The item as the replica has it; None where the catalogue does not know it."""
+    matrix = view.ranker.matrix
+    key = examples.item_key(item_id)
+    row = matrix.index(key)
+    if row < 0 or not matrix.arrays.flags[row] & kernels.KNOWN:
+        pending = matrix.pending.get(key)
+        return None if pending is None else ItemView(item_id, pending.text, 0, 0, False, 0, 0, pending.ts, None)
+    m = matrix.arrays
+    record = m.rec[row]
+    feature = np.zeros((kernels.FEATURES, 1), np.float32)
+    return ItemView(
+        item_id, matrix.texts[row], float(kernels.bias_of(m, np.int32(row), view.now(), feature)),
+        float(np.linalg.norm(m.phi[row])), matrix.is_active(row), round(float(record["count"])),
+        float(record["evidence"]), float(record["entered_ts"]) or None, float(record["last_ts"]) or None,
+    )  # fmt: skip
+
+
+def similar(view: WorkerView, item_id: str, limit: int) -> Similar | None:
+    """The candidates most like the item; None where the catalogue does not know it."""
+    matrix = view.ranker.matrix
+    row = matrix.index(examples.item_key(item_id))
+    if row < 0 or not matrix.arrays.flags[row] & kernels.KNOWN:
+        return None
+    nearest = view.ranker.similar(row, limit)
+    return Similar(item_id, [SimilarItem(matrix.names[r], likeness, matrix.texts[r]) for r, likeness in nearest])
+
+
+def stream_event(event: Any, ts: float) -> dict[str, Any]:
+    """A Click or Comment as /v1/stream shows it: no words of the user."""
+    action = getattr(event, "action", None)
+    shown = {
+        "type": "event", "topic": "clicks" if action else "comments", "user_id": event.user_id,
+        "item_id": event.item_id, "action": action, "ts": ts,
+    }  # fmt: skip
+    return {name: value for name, value in shown.items() if value is not None}

@@ -1,0 +1,553 @@
+"""The worker's HTTP: FastAPI over `streams.serving`, under uvicorn as a service of the worker's own loop.
+
+Any worker answers for any user: what belongs to another worker's partition is forwarded once. One id is one path
+segment, percent-encoded: paths are matched before decoding, so that ids may hold slashes. Answers are encoded by
+msgspec from the shapes of `streams.serving`, which also are the schemas of the OpenAPI document. Every failure is a
+problem of `streams.problems`.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import re
+import socket
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Final
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+import httpx
+import mode
+import msgspec
+import structlog
+import uvicorn
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
+
+from streams import codec, serving
+from streams.events import ID_CHARS_MAX, MESSAGE_BYTES_MAX, Comment
+from streams.openapi import describe, documentation_page
+from streams.problems import KINDS, MEDIA_TYPE, Problem
+from streams.serving import NotReady, WorkerView
+from streams.settings import LOOPBACK_HOSTS, Settings
+
+log = structlog.get_logger(__name__)
+
+EVENTS_MAX: Final = 500  # a request: all of it is validated before the first is sent
+EVENTS_BYTES_MAX: Final = 4_000_000  # a request's body
+RANK_BYTES_MAX: Final = 1_000_000  # RANK_ITEMS_MAX ids of full length, as JSON
+LIST_MAX: Final = 200  # recommendations or similar items a request
+AT_LEAST_MAX: Final = 8  # offsets a read may wait for
+AT_LEAST_WAIT_S: Final = 5.0  # a read waits this long for its offsets, then asks the client to come again
+FORWARD_TIMEOUT_S: Final = AT_LEAST_WAIT_S + 5.0
+FORWARD_CONNECT_TIMEOUT_S: Final = 2.0
+FORWARD_CONNECTIONS_MAX: Final = 64
+STREAMS_MAX: Final = 64  # open /v1/stream connections
+STREAM_HEARTBEAT_S: Final = 15.0  # a comment line in silence, so that proxies keep the connection
+STREAM_RETRY_MS: Final = 2000
+RETRY_AFTER_S: Final = 1.0
+CONNECTIONS_MAX: Final = 1024
+GRACEFUL_SHUTDOWN_S: Final = 1
+FORWARDED_HEADER: Final = "x-headwater-forwarded"  # a forwarded request is never forwarded again
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+PAGE_DIR: Final = Path(__file__).parent / "page"
+PAGE_FILES: Final = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "/page/style.css": ("style.css", "text/css; charset=utf-8"),
+    "/page/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+SECURITY_HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+assert MESSAGE_BYTES_MAX < EVENTS_BYTES_MAX, "one event of the greatest size fits a request"
+assert AT_LEAST_WAIT_S < FORWARD_TIMEOUT_S, "the owner's wait ends before the forwarder's"
+
+Limit = Annotated[int, Query(ge=1, le=LIST_MAX, description="How many items.")]
+Flag = Annotated[bool, Query()]
+AtLeast = Annotated[
+    list[str],
+    Query(
+        max_length=AT_LEAST_MAX,
+        description="Positions topic:partition:offset, as POST /v1/events answers them: the read waits, "
+        f"{AT_LEAST_WAIT_S:g} s at most, until they are applied.",
+        examples=[["clicks:3:1041"]],
+    ),
+]
+Answer = Callable[[], Awaitable[Response]]
+
+
+# -- the edge: what every request and response passes
+
+
+class Edge:
+    """Request ids, raw paths, security headers; refuses other hosts' names and other sites' pages.
+
+    Without keys the loopback address is the only guard, and a browser reaches it from any site: a name that does not
+    belong to this machine (DNS rebinding) and a request that another site's page makes are refused.
+    """
+
+    def __init__(self, app: FastAPI, hosts: Iterable[str] | None) -> None:
+        self.app = app
+        self.hosts = None if hosts is None else frozenset(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        raw = scope.get("raw_path") or quote_from_bytes(scope["path"].encode()).encode()
+        scope["path"] = raw.partition(b"?")[0].decode("latin-1")
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                out = MutableHeaders(scope=message)
+                out["X-Request-Id"] = request_id
+                out.setdefault("Cache-Control", "no-store")
+                for name, value in SECURITY_HEADERS.items():
+                    out[name] = value
+            await send(message)
+
+        problem = self._refusal(headers)
+        if problem is not None:
+            response = problem_response(Request(scope), problem)
+            await response(scope, receive, send_with_headers)
+            return
+        await self.app(scope, receive, send_with_headers)
+
+    def _refusal(self, headers: Headers) -> Problem | None:
+        host = headers.get("host", "").lower()
+        name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+        if self.hosts is not None and name not in self.hosts:
+            return Problem("misdirected", f"This worker is not known as {name!r}; it is bound to a loopback address.")
+        if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
+            return Problem("cross-site", "Another site's page may not use this API from a browser.")
+        return None
+
+
+def problem_response(request: Request, problem: Problem) -> Response:
+    """The response that a problem is."""
+    request_id = getattr(request.state, "request_id", "")
+    body = msgspec.json.encode(problem.details(request.scope["path"], request_id))
+    return Response(body, KINDS[problem.kind].status, problem.headers, MEDIA_TYPE)
+
+
+def _json(shape: Any) -> Response:
+    return Response(msgspec.json.encode(shape), media_type="application/json")
+
+
+def _handlers(app: FastAPI) -> None:
+    async def problem(request: Request, failure: Exception) -> Response:
+        assert isinstance(failure, Problem)
+        return problem_response(request, failure)
+
+    async def not_ready(request: Request, failure: Exception) -> Response:
+        assert isinstance(failure, NotReady)
+        return problem_response(request, Problem("not-ready", str(failure), retry_after_s=failure.retry_after_s))
+
+    async def http(request: Request, failure: Exception) -> Response:
+        assert isinstance(failure, HTTPException)
+        kinds = {kind.status: name for name, kind in reversed(KINDS.items())}
+        name = kinds.get(failure.status_code, "not-understood")
+        detail = f"{request.method} {request.scope['path']}: {KINDS[name].title.lower()}."
+        return problem_response(request, Problem(name, detail, headers=dict(failure.headers or {})))
+
+    async def invalid(request: Request, failure: Exception) -> Response:
+        assert isinstance(failure, RequestValidationError)
+        errors = [{"parameter": str(e["loc"][1]), "detail": str(e["msg"])} for e in failure.errors()]
+        detail = "; ".join(f"{e['parameter']}: {e['detail']}" for e in errors)
+        return problem_response(request, Problem("invalid-parameter", detail, errors=errors))
+
+    async def internal(request: Request, failure: Exception) -> Response:
+        request_id = getattr(request.state, "request_id", "")
+        if not isinstance(failure, ClientDisconnect):
+            log.error("request failed", request_id=request_id, method=request.method, exc_info=failure)
+        return problem_response(request, Problem("internal", "The worker failed at this request; its log says why."))
+
+    app.add_exception_handler(Problem, problem)
+    app.add_exception_handler(NotReady, not_ready)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(Exception, internal)
+
+
+# -- reading a request
+
+
+def _id(raw: str, parameter: str) -> str:
+    """The id of a path segment. Raises Problem."""
+    try:
+        value = unquote_to_bytes(raw).decode()
+    except UnicodeDecodeError:
+        raise _invalid(parameter, "is not UTF-8, percent-encoded") from None
+    if not 1 <= len(value) <= ID_CHARS_MAX:
+        raise _invalid(parameter, f"has to have 1 to {ID_CHARS_MAX} characters")
+    return value
+
+
+def _invalid(parameter: str, detail: str) -> Problem:
+    return Problem("invalid-parameter", f"{parameter}: {detail}", errors=[{"parameter": parameter, "detail": detail}])
+
+
+async def _body(request: Request, bytes_max: int) -> bytes:
+    """The body, JSON by its header. Raises Problem."""
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json":
+        raise Problem("unsupported-media-type", f"Content-Type is {media!r}; it has to be application/json.")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > bytes_max:
+            raise Problem("too-large", f"The body is over {bytes_max} bytes.", headers={"Connection": "close"})
+    return bytes(body)
+
+
+def _positions(given: list[str], user_partition: int) -> list[tuple[str, int]]:
+    """(topic, offset) of each position that a read is to wait for. Raises Problem."""
+    out = []
+    for text in given:
+        topic, _, rest = text.partition(":")
+        numbers = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,16})", rest)
+        if topic not in serving.USER_TOPICS or numbers is None:
+            raise _invalid("at_least", f"{text[:80]!r} has to be clicks:PARTITION:OFFSET or comments:PARTITION:OFFSET")
+        if int(numbers[1]) != user_partition:
+            raise _invalid("at_least", f"{text!r}: this user's events are in partition {user_partition}")
+        out.append((topic, int(numbers[2])))
+    return out
+
+
+def _events(body: bytes, now_s: float) -> list[tuple[str, bytes, bytes]]:
+    """(topic, key, value) of each event of a request's body, all valid. Raises Problem."""
+    is_list = body.lstrip(b" \t\r\n")[:1] == b"["
+    try:
+        raws = msgspec.json.decode(body, type=list[msgspec.Raw]) if is_list else [msgspec.Raw(body)]
+    except (msgspec.DecodeError, ValueError) as fault:
+        raise Problem("not-understood", f"The body is not a list of events: {fault}.") from None
+    if not 1 <= len(raws) <= EVENTS_MAX:
+        kind = "too-large" if raws else "not-understood"
+        raise Problem(kind, f"{len(raws)} events; a request takes 1 to {EVENTS_MAX}.")
+    out = []
+    for index, raw in enumerate(raws):
+        event = codec.validate_event(bytes(raw), now_s)
+        if isinstance(event, codec.Reject):
+            where = f"event {index}: " if is_list else ""
+            raise Problem("invalid-event", f"{where}{event.message}", index=index, reason=str(event.reason))
+        out.append(("comments" if isinstance(event, Comment) else "clicks", event.user_id.encode(), bytes(raw)))
+    return out
+
+
+# -- work behind the routes
+
+
+class Http:
+    """What the routes share: the worker, the client that forwards, the open streams."""
+
+    def __init__(self, view: WorkerView, client: httpx.AsyncClient) -> None:
+        self.view = view
+        self.client = client
+        self.streams = 0
+        self.closing = asyncio.Event()
+
+    async def for_user(self, request: Request, user_id: str, answer: Callable[[], Response], at_least: list[str],
+                       body: bytes = b"") -> Response:  # fmt: skip
+        """The answer from the user's own worker: here, when its offsets are applied, or forwarded."""
+        partition = self.view.partition_of(user_id)
+        wanted = _positions(at_least, partition)
+        owner = self.view.owner_url(partition)
+        if owner is not None:
+            return await self._forward(request, owner, body)
+        deadline = asyncio.get_running_loop().time() + AT_LEAST_WAIT_S
+        for topic, offset in wanted:
+            left_s = max(0.0, deadline - asyncio.get_running_loop().time())
+            if not await self.view.wait_applied(topic, partition, offset, left_s):
+                applied = self.view.applied(partition).get(topic, -1)
+                detail = f"{topic}:{partition}:{offset} is not applied yet; this worker is at {applied}."
+                raise Problem("not-applied", detail, retry_after_s=RETRY_AFTER_S)
+        return answer()
+
+    async def _forward(self, request: Request, owner: str, body: bytes) -> Response:
+        if FORWARDED_HEADER in request.headers:
+            raise Problem("not-ready", "The user's partition is moving to another worker.", retry_after_s=RETRY_AFTER_S)
+        query = request.scope["query_string"]
+        target = request.scope["path"].encode("latin-1") + (b"?" + query if query else b"")
+        headers = {FORWARDED_HEADER: "1", "x-request-id": request.state.request_id, "accept": "application/json"}
+        if body:
+            headers["content-type"] = "application/json"
+        try:
+            url = httpx.URL(owner).copy_with(raw_path=target)
+            given = await self.client.request(request.method, url, content=body or None, headers=headers)
+        except (httpx.HTTPError, httpx.InvalidURL) as failure:
+            detail = f"The worker of this user's partition does not answer ({type(failure).__name__})."
+            raise Problem("owner-unreachable", detail, retry_after_s=RETRY_AFTER_S) from failure
+        kept = {name: given.headers[name] for name in ("retry-after",) if name in given.headers}
+        return Response(given.content, given.status_code, kept, given.headers.get("content-type"))
+
+    async def publish(self, events: list[tuple[str, bytes, bytes]]) -> list[str]:
+        """Appends the events: one user's in their order, users side by side; their positions. Raises Problem."""
+        positions: list[str | None] = [None] * len(events)
+
+        async def user_events(numbers: list[int]) -> None:
+            for number in numbers:
+                topic, key, value = events[number]
+                partition, offset = await self.view.publish(topic, key, value)
+                positions[number] = f"{topic}:{partition}:{offset}"
+
+        by_user: dict[bytes, list[int]] = {}
+        for number, (_, key, _) in enumerate(events):
+            by_user.setdefault(key, []).append(number)
+        done = await asyncio.gather(*map(user_events, by_user.values()), return_exceptions=True)
+        failure = next((d for d in done if isinstance(d, BaseException)), None)
+        if failure is not None:
+            log.warning("events not accepted", failure=repr(failure))
+            detail = f"{sum(p is not None for p in positions)} of {len(events)} events were accepted."
+            raise Problem("log-unreachable", detail, retry_after_s=RETRY_AFTER_S, positions=positions) from failure
+        return [p for p in positions if p is not None]
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """The server-sent events of one client, until it leaves or the worker stops."""
+        source = aiter(self.view.subscribe())
+        closing = asyncio.ensure_future(self.closing.wait())
+        pending: asyncio.Future[dict[str, Any]] | None = None
+        self.streams += 1
+        try:
+            yield b"retry: %d\n\n" % STREAM_RETRY_MS
+            while True:
+                pending = pending or asyncio.ensure_future(anext(source))
+                waiting: set[asyncio.Future[Any]] = {pending, closing}
+                await asyncio.wait(waiting, timeout=STREAM_HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
+                if closing.done():
+                    return
+                if not pending.done():
+                    yield b": still here\n\n"
+                    continue
+                try:
+                    message = pending.result()
+                except StopAsyncIteration:
+                    return
+                pending = None
+                kind = str(message.get("type", "message")).encode()
+                yield b"event: " + kind + b"\ndata: " + msgspec.json.encode(message) + b"\n\n"
+        finally:
+            self.streams -= 1
+            for task in (closing, pending):
+                if task is not None:
+                    task.cancel()
+                    with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
+                        await task
+            close = getattr(source, "aclose", None)
+            if close is not None:
+                await close()
+
+
+# -- routes
+
+
+def create_app(view: WorkerView, client: httpx.AsyncClient, hosts: Iterable[str] | None = None) -> Edge:
+    """The application. hosts: names by which it may be called; None: any.
+
+    `.app.state.http.closing` ends the open streams when set.
+    """
+    app = FastAPI(
+        title="Headwater", version=version("headwater"), openapi_url=None, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
+        description="Recommendations that have learnt from every click and comment a moment ago, with exact reasons.",
+    )  # fmt: skip
+    _handlers(app)
+    http = app.state.http = Http(view, client)
+    _user_routes(app, http)
+    _item_routes(app, http)
+    _worker_routes(app, http)
+    _page_routes(app)
+    describe(app)
+    return Edge(app, hosts)
+
+
+def _user_routes(app: FastAPI, http: Http) -> None:
+    view = http.view
+
+    @app.get("/v1/users/{user_id:path}/state", operation_id="getState", response_model=None)
+    async def state(request: Request, user_id: str, at_least: AtLeast = []) -> Response:  # noqa: B006
+        user = _id(user_id, "user_id")
+        return await http.for_user(request, user, lambda: _json(serving.state(view, user)), at_least)
+
+    @app.get("/v1/users/{user_id:path}/recommendations", operation_id="getRecommendations", response_model=None)
+    async def recommendations(
+        request: Request, user_id: str, limit: Limit = 10, explain: Flag = False, exclude_seen: Flag = True,
+        texts: Flag = False, at_least: AtLeast = [],  # noqa: B006
+    ) -> Response:  # fmt: skip
+        user = _id(user_id, "user_id")
+
+        def answer() -> Response:
+            with view.metrics.recommendation_seconds.time():
+                return _json(serving.recommend(view, user, limit, explain, exclude_seen, texts))
+
+        return await http.for_user(request, user, answer, at_least)
+
+    @app.post("/v1/rank", operation_id="rank", response_model=None)
+    async def rank(request: Request, at_least: AtLeast = []) -> Response:  # noqa: B006
+        body = await _body(request, RANK_BYTES_MAX)
+        try:
+            asked = msgspec.json.decode(body, type=serving.RankRequest)
+        except (msgspec.DecodeError, ValueError) as fault:
+            raise Problem("not-understood", f"The body is not a rank request: {fault}.") from None
+        return await http.for_user(request, asked.user_id, lambda: _json(serving.rank(view, asked)), at_least, body)
+
+    @app.post("/v1/events", operation_id="postEvents", response_model=None, status_code=202)
+    async def events(request: Request) -> Response:
+        body = await _body(request, EVENTS_BYTES_MAX)
+        positions = await http.publish(_events(body, view.now()))
+        return Response(msgspec.json.encode(serving.Accepted(len(positions), positions)), 202, None, "application/json")
+
+
+def _item_routes(app: FastAPI, http: Http) -> None:
+    view = http.view
+
+    @app.get("/v1/items/{item_id:path}/similar", operation_id="getSimilar", response_model=None)
+    async def similar(item_id: str, limit: Limit = 10) -> Response:
+        return _json(_known(serving.similar(view, _id(item_id, "item_id"), limit), item_id))
+
+    @app.get("/v1/items/{item_id:path}", operation_id="getItem", response_model=None)
+    async def item(item_id: str) -> Response:
+        return _json(_known(serving.item(view, _id(item_id, "item_id")), item_id))
+
+
+def _known(found: Any, item_id: str) -> Any:
+    if found is None:
+        raise Problem("not-found", f"No item {item_id[:80]} is in the catalogue.")
+    return found
+
+
+def _worker_routes(app: FastAPI, http: Http) -> None:
+    view = http.view
+
+    @app.get("/v1/digest", operation_id="getDigest", response_model=None)
+    async def digest() -> Response:
+        return _json(await asyncio.get_running_loop().run_in_executor(None, view.digest))
+
+    @app.get("/v1/model", operation_id="getModel", response_model=None)
+    async def model() -> Response:
+        return _json(view.model_info())
+
+    @app.get("/v1/stream", operation_id="getStream", response_model=None)
+    async def stream() -> Response:
+        if http.streams >= STREAMS_MAX:
+            raise Problem("too-many-streams", f"{STREAMS_MAX} streams are open.", retry_after_s=RETRY_AFTER_S)
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(http.stream(), headers=headers, media_type="text/event-stream")
+
+    @app.get("/healthz", operation_id="getHealth", response_model=None)
+    async def health() -> Response:
+        return _json({"status": "ok"})
+
+    @app.get("/readyz", operation_id="getReadiness", response_model=None)
+    async def ready() -> Response:
+        reasons = view.ready()
+        if reasons:
+            raise Problem("not-ready", "; ".join(reasons), retry_after_s=RETRY_AFTER_S, reasons=reasons)
+        return _json({"status": "ready"})
+
+    @app.get("/metrics", operation_id="getMetrics", response_model=None)
+    async def metrics() -> Response:
+        return Response(generate_latest(view.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _page_routes(app: FastAPI) -> None:
+    @app.get("/openapi.json", operation_id="getOpenapi", response_model=None)
+    async def openapi() -> Response:
+        return _json(app.openapi())
+
+    @app.get("/docs", operation_id="getDocs", response_model=None)
+    async def docs() -> Response:
+        return Response(documentation_page(app.openapi()), media_type="text/html; charset=utf-8")
+
+    for path, (name, media_type) in PAGE_FILES.items():
+        content = (PAGE_DIR / name).read_bytes()
+        etag = f'"{hashlib.blake2b(content, digest_size=12).hexdigest()}"'
+        app.add_api_route(
+            path, _file(content, etag, media_type), methods=["GET"], include_in_schema=False, response_model=None
+        )
+
+
+def _file(content: bytes, etag: str, media_type: str) -> Callable[[Request], Awaitable[Response]]:
+    async def file(request: Request) -> Response:
+        headers = {"ETag": etag, "Cache-Control": "no-cache"}
+        if request.headers.get("if-none-match") == etag:
+            return Response(status_code=304, headers=headers)
+        return Response(content, headers=headers, media_type=media_type)
+
+    return file
+
+
+# -- the service
+
+
+class HttpService(mode.Service):
+    """uvicorn in the worker's loop. It answers before the partitions are ready: /readyz says when they are."""
+
+    def __init__(self, view: WorkerView, settings: Settings, **options: Any) -> None:
+        super().__init__(**options)
+        self.view = view
+        self.host, self.port = settings.http_host, settings.http_port
+        self._hosts = _hosts(settings)
+
+    async def on_start(self) -> None:
+        """Binds and serves. Raises OSError when the port is taken."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            listener = socket.create_server((self.host, self.port), family=family, backlog=CONNECTIONS_MAX)
+        except OSError as failure:
+            raise OSError(
+                failure.errno,
+                f"HTTP cannot listen on {self.host}:{self.port} ({failure.strerror}); "
+                "set HEADWATER_HTTP_PORT to a free port, or stop what holds it",
+            ) from failure
+        if self._hosts is None:
+            log.warning("HTTP is open to the network without keys", host=self.host, port=self.port)
+        limits = httpx.Limits(max_connections=FORWARD_CONNECTIONS_MAX)
+        timeout = httpx.Timeout(FORWARD_TIMEOUT_S, connect=FORWARD_CONNECT_TIMEOUT_S)
+        self._client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
+        self._edge = create_app(self.view, self._client, self._hosts)
+        config = uvicorn.Config(
+            self._edge, lifespan="off", log_config=None, log_level="warning", access_log=False, server_header=False,
+            ws="none", proxy_headers=False, limit_concurrency=CONNECTIONS_MAX,
+            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+        )  # fmt: skip
+        self._server = uvicorn.Server(config)
+        self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]  # SIGTERM is Faust's
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http")
+
+    async def on_stop(self) -> None:
+        """Ends the open streams, lets requests finish, closes."""
+        if not hasattr(self, "_serving"):
+            return
+        self._edge.app.state.http.closing.set()
+        self._server.should_exit = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._serving, GRACEFUL_SHUTDOWN_S + 1)
+        await self._client.aclose()
+
+
+def _hosts(settings: Settings) -> frozenset[str] | None:
+    """The names by which a worker on a loopback address may be called; None: it is on the network, any."""
+    if settings.http_host not in LOOPBACK_HOSTS:
+        return None
+    return frozenset((*LOOPBACK_HOSTS, httpx.URL(settings.http_url()).host))

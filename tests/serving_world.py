@@ -1,0 +1,210 @@
+"""A worker for the tests of HTTP and the page: the real rows, pipeline, learner and ranker, over a log in memory."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Histogram
+
+from model.items import ItemMatrix
+from model.learner import LearnerConfig
+from model.ranker import Ranker
+from streams import codec, pipeline, serving
+from streams.events import Comment, Item
+from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
+from tests.records import record
+
+TEXT_DIM: Final = 32
+PARTITIONS: Final = 4
+START_S: Final = 1_700_000_000.0
+TOPIC_CODES: Final = {"clicks": 0, "comments": 1}
+GENRES: Final = ("space", "western", "romance", "horror")
+
+
+def encode(text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """A unit vector of the words: texts that share words are alike."""
+    total = np.zeros(TEXT_DIM, np.float32)
+    for word in text.lower().replace(",", " ").split():
+        seed = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=4).digest(), "little")
+        total += np.random.default_rng(seed).standard_normal(TEXT_DIM).astype(np.float32)
+    return total / np.float32(np.linalg.norm(total) or 1)
+
+
+class Metrics:
+    """The part of the worker's metrics that HTTP touches."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.recommendation_seconds = Histogram(
+            "headwater_recommendation_seconds", "Making one list.", registry=self.registry
+        )
+
+
+class World:
+    """A `serving.WorkerView`. `delay_s`: between an append and its being applied; `owners`: of foreign partitions."""
+
+    def __init__(self) -> None:
+        self.partitions = PARTITIONS
+        self.metrics = Metrics()
+        self.owners: dict[int, str] = {}
+        self.closed: set[int] = set()
+        self.waits_for: list[str] = []
+        self.delay_s = 0.0
+        self.failing_after: int | None = None
+        self.clock_s = START_S
+        self.listeners: list[asyncio.Queue[dict[str, Any]]] = []
+        config = LearnerConfig(dim=16, text_dim=TEXT_DIM, negatives=32, neighbours_max=32)
+        self._learner = ItemLearner(config, TEXT_DIM)
+        self._replica = ItemMatrix(config.dim, config.text_dim, config.neighbours_max)
+        self._ranker = Ranker(self._replica, cooccurrence_history=config.cooccurrence_history)
+        self._rows: dict[bytes, bytes] = {}
+        self._ends: dict[tuple[str, int], int] = {}
+        self._applied: dict[tuple[str, int], int] = {}
+        self._examples_end = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- serving.WorkerView
+
+    @property
+    def ranker(self) -> Ranker:
+        return self._ranker
+
+    @property
+    def model_version(self) -> str:
+        return f"test-encoder/{self._examples_end}"
+
+    @property
+    def encoder(self) -> str:
+        return "test-encoder"
+
+    def now(self) -> float:
+        self.clock_s += 0.001
+        return self.clock_s
+
+    def partition_of(self, user_id: str) -> int:
+        return sum(user_id.encode()) % self.partitions
+
+    def owner_url(self, partition: int) -> str | None:
+        if partition in self.closed:
+            raise serving.NotReady(f"partition {partition} opens", 2.0)
+        return self.owners.get(partition)
+
+    def user_row(self, user_id: str) -> bytes | None:
+        return self._rows.get(user_id.encode())
+
+    def applied(self, partition: int) -> dict[str, int]:
+        return {topic: self._applied.get((topic, partition), -1) for topic in TOPIC_CODES}
+
+    async def wait_applied(self, topic: str, partition: int, offset: int, timeout_s: float) -> bool:
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self._applied.get((topic, partition), -1) < offset:
+            if asyncio.get_running_loop().time() >= deadline:
+                return False
+            await asyncio.sleep(0.002)
+        return True
+
+    async def publish(self, topic: str, key: bytes, value: bytes) -> tuple[int, int]:
+        if self.failing_after is not None:
+            self.failing_after -= 1
+            if self.failing_after < 0:
+                raise ConnectionError("the broker is gone")
+        partition = self.partition_of(key.decode())
+        offset = self._ends[topic, partition] = self._ends.get((topic, partition), -1) + 1
+        task = asyncio.create_task(self._later(topic, partition, offset, key, value))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return partition, offset
+
+    def digest(self) -> dict[str, Any]:
+        return {"partitions": {str(p): {"applied": self.applied(p)} for p in range(self.partitions)}}
+
+    def model_info(self) -> dict[str, Any]:
+        return {"model_version": self.model_version, "encoder": self.encoder, "items": len(self._replica)}
+
+    def ready(self) -> list[str]:
+        return self.waits_for
+
+    async def subscribe(self) -> AsyncIterator[dict[str, Any]]:
+        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue(100)
+        self.listeners.append(queue)
+        try:
+            yield self.status()
+            while True:
+                yield await queue.get()
+        finally:
+            self.listeners.remove(queue)
+
+    # -- the stream behind it
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "type": "status", "events_per_s": 12.0, "lag_records": 0, "lag_s": 0.0,
+            "positives": self._replica.positives, "items": self._replica.active_count,
+            "hit_ratio": {"model": 0.24, "popularity": 0.1},
+        }  # fmt: skip
+
+    def add_items(self, items: list[Item]) -> None:
+        """Items enter the catalogue."""
+        batch = pipeline.learn_catalogue(0, [(n, i, encode(i.text)) for n, i in enumerate(items)], TEXT_DIM)
+        self._learn(batch.messages)
+
+    def apply(self, topic: str, partition: int, offset: int, key: bytes, value: bytes) -> None:
+        """One record of clicks or comments is consumed."""
+        stamp_ms = round(1e3 * self.clock_s)
+        source: Any = topic
+        decoded: codec.Decoded[Any] = codec.decode_batch(
+            source, [record(topic, value, key, offset=offset, partition=partition, timestamp_ms=stamp_ms)]
+        )
+        for event in decoded.events:
+            vector = encode(event.text) if isinstance(event, Comment) else None
+            done = pipeline.learn_users(
+                partition, [SourceEvent(TOPIC_CODES[topic], offset, event, vector)],
+                lambda keys: [self._rows.get(key) for key in keys], EvidenceConfig(),
+            )  # fmt: skip
+            self._rows.update(done.rows)
+            self._learn(done.messages)
+            for queue in self.listeners:
+                queue.put_nowait(serving.stream_event(event, event.ts))
+        self._applied[topic, partition] = offset
+        for queue in self.listeners:
+            queue.put_nowait(self.status())
+
+    async def _later(self, topic: str, partition: int, offset: int, key: bytes, value: bytes) -> None:
+        await asyncio.sleep(self.delay_s)
+        self.apply(topic, partition, offset, key, value)
+
+    def _learn(self, messages: list[bytes]) -> None:
+        for message in messages:
+            self._learner.learn(self._examples_end, message)
+            self._examples_end += 1
+        changed = self._learner.take_dirty()
+        self._replica.apply((k, v) for k, v in changed.items() if k != pipeline.SOURCES_KEY)
+
+
+def small_world(users: int = 12, items_a_genre: int = 12) -> World:
+    """Four genres of films, and users who each like one."""
+    world = World()
+    films = [f"{genre}-{n}" for genre in GENRES for n in range(items_a_genre)]
+    world.add_items(
+        [Item(film, f"{film.split('-')[0].title()} Film {film.split('-')[1]} | {film.split('-')[0]}") for film in films]
+    )
+    for number in range(users):
+        genre = GENRES[number % len(GENRES)]
+        user = f"{genre}-fan-{number}"
+        for step in range(5):
+            film = f"{genre}-{(number + 2 * step) % items_a_genre}"
+            partition = world.partition_of(user)
+            offset = world._ends["clicks", partition] = world._ends.get(("clicks", partition), -1) + 1
+            world.clock_s += 60
+            value = b'{"user_id": "%s", "item_id": "%s", "action": "click"}' % (user.encode(), film.encode())
+            world.apply("clicks", partition, offset, user.encode(), value)
+    world.clock_s += 60
+    return world
+
+
+def is_sorted(values: list[float]) -> bool:
+    """Whether the values never rise."""
+    return all(a >= b for a, b in pairwise(values))

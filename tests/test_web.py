@@ -1,0 +1,517 @@
+"""HTTP: every operation, every way to fail, over the real rows and the real model."""
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import jsonschema
+import pytest
+
+from streams import serving
+from streams.events import ID_CHARS_MAX, Item
+from streams.problems import KINDS
+from streams.settings import Settings
+from streams.web import (
+    EVENTS_BYTES_MAX,
+    EVENTS_MAX,
+    FORWARDED_HEADER,
+    PAGE_FILES,
+    STREAMS_MAX,
+    Edge,
+    Http,
+    HttpService,
+    create_app,
+)
+from tests.serving_world import World, is_sorted, small_world
+
+BASE = "http://127.0.0.1:8080"
+FAN = "space-fan-0"
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture
+def world() -> World:
+    return small_world()
+
+
+def client_of(app: Edge) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url=BASE)
+
+
+@pytest.fixture
+async def api(world: World) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient() as forwarder, client_of(create_app(world, forwarder, ["127.0.0.1"])) as client:
+        yield client
+
+
+def assert_problem(response: httpx.Response, slug: str) -> dict[str, Any]:
+    kind = KINDS[slug]
+    assert response.headers["content-type"] == "application/problem+json", response.text
+    body: dict[str, Any] = response.json()
+    assert body["type"] == f"/docs#problem-{slug}", body
+    assert (response.status_code, body["status"], body["title"]) == (kind.status, kind.status, kind.title)
+    assert body["detail"] and body["request_id"] == response.headers["x-request-id"]
+    assert (kind.status == 503) == ("retry-after" in response.headers)
+    return body
+
+
+# -- users
+
+
+async def test_a_list_is_best_first_and_leaves_out_what_was_consumed(api: httpx.AsyncClient, world: World) -> None:
+    response = await api.get(f"/v1/users/{FAN}/recommendations", params={"limit": 20})
+    body = response.json()
+    assert response.status_code == 200
+    assert set(body) == {"user_id", "token", "model_version", "applied", "items"}
+    partition = world.partition_of(FAN)
+    assert body["applied"] == {t: [partition, o] for t, o in world.applied(partition).items()}
+    assert len(body["items"]) == 20 and all(set(i) == {"item_id", "score", "logit"} for i in body["items"])
+    assert is_sorted([i["logit"] for i in body["items"]])
+    consumed = {f"space-{n}" for n in (0, 2, 4, 6, 8)}
+    assert not consumed & {i["item_id"] for i in body["items"]}
+    everything = (await api.get(f"/v1/users/{FAN}/recommendations?limit=200&exclude_seen=false")).json()
+    assert consumed <= {i["item_id"] for i in everything["items"]} and len(everything["items"]) == 48
+
+
+async def test_the_token_names_the_state_that_answered(api: httpx.AsyncClient) -> None:
+    body = (await api.get(f"/v1/users/{FAN}/recommendations")).json()
+    version, _, applied = serving.read_token(body["token"])
+    assert version == body["model_version"]
+    assert {topic: list(place) for topic, place in applied.items()} == body["applied"]
+    with pytest.raises(ValueError, match="another version"):
+        serving.read_token("v0.xyz")
+
+
+async def test_bias_and_contributions_and_rest_make_the_logit(api: httpx.AsyncClient) -> None:
+    for number in range(12):  # more than the row keeps one by one
+        event = {
+            "type": "comment",
+            "user_id": FAN,
+            "text": f"horror and {number} nights",
+            "item_id": f"horror-{number}",
+        }
+        positions = (await api.post("/v1/events", json=event)).json()["positions"]
+    query = {"explain": "true", "texts": "true", "limit": 30, "at_least": positions}
+    items = (await api.get(f"/v1/users/{FAN}/recommendations", params=query)).json()["items"]
+    for item in items:
+        explanation = item["explanation"]
+        values = [c["value"] for c in explanation["contributions"]]
+        assert explanation["bias"] + sum(values) + explanation["rest"] == pytest.approx(item["logit"], abs=1e-4)
+        assert item["text"]
+    kinds = [(c["type"], "action" in c) for c in items[0]["explanation"]["contributions"]]
+    assert kinds == [("comment", True)] * 12 + [("click", True)] * 5 + [("comment", False)] * 8
+    assert all(c["topic"] in serving.USER_TOPICS and c["item_id"] for c in items[0]["explanation"]["contributions"])
+
+
+async def test_an_unknown_user_gets_what_everybody_gets(api: httpx.AsyncClient) -> None:
+    body = (await api.get("/v1/users/nobody/recommendations?explain=true")).json()
+    assert len(body["items"]) == 10
+    assert all(i["explanation"]["contributions"] == [] for i in body["items"])
+    state = (await api.get("/v1/users/nobody/state")).json()
+    assert (state["events"], state["last_ts"], state["last_events"]) == (0, None, [])
+
+
+async def test_a_state_tells_events_vectors_and_what_made_them(api: httpx.AsyncClient, world: World) -> None:
+    event = {"type": "comment", "user_id": FAN, "text": "western romance", "item_id": "western-1"}
+    positions = (await api.post("/v1/events", json=event)).json()["positions"]
+    state = (await api.get(f"/v1/users/{FAN}/state", params={"at_least": positions})).json()
+    assert (state["events"], state["positives"], state["consumed"]) == (6, 6, 6)
+    assert [e["type"] for e in state["last_events"]].count("comment") == 2  # as behaviour, and by its words
+    assert state["last_events"][0]["item_id"] == "western-1" and state["last_events"][0]["text"].startswith("Western")
+    assert len(state["z"]["behaviour"]) == 16 and len(state["z"]["text"]) == 32
+    assert [p["name"] for p in state["parts"]] == ["behaviour", "item_texts", "own_words", "cooccurrence"]
+    for part in state["parts"]:
+        assert part["norm"] > 0
+        assert sum(e["share"] for e in part["events"]) == pytest.approx(1, abs=1e-3)
+    assert state["encoder"] == world.encoder and state["applied"]["comments"][1] == 0
+
+
+@pytest.mark.parametrize("user", ["a/b", "a/state", "ü/recommendations ", "100%", "%2F", "?", "#x", "日本"])
+async def test_an_id_may_hold_anything_percent_encoded(api: httpx.AsyncClient, user: str) -> None:
+    event = {"type": "click", "user_id": user, "item_id": "space-1", "action": "like"}
+    positions = (await api.post("/v1/events", json=event)).json()["positions"]
+    raw = httpx.URL(BASE).copy_with(raw_path=f"/v1/users/{quote(user, safe='')}/state?at_least={positions[0]}".encode())
+    state = (await api.get(raw)).json()
+    assert (state["user_id"], state["events"]) == (user, 1)
+
+
+async def test_ids_out_of_their_limits_are_refused(api: httpx.AsyncClient) -> None:
+    for segment in ("", "x" * (ID_CHARS_MAX + 1), "%FF%FE"):
+        for path in (f"/v1/users/{segment}/state", f"/v1/items/{segment}"):
+            body = assert_problem(await api.get(path), "invalid-parameter")
+            assert body["errors"][0]["parameter"] in ("user_id", "item_id")
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=201", "limit=x", "explain=maybe", "at_least=clicks", "at_least=items:0:1",
+              "at_least=clicks:99:1", "at_least=clicks:-1:1", "&".join(["at_least=clicks:0:0"] * 9)],
+)  # fmt: skip
+async def test_bad_parameters_are_named(api: httpx.AsyncClient, query: str) -> None:
+    body = assert_problem(await api.get(f"/v1/users/{FAN}/recommendations?{query}"), "invalid-parameter")
+    assert body["errors"][0]["parameter"] in query
+
+
+async def test_ranking_given_items_agrees_with_the_list(api: httpx.AsyncClient) -> None:
+    listed = (await api.get(f"/v1/users/{FAN}/recommendations?limit=200&exclude_seen=false")).json()["items"]
+    asked = {"user_id": FAN, "item_ids": [i["item_id"] for i in reversed(listed)] + ["no such item"], "explain": True}
+    ranked = (await api.post("/v1/rank", json=asked)).json()["items"]
+    assert {i["item_id"]: i["logit"] for i in ranked} == pytest.approx(
+        {i["item_id"]: i["logit"] for i in listed}, abs=1e-4
+    )
+    assert is_sorted([i["logit"] for i in ranked]) and all("explanation" in i for i in ranked)
+
+
+async def test_rank_refuses_what_is_no_request(api: httpx.AsyncClient) -> None:
+    for body in (b"", b"{", b"[]", b'{"user_id": "", "item_ids": ["a"]}', b'{"user_id": "a", "item_ids": []}'):
+        assert_problem(await api.post("/v1/rank", content=body, headers=JSON), "not-understood")
+
+
+# -- reading one's own events
+
+
+async def test_at_least_waits_until_the_click_is_applied(api: httpx.AsyncClient, world: World) -> None:
+    world.delay_s = 0.05
+    sent = await api.post("/v1/events", json={"type": "click", "user_id": FAN, "item_id": "space-1", "action": "click"})
+    position = sent.json()["positions"][0]
+    before = (await api.get(f"/v1/users/{FAN}/state")).json()
+    after = (await api.get(f"/v1/users/{FAN}/state?at_least={position}")).json()
+    assert (before["events"], after["events"]) == (5, 6)
+
+
+async def test_at_least_gives_up_in_time(api: httpx.AsyncClient, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.web.AT_LEAST_WAIT_S", 0.02)
+    partition = world.partition_of(FAN)
+    body = assert_problem(await api.get(f"/v1/users/{FAN}/state?at_least=clicks:{partition}:99999"), "not-applied")
+    assert "99999" in body["detail"]
+
+
+# -- events
+
+
+async def test_a_list_of_events_is_accepted_with_positions_in_order(api: httpx.AsyncClient, world: World) -> None:
+    events: list[dict[str, Any]] = [
+        {"type": "click", "user_id": f"u{n % 3}", "item_id": f"space-{n}", "action": "click"} for n in range(9)
+    ]
+    events.append({"type": "comment", "user_id": "u1", "text": "ünï"})
+    response = await api.post("/v1/events", json=events)
+    body = response.json()
+    assert response.status_code == 202 and body["accepted"] == 10
+    for n in range(3):
+        partition = world.partition_of(f"u{n}")
+        offsets = [int(p.split(":")[2]) for p in body["positions"][n:9:3]]
+        assert offsets == sorted(offsets) and body["positions"][n].startswith(f"clicks:{partition}:")
+    assert body["positions"][9] == f"comments:{world.partition_of('u1')}:0"
+
+
+BAD_EVENTS: list[tuple[Any, str]] = [
+    ({"type": "click", "user_id": "u", "item_id": "", "action": "click"}, ""),
+    ({"type": "visit", "user_id": "u"}, "unknown_type"),
+    ({"user_id": "u", "item_id": "i", "action": "click"}, "unknown_type"),
+    ({"type": "comment", "user_id": "u", "text": "  "}, "text_empty"),
+    ({"type": "click", "user_id": "u", "item_id": "i", "action": "click", "ts": 9e9}, ""),
+    (7, ""),
+]
+
+
+@pytest.mark.parametrize(("event", "reason"), BAD_EVENTS)
+async def test_one_bad_event_and_none_is_accepted(
+    api: httpx.AsyncClient, world: World, event: Any, reason: str
+) -> None:
+    good = {"type": "click", "user_id": "u", "item_id": "space-1", "action": "click"}
+    body = assert_problem(await api.post("/v1/events", json=[good, event]), "invalid-event")
+    assert body["index"] == 1 and body["reason"] and (not reason or body["reason"] == reason)
+    assert world.applied(world.partition_of("u"))["clicks"] == small_world().applied(world.partition_of("u"))["clicks"]
+    body = assert_problem(await api.post("/v1/events", json=event), "invalid-event")
+    assert body["index"] == 0
+
+
+async def test_bodies_that_are_no_events_are_refused(api: httpx.AsyncClient) -> None:
+    for content in (b"[", b"[]", b"[1,]"):
+        assert_problem(await api.post("/v1/events", content=content, headers=JSON), "not-understood")
+    for content in (b"", b"\xff", b"{"):
+        assert_problem(await api.post("/v1/events", content=content, headers=JSON), "invalid-event")
+    too_many = b"[" + b",".join([b"{}"] * (EVENTS_MAX + 1)) + b"]"
+    assert_problem(await api.post("/v1/events", content=too_many, headers=JSON), "too-large")
+    too_long = b" " * (EVENTS_BYTES_MAX + 1)
+    assert_problem(await api.post("/v1/events", content=too_long, headers=JSON), "too-large")
+    assert_problem(
+        await api.post("/v1/events", content=b"{}", headers={"content-type": "text/plain"}), "unsupported-media-type"
+    )
+
+
+async def test_a_lost_log_tells_which_events_were_accepted(api: httpx.AsyncClient, world: World) -> None:
+    world.failing_after = 1
+    events = [{"type": "click", "user_id": "u", "item_id": f"space-{n}", "action": "click"} for n in range(3)]
+    body = assert_problem(await api.post("/v1/events", json=events), "log-unreachable")
+    assert [p is not None for p in body["positions"]] == [True, False, False]
+
+
+# -- another worker's users
+
+
+async def test_a_request_for_another_workers_user_is_forwarded_once(world: World) -> None:
+    partition = world.partition_of(FAN)
+    asked: list[httpx.Request] = []
+
+    async with httpx.AsyncClient() as nobody:
+        owner = httpx.ASGITransport(create_app(world, nobody))
+
+        class Recorder(httpx.AsyncBaseTransport):
+            async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+                asked.append(request)
+                return await owner.handle_async_request(request)
+
+        other = small_world(users=0)
+        other.owners[partition] = "http://10.0.0.2:8080"
+        async with httpx.AsyncClient(transport=Recorder()) as forwarder, client_of(create_app(other, forwarder)) as api:
+            state = await api.get(f"/v1/users/{FAN}/state", headers={"x-request-id": "r-1"})
+            assert (state.status_code, state.json()["events"]) == (200, 5)
+            ranked = await api.post("/v1/rank", json={"user_id": FAN, "item_ids": ["space-1"]})
+            assert ranked.json()["items"][0]["item_id"] == "space-1"
+            lost = await api.get(f"/v1/users/{FAN}/state?limit=1&at_least=clicks:{partition}:x")
+            assert_problem(lost, "invalid-parameter")
+            looped = await api.get(f"/v1/users/{FAN}/state", headers={FORWARDED_HEADER: "1"})
+            assert_problem(looped, "not-ready")
+    assert [str(r.url) for r in asked] == [f"http://10.0.0.2:8080/v1/users/{FAN}/state", "http://10.0.0.2:8080/v1/rank"]
+    assert asked[0].headers["x-request-id"] == "r-1" and FORWARDED_HEADER in asked[0].headers
+
+
+async def test_an_owner_that_is_gone_or_unknown_means_come_again(world: World) -> None:
+    async def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused", request=request)
+
+    world.owners[world.partition_of(FAN)] = "http://10.0.0.2:8080"
+    forwarder = httpx.AsyncClient(transport=httpx.MockTransport(refuse))
+    async with forwarder, client_of(create_app(world, forwarder)) as api:
+        assert_problem(await api.get(f"/v1/users/{FAN}/state"), "owner-unreachable")
+        world.closed.add(world.partition_of(FAN))
+        response = await api.get(f"/v1/users/{FAN}/state")
+        assert_problem(response, "not-ready")
+        assert response.headers["retry-after"] == "2"
+
+
+# -- items and the worker
+
+
+async def test_an_item_and_those_like_it(api: httpx.AsyncClient, world: World) -> None:
+    world.add_items([])
+    item = (await api.get("/v1/items/space-2")).json()
+    assert item["text"] == "Space Film 2 | space" and item["candidate"] and item["positives"] > 0
+    assert item["norm"] > 0 and item["last_ts"] > 0
+    similar = (await api.get("/v1/items/space-2/similar?limit=5")).json()
+    assert similar["item_id"] == "space-2" and len(similar["items"]) == 5
+    assert "space-2" not in {i["item_id"] for i in similar["items"]}
+    assert is_sorted([i["similarity"] for i in similar["items"]])
+    assert similar["items"][0]["item_id"].startswith("space-")
+    for path in ("/v1/items/nothing", "/v1/items/nothing/similar"):
+        assert_problem(await api.get(path), "not-found")
+
+
+async def test_an_item_named_like_an_operation_is_an_item(api: httpx.AsyncClient) -> None:
+    world = World()
+    world.add_items([Item("x/similar", "odd"), Item("x", "plain"), Item("later", "to come", ts=2e9)])
+    async with httpx.AsyncClient() as forwarder, client_of(create_app(world, forwarder)) as client:
+        assert (await client.get("/v1/items/x%2Fsimilar")).json()["text"] == "odd"
+        assert (await client.get("/v1/items/x/similar")).json()["items"][0]["item_id"] == "x/similar"
+        later = (await client.get("/v1/items/later")).json()
+        assert (later["candidate"], later["text"], later["entered_ts"]) == (False, "to come", 2e9)
+
+
+async def test_health_readiness_digest_model_metrics(api: httpx.AsyncClient, world: World) -> None:
+    assert (await api.get("/healthz")).json() == {"status": "ok"}
+    assert (await api.get("/readyz")).json() == {"status": "ready"}
+    world.waits_for = ["users-3 opens"]
+    assert assert_problem(await api.get("/readyz"), "not-ready")["reasons"] == ["users-3 opens"]
+    assert (await api.get("/v1/digest")).json() == world.digest()
+    assert (await api.get("/v1/model")).json() == world.model_info()
+    await api.get(f"/v1/users/{FAN}/recommendations")
+    metrics = await api.get("/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain")
+    assert "headwater_recommendation_seconds_count 1.0" in metrics.text
+
+
+async def test_unknown_addresses_methods_and_failures_are_problems(
+    api: httpx.AsyncClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_problem(await api.get("/nowhere"), "not-found")
+    response = await api.delete("/v1/digest")
+    assert_problem(response, "method-not-allowed")
+    assert response.headers["allow"] == "GET"
+
+    def broken() -> dict[str, Any]:
+        raise RuntimeError("secret of the house")
+
+    monkeypatch.setattr(world, "model_info", broken)
+    body = assert_problem(await api.get("/v1/model"), "internal")
+    assert "secret" not in str(body)
+
+
+# -- the edge
+
+
+async def test_request_ids_come_back_and_bad_ones_are_replaced(api: httpx.AsyncClient) -> None:
+    assert (await api.get("/healthz", headers={"x-request-id": "abc-1"})).headers["x-request-id"] == "abc-1"
+    replaced = (await api.get("/healthz", headers={"x-request-id": "a b<script>"})).headers["x-request-id"]
+    assert len(replaced) == 32
+
+
+async def test_other_hosts_and_other_sites_are_refused(api: httpx.AsyncClient) -> None:
+    assert_problem(await api.get("/v1/model", headers={"host": "evil.example"}), "misdirected")
+    assert_problem(await api.get("/v1/model", headers={"host": "[::1]:8080"}), "misdirected")
+    cross = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}
+    assert_problem(await api.get("/v1/model", headers=cross), "cross-site")
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert (await api.get("/", headers=link)).status_code == 200
+    assert "access-control-allow-origin" not in (await api.get("/healthz", headers={"origin": "http://a.b"})).headers
+
+
+async def test_the_page_is_served_with_a_strict_policy(api: httpx.AsyncClient) -> None:
+    for path in PAGE_FILES:
+        response = await api.get(path)
+        policy = response.headers["content-security-policy"]
+        assert response.status_code == 200 and "default-src 'none'" in policy and "unsafe" not in policy
+        again = await api.get(path, headers={"if-none-match": response.headers["etag"]})
+        assert again.status_code == 304
+    page = (await api.get("/")).text
+    assert "http://" not in page and "https://" not in page and " style=" not in page and "<script>" not in page
+
+
+# -- documents
+
+
+def resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    return {**schema, "components": document["components"]}
+
+
+async def test_openapi_is_valid_and_says_what_is_answered(api: httpx.AsyncClient) -> None:
+    document = (await api.get("/openapi.json")).json()
+    meta = json.loads((Path(__file__).parent / "vendor" / "openapi-3.1.json").read_text())
+    jsonschema.Draft202012Validator(meta).validate(document)
+    for schema in document["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+    operations = [(p, m, o) for p, methods in document["paths"].items() for m, o in methods.items()]
+    assert {o["operationId"] for _, _, o in operations} >= {"getState", "postEvents", "getStream"}
+    for path, _, operation in operations:
+        for status, answer in operation["responses"].items():
+            for media_type, content in answer["content"].items():
+                assert (int(status) >= 400) == (media_type == "application/problem+json"), path
+                examples = [e["value"] for e in content.get("examples", {}).values()]
+                examples += [content["example"]] if "example" in content else []
+                for example in examples:
+                    jsonschema.validate(example, resolved(document, content["schema"]))
+        if "requestBody" in operation:
+            content = operation["requestBody"]["content"]["application/json"]
+            jsonschema.validate(content["example"], resolved(document, content["schema"]))
+
+
+async def test_answers_fit_their_schemas(api: httpx.AsyncClient) -> None:
+    document = (await api.get("/openapi.json")).json()
+    event = {"type": "comment", "user_id": FAN, "text": "western", "item_id": "western-1"}
+    sent = await api.post("/v1/events", json=event)
+    calls = [
+        ("/v1/events", "post", sent),
+        ("/v1/users/{user_id}/state", "get", await api.get(f"/v1/users/{FAN}/state")),
+        ("/v1/users/{user_id}/recommendations", "get", await api.get(f"/v1/users/{FAN}/recommendations?explain=true")),
+        ("/v1/rank", "post", await api.post("/v1/rank", json={"user_id": FAN, "item_ids": ["space-1"]})),
+        ("/v1/items/{item_id}", "get", await api.get("/v1/items/space-1")),
+        ("/v1/items/{item_id}", "get", await api.get("/v1/items/nothing")),
+        ("/v1/items/{item_id}/similar", "get", await api.get("/v1/items/space-1/similar")),
+    ]
+    for path, method, response in calls:
+        answers = document["paths"][path][method]["responses"][str(response.status_code)]["content"]
+        schema = answers[response.headers["content-type"]]["schema"]
+        jsonschema.validate(response.json(), resolved(document, schema))
+
+
+async def test_docs_tell_every_operation_and_problem_without_scripts(api: httpx.AsyncClient) -> None:
+    page = (await api.get("/docs")).text
+    document = (await api.get("/openapi.json")).json()
+    assert all(path in page for path in document["paths"])
+    assert all(f'id="problem-{name}"' in page for name in KINDS)
+    assert "<script" not in page and "http://" not in page and "https://" not in page
+
+
+# -- the stream
+
+
+async def test_the_stream_tells_events_and_ends_with_the_worker(world: World) -> None:
+    async with httpx.AsyncClient() as forwarder:
+        http = Http(world, forwarder)
+        stream = http.stream()
+        assert await anext(stream) == b"retry: 2000\n\n"
+        assert (await anext(stream)).startswith(b"event: status\ndata: {")
+        world.apply("clicks", 0, 999, b"u", b'{"user_id": "u", "item_id": "space-1", "action": "like"}')
+        kind, data, *_ = (await anext(stream)).decode().split("\n")
+        assert kind == "event: event"
+        shown = json.loads(data.removeprefix("data: "))
+        assert {k: shown[k] for k in ("user_id", "item_id", "action")} == {
+            "user_id": "u",
+            "item_id": "space-1",
+            "action": "like",
+        }
+        assert (await anext(stream)).startswith(b"event: status")
+        http.closing.set()
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        assert (http.streams, world.listeners) == (0, [])
+
+
+async def test_a_silent_stream_beats_and_a_left_one_is_let_go(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.web.STREAM_HEARTBEAT_S", 0.01)
+    async with httpx.AsyncClient() as forwarder:
+        http = Http(world, forwarder)
+        stream = http.stream()
+        given = [await anext(stream) for _ in range(4)]
+        assert given[2] == given[3] == b": still here\n\n"
+        await stream.aclose()  # type: ignore[attr-defined]
+        assert (http.streams, world.listeners) == (0, [])
+
+
+async def test_too_many_streams_are_refused(world: World) -> None:
+    async with httpx.AsyncClient() as forwarder:
+        app = create_app(world, forwarder)
+        app.app.state.http.streams = STREAMS_MAX
+        async with client_of(app) as api:
+            assert_problem(await api.get("/v1/stream"), "too-many-streams")
+
+
+# -- the service
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+async def test_the_service_answers_over_a_socket_and_stops_at_once_with_streams_open(world: World) -> None:
+    port = free_port()
+    service = HttpService(world, Settings(http_port=port))
+    await service.start()
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            assert (await client.get("/healthz")).status_code == 200
+            assert (await client.get(f"/v1/users/{quote('a/b', safe='')}/state")).json()["user_id"] == "a/b"
+            async with client.stream("GET", "/v1/stream") as stream:
+                lines = stream.aiter_lines()
+                assert await anext(lines) == "retry: 2000"
+                started = asyncio.get_running_loop().time()
+                await service.stop()
+                assert asyncio.get_running_loop().time() - started < 2.5
+                with contextlib.suppress(httpx.HTTPError):
+                    async for _ in lines:
+                        pass
+    finally:
+        await service.stop()
+
+
+async def test_a_taken_port_says_what_to_do(world: World) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        service = HttpService(world, Settings(http_port=listener.getsockname()[1]))
+        with pytest.raises(OSError, match="HEADWATER_HTTP_PORT"):
+            await service.on_start()
