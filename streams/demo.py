@@ -4,6 +4,7 @@ The first part of the stream is published as fast as it goes: that gives the eve
 rate while the visitor acts, and every act is followed by a read that waits until it is seen: that is the freshness.
 """
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -21,7 +22,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from streams import movielens, replay, topics
+from streams import kafka, movielens, replay, topics
 from streams.broker import EmbeddedBroker, end_with_parent, free_port, is_open
 from streams.progress import Bars
 from streams.settings import Fault, Settings, cache_dir, environment, is_default
@@ -182,21 +183,21 @@ def _learn(
     """Replays, lets the visitor act, waits until all is learnt: the report."""
     total = min(options.events or movielens.RATINGS, movielens.RATINGS)
     paced = min(PACED_EVENTS_MAX, total // 10)
+    progress = _Progress(settings, worker)
     started = time.monotonic()
     with Bars() as bars:
         replay.replay(settings, stream.items, None, progress=bars.bytes_of)
-        _wait_until_learnt(worker, 0, movielens.FILMS)
+        progress.wait_until_learnt(0, movielens.FILMS)
         full_started = time.monotonic()
         done = replay.replay(settings, None, stream.events, limit=total - paced, progress=bars.bytes_of)
-        _wait_until_learnt(worker, done.events, movielens.FILMS, bars)
+        progress.wait_until_learnt(done.events, movielens.FILMS, bars)
         full_seconds = time.monotonic() - full_started
     visitor = Visitor(settings.http_url(), stream.items, now)
     with _acting(visitor) as freshness:
         paced_done = replay.replay(
             settings, None, stream.events, skip=total - paced, limit=paced, events_per_s=PACED_EVENTS_PER_S
         )
-    published = total + freshness.published
-    _wait_until_learnt(worker, published, movielens.FILMS)
+    progress.wait_until_learnt(total + freshness.published, movielens.FILMS)
     seconds = time.monotonic() - started
     info = worker.get("/v1/model")  # before the visit below: the figures are the stream's
     visitor.visit(console)
@@ -205,9 +206,9 @@ def _learn(
         "events_per_s": round(done.events / full_seconds, 1),
         "full_speed": {"events": done.events, "seconds": round(full_seconds, 2)},
         "paced": {"events": paced_done.events, "events_per_s": PACED_EVENTS_PER_S},
-        "positives": info["progress"]["positives"],
-        "model": info["metrics"]["model"],
-        "baselines": {name: m for name, m in info["metrics"].items() if name not in ("model", "drift")},
+        "positives": info["replica"]["positives"],
+        "model": info["prequential"]["model"],
+        "baselines": {name: m for name, m in info["prequential"].items() if name not in ("model", "drift")},
         "freshness_ms": freshness.clicks_ms(), "comments_freshness_ms": freshness.comments_ms(),
         "state": _state(settings, worker),
     }  # fmt: skip
@@ -237,27 +238,45 @@ def _acting(visitor: Visitor) -> Iterator[Freshness]:
         raise DemoError(f"the visitor's requests failed: {failures[0]!r}") from failures[0]
 
 
-def _wait_until_learnt(worker: _Worker, events: int, items: int, bars: Bars | None = None) -> None:
-    """Until so many events and items are applied, and every example that they made is learnt."""
-    best, deadline = -1, time.monotonic() + LEARNT_S_MAX
-    while True:
-        progress = worker.get("/v1/model")["progress"]
-        if bars is not None:
-            bars.steps_of("learnt", min(progress["events_applied"], events), events)
-        if (
-            progress["events_applied"] >= events
-            and progress["items_applied"] >= items
-            and progress["examples_applied"] >= progress["examples_made"]
-        ):
-            return
-        reached = progress["events_applied"] + progress["items_applied"] + progress["examples_applied"]
-        if reached > best:
-            best, deadline = reached, time.monotonic() + LEARNT_S_MAX
-        elif time.monotonic() > deadline:
-            raise DemoError(
-                f"nothing was learnt for {LEARNT_S_MAX:.0f} s; it stands at {progress}; see {worker.log_file}"
-            )
-        time.sleep(POLL_S)
+class _Progress:
+    """What the topics held before the demo, and how far the worker is."""
+
+    def __init__(self, settings: Settings, worker: _Worker) -> None:
+        self._settings = settings
+        self._worker = worker
+        self._before = {name: self._published(name) for name in ("clicks", "comments", "items")}
+
+    def _published(self, name: str) -> int:
+        topic = self._settings.topic(name)
+        return sum(self._end(topic, partition) for partition in range(self._settings.partitions))
+
+    def _end(self, topic: str, partition: int) -> int:
+        return asyncio.run(kafka.log_end(self._settings.kafka_options(), topic, partition))
+
+    def wait_until_learnt(self, events: int, items: int, bars: Bars | None = None) -> None:
+        """Until so many events and items of the demo are applied, and all that they made is learnt and to be read."""
+        events += self._before["clicks"] + self._before["comments"]
+        items += self._before["items"]
+        examples_end = -1
+        best, deadline = (-1, -1, -1), time.monotonic() + LEARNT_S_MAX
+        while True:
+            info = self._worker.get("/v1/model")
+            reached = (info["events_applied"], info["items_applied"], info["replica"]["applied"]["examples"] + 1)
+            if bars is not None:
+                bars.steps_of("learnt", min(reached[0], events), events)
+            if reached[0] >= events and reached[1] >= items:
+                end = self._end(self._settings.internal_topic("examples"), 0)
+                if reached[2] >= end == examples_end:  # nothing more has come since the last look
+                    return
+                examples_end = end
+            if reached > best:
+                best, deadline = reached, time.monotonic() + LEARNT_S_MAX
+            elif time.monotonic() > deadline:
+                raise DemoError(
+                    f"nothing was learnt for {LEARNT_S_MAX:.0f} s: {reached[0]} of {events} events and {reached[1]} of "
+                    f"{items} items are applied; see {self._worker.log_file}"
+                )
+            time.sleep(POLL_S)
 
 
 def _state(settings: Settings, worker: _Worker) -> Report:
