@@ -37,6 +37,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]  # (stage, done, in all)
 
 PARTITION: Final = 0  # a file is one partition
 LINE_BYTES_MAX: Final = 4_000_000
+GZIP_MAGIC: Final = b"\x1f\x8b"
 TIMED_MESSAGES: Final = 100  # learnt once more without ranking, to tell the two costs apart
 CHECKPOINT_VERSION: Final = 1
 
@@ -128,7 +129,7 @@ def read_stream(items_path: Path, events_path: Path, evidence: EvidenceConfig) -
     hasher = hashlib.blake2b(digest_size=16)
     items: list[Item] = []
     rejects = 0
-    for line in _lines(items_path, hasher):
+    for _, line in _lines(items_path, hasher):
         item = codec.validate("items", line, np.inf)
         if isinstance(item, Item):
             items.append(item)
@@ -137,7 +138,7 @@ def read_stream(items_path: Path, events_path: Path, evidence: EvidenceConfig) -
     items.sort(key=lambda item: -np.inf if item.ts is None else item.ts)
     events: list[Click | Comment] = []
     lines: list[int] = []
-    for number, line in enumerate(_lines(events_path, hasher)):
+    for number, line in _lines(events_path, hasher):
         event = codec.validate_event(line, np.inf)
         if isinstance(event, codec.Reject):
             rejects += 1
@@ -152,12 +153,18 @@ def read_stream(items_path: Path, events_path: Path, evidence: EvidenceConfig) -
     )
 
 
-def _lines(path: Path, hasher: Any) -> Iterator[bytes]:
+def _lines(path: Path, hasher: Any) -> Iterator[tuple[int, bytes]]:
+    """The lines of a plain or gzipped file with their numbers, from 0; blank ones are passed over."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with path.open("rb") as raw:
+            zipped = raw.read(2) == GZIP_MAGIC
+        with gzip.open(path) if zipped else path.open("rb") as file:
+            number = 0
             while line := file.readline(LINE_BYTES_MAX):
                 hasher.update(line)
-                yield line
+                if not line.isspace():
+                    yield number, line
+                number += 1
     except (OSError, EOFError) as problem:
         raise StreamError(f"{path}: {problem}") from problem
 
