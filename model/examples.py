@@ -23,7 +23,7 @@ class Examples(NamedTuple):
     read. Histories run from the newest entry to the oldest.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     item: Array  # (B,) int64, key of the target
     label: Array  # (B,) int8, POSITIVE or EVIDENCE
     ts: Array  # (B,) float64, event time, Unix s

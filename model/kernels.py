@@ -14,6 +14,9 @@ Arrays grow by doubling and keep their types, so nothing is compiled twice. Ever
 single-threaded; the matrix products go to BLAS, which the process is expected to keep at one thread.
 """
 
+# mypy: disable-error-code="no-untyped-def, assignment"
+# The kernels are typed by numba: their shapes and types stand at the NamedTuples and in their docstrings.
+
 from typing import Any, Final, NamedTuple
 
 import numba as nb
@@ -50,7 +53,8 @@ KNOWN: Final = 1  # entered the catalogue once: has an id
 ACTIVE: Final = 2  # a candidate
 WITHDRAWN: Final = 4
 VECTOR: Final = 8  # has a text vector
-STARTING: Final = 16  # inside one message: becomes active in it
+ENTERING: Final = 16  # inside one message: becomes active in it
+STARTING: Final = 32  # inside one message: is active from the example at hand on
 
 # The stream's scalars, float64.
 STEP: Final = 0  # positives learnt
@@ -105,7 +109,9 @@ OPTIONS: Final = {
     "fastmath": True,
     "error_model": "numpy",
     "boundscheck": False,
+    "no_cfunc_wrapper": True,
 }
+INNER: Final = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from kernels alone
 f4 = np.float32
 
 
@@ -150,9 +156,10 @@ class Work(NamedTuple):
     slot: Array  # (N,) int16: 1 + candidate number
     cand: Array  # (K,) int32 rows
     item: Array  # (K, D + T) float32: phi and e of the candidates
-    feature: Array  # (K, FEATURES) float32
-    bias: Array  # (K,) float32
-    feature_i: Array  # (B, FEATURES) float32 of the targets
+    column: Array  # (COLUMNS, K) float32
+    feature: Array  # (blocks, FEATURES, K) float32, of the candidates as of each block of examples
+    bias: Array  # (blocks, K) float32
+    feature_i: Array  # (B, FEATURES, 1) float32 of the targets
     score_i: Array  # (B,) float32
     cooc: Array  # (B, K + 2) float32
     cooc_i: Array  # (B,) float32
@@ -171,6 +178,7 @@ class Work(NamedTuple):
     score: Array  # (N,) float32
     dense: Array  # (R N,) float32
     skip: Array  # (N,) uint8
+    bias_j: Array  # (N,) float32
     popularity: Array  # (POPULARITIES, N) float32
 
 
@@ -191,6 +199,7 @@ class Steps(NamedTuple):
     cooccurrence_history: int
     y_history: int
     seed: int
+    refresh: int  # examples after which the candidates' features are taken anew
     lr_phi: float
     lr_y: float
     lr_beta: float
@@ -200,25 +209,25 @@ class Steps(NamedTuple):
     start: float
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _bits_of(typing_context, x):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+@intrinsic
+def _bits_of(typing_context, x):
+    def codegen(context, builder, signature, args):
         return builder.bitcast(args[0], ir.IntType(32))
 
     return types.int32(types.float32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _float_of(typing_context, x):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+@intrinsic
+def _float_of(typing_context, x):
+    def codegen(context, builder, signature, args):
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.int32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _prefetch(typing_context, address):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+@intrinsic
+def _prefetch(typing_context, address):
+    def codegen(context, builder, signature, args):
         pointer = ir.IntType(8).as_pointer()
         word = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
@@ -230,8 +239,8 @@ def _prefetch(typing_context, address):  # type: ignore[no-untyped-def]
     return types.void(types.int64), codegen
 
 
-@nb.njit(inline="always", **OPTIONS)
-def _log(x):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _log(x):
     """ln x of x > 0 in float32, relative error about 1e-6, without a call of libm (so that loops vectorise)."""
     bits = _bits_of(x)
     exponent = f4((bits >> np.int32(23)) - np.int32(127))
@@ -247,8 +256,8 @@ def _log(x):  # type: ignore[no-untyped-def]
     return exponent * f4(0.69314718) + p * t
 
 
-@nb.njit(inline="always", **OPTIONS)
-def _exp2(x):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _exp2(x):
     """2^x in float32, clipped to [-126, 126], relative error about 2e-7."""
     x = max(f4(-126), min(f4(126), x))
     whole = np.floor(x)
@@ -262,13 +271,13 @@ def _exp2(x):  # type: ignore[no-untyped-def]
     return p * _float_of((np.int32(whole) + np.int32(127)) << np.int32(23))
 
 
-@nb.njit(inline="always", **OPTIONS)
-def _exp(x):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _exp(x):
     return _exp2(x * f4(1.44269504))
 
 
-@nb.njit(**OPTIONS)
-def _mix(x):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _mix(x):
     """The finaliser of splitmix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -276,7 +285,7 @@ def _mix(x):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(**OPTIONS)
-def age_bucket(back):  # type: ignore[no-untyped-def]
+def age_bucket(back):
     """Bucket of an entry `back` of the user's own entries ago: 0, 1, 2, 3, 4-5, 6-8, 9-12, 13-20, 21-35, 36-60, 61+."""
     if back < 4:
         return back
@@ -296,7 +305,7 @@ def age_bucket(back):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(**OPTIONS)
-def gap_bucket(gap_s):  # type: ignore[no-untyped-def]
+def gap_bucket(gap_s):
     """Bucket of the seconds between an entry and now: a minute, an hour, two days, more."""
     if gap_s <= 60.0:
         return 0
@@ -311,7 +320,7 @@ def gap_bucket(gap_s):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(**OPTIONS)
-def find(table_key, table_row, key):  # type: ignore[no-untyped-def]
+def find(table_key, table_row, key):
     """Row of a key, or -1."""
     mask = np.uint64(len(table_key) - 1)
     place = _mix(np.uint64(key)) & mask
@@ -323,7 +332,7 @@ def find(table_key, table_row, key):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(**OPTIONS)
-def fill_table(table_key, table_row, key, first, rows):  # type: ignore[no-untyped-def]
+def fill_table(table_key, table_row, key, first, rows):
     """Puts key[first:rows] into the table; the keys must be new to it. Key 0 is a row without a key yet."""
     mask = np.uint64(len(table_key) - 1)
     for row in range(first, rows):
@@ -337,14 +346,14 @@ def fill_table(table_key, table_row, key, first, rows):  # type: ignore[no-untyp
 
 
 @nb.njit(**OPTIONS)
-def find_many(table_key, table_row, keys, out):  # type: ignore[no-untyped-def]
+def find_many(table_key, table_row, keys, out):
     """out[q] = row of keys[q], or -1."""
     for q in range(len(keys)):
         out[q] = find(table_key, table_row, keys[q])
 
 
 @nb.njit(**OPTIONS)
-def find_examples(table_key, table_row, x, target, history, unknown):  # type: ignore[no-untyped-def]
+def find_examples(table_key, table_row, x, target, history, unknown):
     """Rows of the targets and histories; the keys without a row go to `unknown`. Returns how many these are."""
     missing = 0
     for b in range(x.count):
@@ -365,7 +374,7 @@ def find_examples(table_key, table_row, x, target, history, unknown):  # type: i
 
 
 @nb.njit(**OPTIONS)
-def mark(m, row, bits, record_bytes):  # type: ignore[no-untyped-def]
+def mark(m, row, bits, record_bytes):
     """Marks the row's records as changed. record_bytes: (header, dense record, of one neighbour)."""
     old = m.dirty[row]
     new = old | bits
@@ -383,68 +392,109 @@ def mark(m, row, bits, record_bytes):  # type: ignore[no-untyped-def]
 
 # --- bias ---------------------------------------------------------------------------------------------------------
 
+# Columns of a block of rows: what the features are made of.
+C_COUNT_10: Final = 0
+C_COUNT_100: Final = 1
+C_COUNT_1000: Final = 2
+C_COUNT: Final = 3
+C_SINCE: Final = 4  # positives of the stream since this item's last one, or its entry
+C_SINCE_ENTRY: Final = 5
+C_QUIET_S: Final = 6  # seconds since its last positive, or its entry
+C_AGE_S: Final = 7  # seconds since its entry
+C_NEW: Final = 8  # 1 before its first positive
+C_BETA: Final = 9
+COLUMNS: Final = 10
+BLOCK: Final = 256  # rows whose columns are at hand at once
 
-@nb.njit(**OPTIONS)
-def features(rec, row, step, ts, first_ts, out):  # type: ignore[no-untyped-def]
-    """The f_j(t) of one row: popularity (0-3, 6), age (4, 7), recency (5, 8, 9, 10). step in positives, ts in s."""
+
+@nb.njit(**INNER)
+def _columns(rec, row, step, ts, first_ts, column, at):
+    """Column values of one row, as of `step` positives and `ts` s."""
     r = rec[row]
     new = r.last_step < 0
     entered_ts = max(np.int64(r.entered_ts), first_ts)
-    last_ts = entered_ts if new else np.int64(r.last_ts)
-    since = f4(step - (r.entered_step if new else r.last_step))
-    out[0] = _log(f4(1) + r.count_10 * _exp2(since * f4(-0.1)))
-    out[1] = _log(f4(1) + r.count_100 * _exp2(since * f4(-0.01)))
-    out[2] = _log(f4(1) + r.count_1000 * _exp2(since * f4(-0.001)))
-    out[3] = _log(f4(1) + r.count)
-    out[4] = f4(0.3) * _log(f4(1) + f4(step - r.entered_step))
-    recent = f4(0.3) * _log(f4(1) + since)
-    out[5] = recent
-    out[6] = f4(1) if new else f4(0)
-    out[7] = f4(0.15) * _log(f4(1) + f4(max(np.int64(0), ts - entered_ts)))
-    quiet = f4(0.15) * _log(f4(1) + f4(max(np.int64(0), ts - last_ts)))
-    out[8] = quiet
-    out[9] = f4(0.4) * recent * recent
-    out[10] = f4(0.4) * quiet * quiet
+    column[C_COUNT_10, at] = r.count_10
+    column[C_COUNT_100, at] = r.count_100
+    column[C_COUNT_1000, at] = r.count_1000
+    column[C_COUNT, at] = r.count
+    column[C_SINCE, at] = f4(step - (r.entered_step if new else r.last_step))
+    column[C_SINCE_ENTRY, at] = f4(step - r.entered_step)
+    column[C_QUIET_S, at] = f4(max(np.int64(0), ts - (entered_ts if new else np.int64(r.last_ts))))
+    column[C_AGE_S, at] = f4(max(np.int64(0), ts - entered_ts))
+    column[C_NEW, at] = f4(1) if new else f4(0)
+    column[C_BETA, at] = r.beta
 
 
-@nb.njit(**OPTIONS)
-def bias_of(m, row, step, ts, first_ts, feature):  # type: ignore[no-untyped-def]
-    """b_j(t) = beta_j + w . f_j(t); leaves f_j in `feature`."""
-    features(m.rec, row, step, ts, first_ts, feature)
-    total = m.rec[row].beta
+@nb.njit(**INNER)
+def _bias_columns(column, n, w, feature, out):
+    """Features f_j (FEATURES, n) and b_j = beta_j + w . f_j (n,) of a block of rows, from its columns; the counts
+    are decayed in place. Popularity: 0-3, 6; age: 4, 7; recency: 5, 8, 9, 10."""
+    for i in range(n):
+        since = column[C_SINCE, i]
+        column[C_COUNT_10, i] *= _exp2(since * f4(-0.1))
+        column[C_COUNT_100, i] *= _exp2(since * f4(-0.01))
+        column[C_COUNT_1000, i] *= _exp2(since * f4(-0.001))
+    for q in range(4):
+        for i in range(n):
+            feature[q, i] = _log(f4(1) + column[q, i])
+    for i in range(n):
+        feature[4, i] = f4(0.3) * _log(f4(1) + column[C_SINCE_ENTRY, i])
+        feature[5, i] = f4(0.3) * _log(f4(1) + column[C_SINCE, i])
+        feature[6, i] = column[C_NEW, i]
+        feature[7, i] = f4(0.15) * _log(f4(1) + column[C_AGE_S, i])
+        feature[8, i] = f4(0.15) * _log(f4(1) + column[C_QUIET_S, i])
+        feature[9, i] = f4(0.4) * feature[5, i] * feature[5, i]
+        feature[10, i] = f4(0.4) * feature[8, i] * feature[8, i]
+    for i in range(n):
+        out[i] = column[C_BETA, i]
     for q in range(FEATURES):
-        total += feature[q] * m.theta[T_FEATURE + q]
-    return total
+        x = w[q]
+        for i in range(n):
+            out[i] += x * feature[q, i]
 
 
 @nb.njit(**OPTIONS)
-def bias_all(m, rows, ts, out):  # type: ignore[no-untyped-def]
-    """b_j(t) of rows 0..rows-1 as of event time ts, s."""
-    feature = np.empty(FEATURES, np.float32)
+def bias_of(m, row, ts, feature):
+    """b_j(t) of one row; leaves f_j in feature (FEATURES, 1)."""
+    column = np.empty((COLUMNS, 1), np.float32)
+    out = np.empty(1, np.float32)
+    _columns(m.rec, row, np.int64(m.scalar[STEP]), np.int64(ts), np.int64(m.scalar[FIRST_TS]), column, 0)
+    _bias_columns(column, 1, m.theta, feature, out)
+    return out[0]
+
+
+@nb.njit(**OPTIONS)
+def bias_all(m, rows, ts, out, popularity):
+    """b_j(t) of rows 0..rows-1 as of event time ts, s, into out; popularity (POPULARITIES, rows or more): positives
+    decayed to now with half-lives of 10, 100, 1000 positives of the stream, and undecayed; (0, 0): not wanted."""
+    column = np.empty((COLUMNS, BLOCK), np.float32)
+    feature = np.empty((FEATURES, BLOCK), np.float32)
     step = np.int64(m.scalar[STEP])
     first_ts = np.int64(m.scalar[FIRST_TS])
-    for row in range(rows):
-        out[row] = bias_of(m, row, step, np.int64(ts), first_ts, feature)
+    for start in range(0, rows, BLOCK):
+        n = min(BLOCK, rows - start)
+        for i in range(n):
+            _columns(m.rec, start + i, step, np.int64(ts), first_ts, column, i)
+        _bias_columns(column, n, m.theta, feature, out[start : start + n])
+        for h in range(len(popularity)):
+            popularity[h, start : start + n] = column[C_COUNT_10 + h, :n]
 
 
-@nb.njit(**OPTIONS)
-def popularity_all(m, rows, out):  # type: ignore[no-untyped-def]
-    """Positives of each row decayed to now with half-lives of 10, 100, 1000 positives, and undecayed."""
+@nb.njit(**INNER)
+def _bias_candidates(m, rows, ts, column, feature, out):
+    """As bias_all, for the given rows; keeps the features, (FEATURES, len(rows))."""
     step = np.int64(m.scalar[STEP])
-    for row in range(rows):
-        r = m.rec[row]
-        since = f4(step - r.last_step)
-        out[0, row] = r.count_10 * _exp2(since * f4(-0.1))
-        out[1, row] = r.count_100 * _exp2(since * f4(-0.01))
-        out[2, row] = r.count_1000 * _exp2(since * f4(-0.001))
-        out[3, row] = r.count
+    first_ts = np.int64(m.scalar[FIRST_TS])
+    for i in range(len(rows)):
+        _columns(m.rec, rows[i], step, np.int64(ts), first_ts, column, i)
+    _bias_columns(column, len(rows), m.theta, feature, out)
 
 
 # --- the user's vectors -------------------------------------------------------------------------------------------
 
 
 @nb.njit(**OPTIONS)
-def behaviour_vector(m, ts, rows, row_ts, tw, lk, wt, ck, age, gap, z):  # type: ignore[no-untyped-def]
+def behaviour_vector(m, ts, rows, row_ts, tw, lk, wt, ck, age, gap, z):
     """zC = n sum_k om ta tw y_k into z (D,); the coefficients wt = n om ta tw and
     ck = nK oK tK tw (c_k + 1)^-.2 of each entry; its buckets. Returns (n, nK).
 
@@ -478,7 +528,7 @@ def behaviour_vector(m, ts, rows, row_ts, tw, lk, wt, ck, age, gap, z):  # type:
 
 
 @nb.njit(**OPTIONS)
-def history_texts(m, rows, tw, out, coefficient):  # type: ignore[no-untyped-def]
+def history_texts(m, rows, tw, out, coefficient):
     """zT_h = (sum g^q tw e_k / sum g^q tw - mu) sqrt(min(sum, 4)) into out[0:2] (2, T).
 
     coefficient (2, L): what (e_k - mu) of entry q weighs in zT_h; 0 where the item has no text vector.
@@ -517,7 +567,7 @@ def history_texts(m, rows, tw, out, coefficient):  # type: ignore[no-untyped-def
 
 
 @nb.njit(**OPTIONS)
-def own_text(mu, text, text_weight, out):  # type: ignore[no-untyped-def]
+def own_text(mu, text, text_weight, out):
     """zX = (text - mu) sqrt(min(text_weight, 4)) into out (T,)."""
     n = np.sqrt(min(text_weight, f4(TEXT_WEIGHT_MAX)))
     for d in range(len(out)):
@@ -528,7 +578,7 @@ def own_text(mu, text, text_weight, out):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(**OPTIONS)
-def start_row(m, row, project, start):  # type: ignore[no-untyped-def]
+def start_row(m, row, project, start):
     """Takes the row's text vector into mu and starts phi and y from it: start sqrt(D) P(e - mu) / |P(e - mu)|.
 
     project: (D, T) orthonormal P. An item that had been withdrawn keeps what it learnt.
@@ -558,9 +608,9 @@ def start_row(m, row, project, start):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(**OPTIONS)
-def activate(m, row, ts):  # type: ignore[no-untyped-def]
+def activate(m, row, ts):
     """Makes the row a candidate from now on; ts: when it entered, s."""
-    m.flags[row] = (m.flags[row] & ~(WITHDRAWN | STARTING)) | ACTIVE
+    m.flags[row] = (m.flags[row] & ~(WITHDRAWN | ENTERING | STARTING)) | ACTIVE
     m.scalar[ACTIVES] += 1
     m.rec[row].entered_step = np.int64(m.scalar[STEP])
     m.rec[row].entered_ts = np.uint32(max(0.0, min(4294967295.0, ts)))
@@ -569,8 +619,8 @@ def activate(m, row, ts):  # type: ignore[no-untyped-def]
 # --- co-occurrence ------------------------------------------------------------------------------------------------
 
 
-@nb.njit(**OPTIONS)
-def _count_pair(m, k, j, amount):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _count_pair(m, k, j, amount):
     """C_kj += amount in row k. A full row's newcomer evicts the lowest count and starts at its own weight.
 
     Returns 1 where the row grew.
@@ -602,7 +652,7 @@ def _count_pair(m, k, j, amount):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(**OPTIONS)
-def count_event(m, row, positive, ts, history, record_bytes):  # type: ignore[no-untyped-def]
+def count_event(m, row, positive, ts, history, record_bytes):
     """One event's evidence: C_ki = C_ik += .9^q for the q-th entry of the history (rows), counters, recency.
 
     A low rating starts at .5 and is no positive.
@@ -645,7 +695,7 @@ def count_event(m, row, positive, ts, history, record_bytes):  # type: ignore[no
 
 
 @nb.njit(**OPTIONS)
-def neighbour_scores(m, history, ck, out):  # type: ignore[no-untyped-def]
+def neighbour_scores(m, history, ck, out):
     """out[j] += sum_k ck sqrt(C_kj), without aK and (c_j + 1)^-.2; out is zeroed here, (rows,)."""
     out[:] = 0
     for q in range(len(history)):
@@ -658,14 +708,15 @@ def neighbour_scores(m, history, ck, out):  # type: ignore[no-untyped-def]
 # --- one message --------------------------------------------------------------------------------------------------
 
 
-@nb.njit(**OPTIONS)
-def _draw(m, w, steps, rows, position):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _draw(m, w, steps, rows, candidates, position):
     """Up to K different candidates, uniform: row floor(rows mix(position, q) / 2^32) for q = 1, 2, ..., unless it
-    is taken or no candidate; all of them where there are K or fewer. Returns how many."""
+    is taken or no candidate; all of them where there are K or fewer. Items that enter inside the message count, too.
+    Returns how many."""
     count = 0
-    if m.scalar[ACTIVES] <= steps.negatives:
+    if candidates <= steps.negatives:
         for row in range(rows):
-            if m.flags[row] & ACTIVE:
+            if m.flags[row] & (ACTIVE | ENTERING):
                 w.cand[count] = row
                 count += 1
                 w.slot[row] = count
@@ -674,7 +725,7 @@ def _draw(m, w, steps, rows, position):  # type: ignore[no-untyped-def]
     for q in range(16 * steps.negatives):
         x = _mix(base + np.uint64(q + 1) * GOLDEN)
         row = np.int32(((x >> np.uint64(32)) * np.uint64(rows)) >> np.uint64(32))
-        if m.flags[row] & ACTIVE and w.slot[row] == 0:
+        if m.flags[row] & (ACTIVE | ENTERING) and w.slot[row] == 0:
             w.cand[count] = row
             count += 1
             w.slot[row] = count
@@ -683,11 +734,9 @@ def _draw(m, w, steps, rows, position):  # type: ignore[no-untyped-def]
     return count
 
 
-@nb.njit(**OPTIONS)
-def _gather(m, w, x, count):  # type: ignore[no-untyped-def]
-    """Features, bias and vectors of the candidates, as of the message's first example."""
-    step = np.int64(m.scalar[STEP])
-    first_ts = np.int64(m.scalar[FIRST_TS])
+@nb.njit(**INNER)
+def _gather(m, w, count):
+    """The vectors of the candidates side by side: (count, D + T)."""
     dim = m.phi.shape[1]
     for c in range(count):
         if c + 4 < count:
@@ -696,15 +745,13 @@ def _gather(m, w, x, count):  # type: ignore[no-untyped-def]
                 _prefetch(np.int64(m.e.ctypes.data) + ahead * (m.e.shape[1] * 4) + place)
             for place in range(0, dim * 4, 64):
                 _prefetch(np.int64(m.phi.ctypes.data) + ahead * (dim * 4) + place)
-            _prefetch(np.int64(m.rec.ctypes.data) + ahead * 64)
         row = w.cand[c]
-        w.bias[c] = bias_of(m, row, step, np.int64(x.ts[0]), first_ts, w.feature[c])
         w.item[c, :dim] = m.phi[row]
         w.item[c, dim:] = m.e[row]
 
 
-@nb.njit(**OPTIONS)
-def _user_side(m, w, x, steps, project, entry_row, entry_at, entries):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _user_side(m, w, x, steps, project, entry_row, entry_at, entries):
     """The users' vectors, example by example; items that enter inside the message get their start on the way."""
     done = 0
     dim = m.phi.shape[1]
@@ -746,8 +793,8 @@ def _user_side(m, w, x, steps, project, entry_row, entry_at, entries):  # type: 
         done += 1
 
 
-@nb.njit(**OPTIONS)
-def _neighbours(m, w, x, b, steps, count, used):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _neighbours(m, w, x, b, steps, count, used):
     """The co-occurrence block of the candidates and of the target (w.cooc, w.cooc_i), and the links that made it.
 
     `used`: links before this example; returns links after it. A branch-free compaction: slot 0 is nobody.
@@ -789,14 +836,12 @@ def _neighbours(m, w, x, b, steps, count, used):  # type: ignore[no-untyped-def]
     return used
 
 
-@nb.njit(**OPTIONS)
-def _target_score(m, w, x, b):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _target_score(m, w, x, b):
     """s of the target from the state now; its features stay in w.feature_i."""
     target = w.target[b]
     dim = m.phi.shape[1]
-    total = bias_of(
-        m, target, np.int64(m.scalar[STEP]), np.int64(x.ts[b]), np.int64(m.scalar[FIRST_TS]), w.feature_i[b]
-    )
+    total = bias_of(m, target, x.ts[b], w.feature_i[b])
     learnt = f4(0)
     for d in range(dim):
         learnt += m.phi[target, d] * w.user[b, d]
@@ -806,8 +851,8 @@ def _target_score(m, w, x, b):  # type: ignore[no-untyped-def]
     return total + learnt + text + m.theta[T_NEIGHBOUR] * w.cooc_i[b]
 
 
-@nb.njit(**OPTIONS)
-def _rank(m, w, x, b, dense, rows, o):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _rank(m, w, x, b, dense, rows, o):
     """Ranks the target among all candidates but the user's own; `dense` (rows,): <zC, phi> + <v, e>.
 
     Returns d ln p_i / d a, the gradient of the calibration.
@@ -834,21 +879,15 @@ def _rank(m, w, x, b, dense, rows, o):  # type: ignore[no-untyped-def]
     return slope
 
 
-@nb.njit(**OPTIONS)
-def _rank_candidates(m, w, ts, target, dense, rows, o, b):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _rank_candidates(m, w, ts, target, dense, rows, o, b):
     """The body of `_rank`: w.score holds the co-occurrence sums. Mid-ranks: 1 + #greater + ties / 2."""
-    feature = np.empty(FEATURES, np.float32)
-    step = np.int64(m.scalar[STEP])
-    first_ts = np.int64(m.scalar[FIRST_TS])
     a_k = m.theta[T_NEIGHBOUR]
-    popularity_all(m, rows, w.popularity)
+    bias_all(m, rows, ts, w.bias_j, w.popularity)
     top = f4(-1e30)
     for j in range(rows):
-        open_ = m.flags[j] & ACTIVE != 0 and w.skip[j] == 0
-        s = f4(-1e30)
-        if open_:
-            s = bias_of(m, j, step, np.int64(ts), first_ts, feature) + dense[j]
-            s += a_k * w.score[j] * m.rec[j].damping
+        s = w.bias_j[j] + dense[j] + a_k * w.score[j] * m.rec[j].damping
+        s = s if (m.flags[j] & ACTIVE != 0) & (w.skip[j] == 0) else f4(-1e30)
         w.score[j] = s
         top = max(top, s)
     sharp = f4(m.scalar[SHARP])
@@ -890,8 +929,8 @@ def _rank_candidates(m, w, ts, target, dense, rows, o, b):  # type: ignore[no-un
     return s_i - mean
 
 
-@nb.njit(**OPTIONS)
-def _dense_scores(m, w, x, b, rows):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _dense_scores(m, w, x, b, rows):
     """<zC, phi_j> + <v, e_j> of every row for the next ranked examples from b on, into w.dense; returns how many.
 
     One product for several users: phi and e do not change inside a message.
@@ -916,9 +955,10 @@ def _dense_scores(m, w, x, b, rows):  # type: ignore[no-untyped-def]
     return chosen
 
 
-@nb.njit(**OPTIONS)
-def _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts, entries, record_bytes):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts, entries, record_bytes):
     """Example by example, never stale: entries, ranking, the target's score, counters. Returns the slope of ln p."""
+    feature = np.empty((FEATURES, 1), np.float32)
     done = 0
     links = 0
     ready = 0
@@ -926,9 +966,16 @@ def _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts,
     slope = 0.0
     for b in range(x.count):
         m.scalar[CLOCK] = max(m.scalar[CLOCK], x.ts[b])
+        block = b // steps.refresh
+        if b % steps.refresh == 0:
+            _bias_candidates(m, w.cand[:count], x.ts[b], w.column, w.feature[block], w.bias[block])
         while done < entries and entry_at[done] <= 2 * b:
-            activate(m, entry_row[done], entry_ts[done])
-            mark(m, entry_row[done], DIRTY_DENSE | DIRTY_STATIC, record_bytes)
+            row = entry_row[done]
+            activate(m, row, entry_ts[done])
+            mark(m, row, DIRTY_DENSE | DIRTY_STATIC, record_bytes)
+            if w.slot[row] > 0:
+                w.bias[block, w.slot[row] - 1] = bias_of(m, row, x.ts[b], feature)
+                w.feature[block, :, w.slot[row] - 1] = feature[:, 0]
             done += 1
         used = x.history_count[b]
         if w.go[b]:
@@ -948,11 +995,11 @@ def _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts,
     return slope
 
 
-@nb.njit(**OPTIONS)
-def _loss(m, w, x, count, score, weight):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _loss(m, w, x, steps, count, score, weight, entry_row, entry_at):
     """Softmax cross-entropy: turns the scores (B, count) of the candidates into g_j, fills w.grad_i.
 
-    weight: n / K of each candidate. The target and the carried history are no negatives of their user.
+    weight: n / K of each candidate. The target, the carried history and items that enter later are no negatives.
     """
     a_k = m.theta[T_NEIGHBOUR]
     for b in range(x.count):
@@ -961,14 +1008,18 @@ def _loss(m, w, x, count, score, weight):  # type: ignore[no-untyped-def]
             g[:] = 0
             continue
         cooc = w.cooc[b]
+        bias = w.bias[b // steps.refresh]
         top = w.score_i[b]
         for c in range(count):
-            g[c] += w.bias[c] + a_k * cooc[c]
+            g[c] += bias[c] + a_k * cooc[c]
             top = max(top, g[c])
         for c in range(count):
             g[c] = _exp(g[c] - top) * weight
         if w.slot[w.target[b]] > 0:
             g[w.slot[w.target[b]] - 1] = 0
+        for q in range(len(entry_row)):
+            if entry_at[q] > 2 * b and w.slot[entry_row[q]] > 0:
+                g[w.slot[entry_row[q]] - 1] = 0
         for q in range(x.history_count[b]):
             if w.slot[w.history[b, q]] > 0:
                 g[w.slot[w.history[b, q]] - 1] = 0
@@ -984,8 +1035,8 @@ def _loss(m, w, x, count, score, weight):  # type: ignore[no-untyped-def]
         m.scalar[LOSSES] += 1
 
 
-@nb.njit(**OPTIONS)
-def _history_gradients(m, w, x, b, steps, count, g, dz, touched):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _history_gradients(m, w, x, b, steps, count, g, dz, touched):
     """Gradients that reach the history: y_k (into step_y), om, ta, oK, tK, aK. Returns rows of step_y in use."""
     theta = m.theta
     target = w.target[b]
@@ -1031,22 +1082,31 @@ def _history_gradients(m, w, x, b, steps, count, g, dz, touched):  # type: ignor
     return touched
 
 
-@nb.njit(**OPTIONS)
-def _gradients(m, w, x, steps, count, g):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _gradients(m, w, x, steps, count, g):
     """Sums the message's gradients; g (B, count). Returns (rows of step_phi, rows of step_y)."""
     dim = m.phi.shape[1]
     users = np.dot(g, w.item[:count])  # (B, D + T): sum_j g_j phi_j | sum_j g_j e_j
     items = np.dot(g.T, w.z[: x.count])  # (count, D)
     w.theta[:] = 0
-    for c in range(count):
-        total = f4(0)
-        for b in range(x.count):
-            total += g[b, c]
-        w.row_phi[c] = w.cand[c]
-        w.step_beta[c] = total
-        w.step_phi[c] = items[c]
+    w.step_beta[:count] = 0
+    for start in range(0, x.count, steps.refresh):
+        total = w.weight_c[:count]
+        total[:] = 0
+        for b in range(start, min(x.count, start + steps.refresh)):
+            for c in range(count):
+                total[c] += g[b, c]
         for q in range(FEATURES):
-            w.theta[T_FEATURE + q] += total * w.feature[c, q]
+            feature = w.feature[start // steps.refresh, q]
+            slope = f4(0)
+            for c in range(count):
+                slope += total[c] * feature[c]
+            w.theta[T_FEATURE + q] += slope
+        for c in range(count):
+            w.step_beta[c] += total[c]
+    for c in range(count):
+        w.row_phi[c] = w.cand[c]
+        w.step_phi[c] = items[c]
     touched = count
     touched_y = 0
     for b in range(x.count):
@@ -1067,7 +1127,7 @@ def _gradients(m, w, x, steps, count, g):  # type: ignore[no-untyped-def]
             w.step_phi[at, d] += g_i * w.z[b, d]
             dz[d] += g_i * m.phi[target, d]
         for q in range(FEATURES):
-            w.theta[T_FEATURE + q] += g_i * w.feature_i[b, q]
+            w.theta[T_FEATURE + q] += g_i * w.feature_i[b, q, 0]
         for h in range(TEXT_HEADS):
             total = f4(0)
             for d in range(m.e.shape[1]):
@@ -1077,8 +1137,8 @@ def _gradients(m, w, x, steps, count, g):  # type: ignore[no-untyped-def]
     return touched, touched_y
 
 
-@nb.njit(**OPTIONS)
-def _step_rows(m, w, steps, touched, touched_y, record_bytes):  # type: ignore[no-untyped-def]
+@nb.njit(**INNER)
+def _step_rows(m, w, steps, touched, touched_y, record_bytes):
     """One AdaGrad step a touched row: G += mean(d^2), x += lr d / sqrt(G)."""
     dim = m.phi.shape[1]
     for slot in range(touched):
@@ -1121,28 +1181,28 @@ def _step_rows(m, w, steps, touched, touched_y, record_bytes):  # type: ignore[n
 
 
 @nb.njit(**OPTIONS)
-def learn_message(m, w, x, o, steps, project, entry_row, entry_at, entry_ts, position, record_bytes):  # type: ignore[no-untyped-def]
+def learn_message(m, w, x, o, steps, project, entry_row, entry_at, entry_ts, position, record_bytes):
     """One micro-batch. w.target and w.history hold rows; entries are rows that become candidates inside the message,
     before example b (entry_at 2 b) or right after it (2 b + 1), in order."""
     rows = np.int64(m.scalar[ROWS])
     if m.scalar[CLOCK] < 0:
         m.scalar[FIRST_TS] = max(0.0, x.ts[0])
     m.scalar[MESSAGES] += 1
-    candidates = m.scalar[ACTIVES]
-    count = _draw(m, w, steps, rows, position)
-    _gather(m, w, x, count)
     entries = len(entry_row)
+    for q in range(entries):
+        m.flags[entry_row[q]] |= ENTERING
+    candidates = m.scalar[ACTIVES] + entries
+    count = _draw(m, w, steps, rows, candidates, position)
     _user_side(m, w, x, steps, project, entry_row, entry_at, entries)
-    slope = _example_side(
-        m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts, entries, record_bytes
-    )
+    _gather(m, w, count)
+    slope = _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts, entries, record_bytes)
     learnt = 0
     for b in range(x.count):
         learnt += w.go[b]
     touched = count
     if learnt > 0 and count > 0:
         score = np.dot(w.user[: x.count], w.item[:count].T)
-        _loss(m, w, x, count, score, f4(candidates / count))
+        _loss(m, w, x, steps, count, score, f4(candidates / count), entry_row, entry_at)
         touched, touched_y = _gradients(m, w, x, steps, count, score)
         _step_rows(m, w, steps, touched, touched_y, record_bytes)
     else:
@@ -1160,7 +1220,7 @@ def learn_message(m, w, x, o, steps, project, entry_row, entry_at, entry_ts, pos
 
 
 @nb.njit(**OPTIONS)
-def apply_neighbours(m, words, values, starts, sizes):  # type: ignore[no-untyped-def]
+def apply_neighbours(m, words, values, starts, sizes):
     """Neighbour rows into the matrix: words, values are one buffer as int32 and as float32; starts, sizes in words."""
     for q in range(len(starts)):
         at = starts[q] + 4
@@ -1170,3 +1230,78 @@ def apply_neighbours(m, words, values, starts, sizes):  # type: ignore[no-untype
         for r in range(n):
             m.neighbour[row, r] = words[at + r]
             m.weight[row, r] = values[at + n + r]
+
+
+# --- ranking ------------------------------------------------------------------------------------------------------
+
+CLOSED: Final = -1e30  # the score of a row that is no candidate
+
+
+@nb.njit(**OPTIONS)
+def score_rows(m, rows, history, ck, z, v, bias, excluded, out):
+    """s_j of every row into out (rows,); CLOSED where it is no candidate or excluded (keys).
+
+    Returns (sum_j exp(a (s_j - top)), top).
+    """
+    neighbour_scores(m, history, ck, out)
+    a_k = m.theta[T_NEIGHBOUR]
+    for j in range(rows):
+        phi = m.phi[j]
+        learnt = f4(0)
+        for d in range(len(z)):
+            learnt += phi[d] * z[d]
+        e = m.e[j]
+        text = f4(0)
+        for d in range(len(v)):
+            text += e[d] * v[d]
+        s = bias[j] + a_k * out[j] * m.rec[j].damping + learnt + text
+        out[j] = s if m.flags[j] & ACTIVE else f4(CLOSED)
+    for q in range(len(excluded)):
+        row = find(m.table_key, m.table_row, excluded[q])
+        if row >= 0:
+            out[row] = f4(CLOSED)
+    top = f4(CLOSED)
+    for j in range(rows):
+        top = max(top, out[j])
+    sharp = f4(m.scalar[SHARP])
+    mass = 0.0
+    for j in range(rows):
+        mass += _exp(sharp * max(f4(-80), out[j] - top)) if out[j] > f4(CLOSED) else f4(0)
+    return mass, top
+
+
+@nb.njit(**OPTIONS)
+def best(score, k, rows):
+    """The k highest scores' indices into rows (k,), best first, ties to the lower index; CLOSED ones never.
+
+    Returns how many there are.
+    """
+    held = np.empty(k, np.float32)
+    count = 0
+    least = f4(CLOSED)
+    for j in range(len(score)):
+        s = score[j]
+        if s <= least:
+            continue
+        at = count if count < k else k - 1
+        count = min(k, count + 1)
+        while at > 0 and held[at - 1] < s:
+            held[at] = held[at - 1]
+            rows[at] = rows[at - 1]
+            at -= 1
+        held[at] = s
+        rows[at] = j
+        if count == k:
+            least = held[k - 1]
+    return count
+
+
+@nb.njit(**OPTIONS)
+def neighbour_terms(m, history, row, out):
+    """out[q] = sqrt(C_kj) for k = history[q], j = row; 0 where j is no neighbour of k."""
+    for q in range(len(history)):
+        k = history[q]
+        out[q] = f4(0)
+        for r in range(m.length[k]):
+            if m.neighbour[k, r] == row:
+                out[q] = np.sqrt(m.weight[k, r])

@@ -34,6 +34,7 @@ class LearnerConfig:
     cooccurrence_history: int = 32  # of these in the co-occurrence block
     y_history: int = 32  # of these whose y gets a gradient
     message_examples_max: int = 64  # B
+    refresh_examples: int = 2  # after which the candidates' features are taken anew; the target's never lag
     seed: int = 7
     lr_phi: float = 0.05
     lr_y: float = 0.1
@@ -75,8 +76,8 @@ class Learner:
         self.config = config = config or LearnerConfig()
         self.matrix = ItemMatrix(config.dim, config.text_dim, config.neighbours_max)
         self._steps = kernels.Steps(
-            config.negatives, config.cooccurrence_history, config.y_history, config.seed, config.lr_phi, config.lr_y,
-            config.lr_beta, config.lr_scale, config.lr_decay, config.lr_sharp, config.start,
+            config.negatives, config.cooccurrence_history, config.y_history, config.seed, config.refresh_examples,
+            config.lr_phi, config.lr_y, config.lr_beta, config.lr_scale, config.lr_decay, config.lr_sharp, config.start,
         )  # fmt: skip
         self._project = _orthonormal(config.dim, config.text_dim)
         self._heap: list[tuple[float, int, int]] = []  # (ts, order, key) of pending items; stale ones are skipped
@@ -147,7 +148,7 @@ class Learner:
         has = bool(m.flags[row] & kernels.VECTOR)
         vectors = m.scalar[kernels.VECTORS] + has - had
         if vectors > 0:
-            m.mu += ((vector - old) - m.mu * np.float32(has - had)) / np.float32(vectors)
+            m.mu[:] += ((vector - old) - m.mu * np.float32(has - had)) / np.float32(vectors)
         else:
             m.mu[:] = 0
         m.scalar[kernels.VECTORS] = vectors
@@ -206,7 +207,7 @@ class Learner:
         if entries or created:
             targets = self._work.target[:n]
             entries += [(2 * n, row, 0.0) for row in created]
-            for at, (moment, row, ts) in enumerate(entries):
+            for at, (moment, row, _) in enumerate(entries):
                 named = np.flatnonzero(targets == row)
                 if len(named) and 2 * named[0] < moment:
                     entries[at] = (2 * int(named[0]) + 1, row, float(examples.ts[named[0]]))
@@ -318,6 +319,7 @@ def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
     b, k, length = config.message_examples_max, config.negatives, config.history_max
     d, t = config.dim, config.text_dim
     near = min(length, config.cooccurrence_history)
+    blocks = -(-b // config.refresh_examples)
     links = b * near * config.neighbours_max + config.neighbours_max
 
     def f(*shape: int) -> Array:
@@ -330,12 +332,13 @@ def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
         target=i(b), history=i(b, length), go=np.zeros(b, np.bool_), wt=f(b, length), ck=f(b, length),
         age=i(b, length), gap=i(b, length), norm=f(b), norm_k=f(b), z=f(b, d), user=f(b, d + t),
         text=f(b, kernels.TEXT_HEADS, t), slot=np.zeros(capacity, np.int16), cand=i(k), item=f(k, d + t),
-        feature=f(k, kernels.FEATURES), bias=f(k), feature_i=f(b, kernels.FEATURES), score_i=f(b),
+        column=f(kernels.COLUMNS, k), feature=f(blocks, kernels.FEATURES, k), bias=f(blocks, k),
+        feature_i=f(b, kernels.FEATURES, 1), score_i=f(b),
         cooc=f(b, k + 2), cooc_i=f(b), link_slot=i(links), link_value=f(links), link_start=i(b, near + 1),
         grad_i=f(b), step_phi=f(k + b, d), step_beta=f(k + b), row_phi=i(k + b), slot_y=i(capacity),
         step_y=f(b * config.y_history, d), row_y=i(b * config.y_history), theta=f(kernels.THETA),
         weight_c=f(k + 2), score=f(capacity), dense=f(max(DENSE_FLOATS_MAX, capacity)),
-        skip=np.zeros(capacity, np.uint8), popularity=f(kernels.POPULARITIES, capacity),
+        skip=np.zeros(capacity, np.uint8), bias_j=f(capacity), popularity=f(kernels.POPULARITIES, capacity),
     )  # fmt: skip
 
 

@@ -1,0 +1,230 @@
+"""Ranking: exact top-k over every candidate, and why each item is where it is.
+
+    logit_j = a s_j + c_j,  c_j = -ln sum_{k != j} exp(a s_k),  so that sigmoid(logit_j) = exp(a s_j) / sum_k exp(a s_k)
+
+over the user's candidates. Every s_j is a sum of a bias and of one term an event of the user, so
+bias + terms + rest = logit holds exactly, up to float32.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from model import kernels
+from model.items import ItemMatrix
+from model.profile import COOCCURRENCE_HISTORY, Profile, User, profile_of
+
+Array = npt.NDArray[Any]
+
+POPULARITY_FEATURES: Final = (0, 1, 2, 3, 6)
+AGE_FEATURES: Final = (4, 7)
+RECENCY_FEATURES: Final = (5, 8, 9, 10)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One item of a list."""
+
+    key: int
+    row: int
+    item_id: str
+    score: float  # p_ij: probability that this is the user's next positive
+    logit: float
+
+
+@dataclass(frozen=True)
+class Bias:
+    """What the item's score owes to no event of the user, in logits; `total` is their sum."""
+
+    constant: float  # a beta_j
+    popularity: float
+    age: float
+    recency: float
+    calibration: float  # c_j
+    total: float
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one entry of the history adds, in logits; `total` is the sum of the three heads."""
+
+    entry: int  # index in the user's history, 0 the newest
+    learnt: float  # <wt_k y_k, phi_j>
+    cooccurrence: float
+    text: float  # the text of the entry's item against this item's
+    total: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """bias.total + sum of terms + sum of comments + rest = logit, within 1e-4."""
+
+    key: int
+    row: int
+    logit: float
+    score: float
+    bias: Bias
+    terms: tuple[Term, ...]
+    comments: tuple[float, ...]  # one a kept comment of the user
+    rest: float  # older texts, and rounding
+
+
+class Ranker:
+    """Ranks users over one item matrix (the learner's own, or a replica). Not safe for concurrent use.
+
+    The bias does not depend on the user: it is taken once a tick, that is when the matrix has changed or `now` has
+    moved by `tick_s` since.
+    """
+
+    def __init__(
+        self, matrix: ItemMatrix, tick_s: float = 1.0, cooccurrence_history: int = COOCCURRENCE_HISTORY
+    ) -> None:
+        self.matrix = matrix
+        self.tick_s = tick_s
+        self.cooccurrence_history = cooccurrence_history
+        self._tick: tuple[int, float] | None = None  # (matrix version, now)
+        self._bias = np.zeros(0, np.float32)
+        self._score = np.zeros(0, np.float32)
+        self._no_popularity = np.zeros((0, 0), np.float32)
+
+    # --- lists ---
+
+    def top_k(self, user: User, now: float, k: int, exclude: Iterable[int] = ()) -> list[Scored]:
+        """The k best candidates, best first; ties go to the older row. exclude: item keys, with those consumed.
+
+        Probabilities are over all candidates that are not excluded. now: Unix s.
+        """
+        excluded = np.fromiter(exclude, np.int64)
+        _, scores, mass, top = self._score_all(user, now, excluded)
+        rows = np.empty(k, np.int32)
+        count = kernels.best(scores, k, rows)
+        return [self._scored(int(row), float(scores[row]), mass, top) for row in rows[:count]]
+
+    def rank_items(self, user: User, now: float, keys: Sequence[int], exclude: Iterable[int] = ()) -> list[Scored]:
+        """The given items that are candidates, best first, with the probabilities that `top_k` would give them."""
+        _, scores, mass, top = self._score_all(user, now, np.fromiter(exclude, np.int64))
+        rows = self.matrix.indices(np.array(keys, np.int64))
+        known = [int(row) for row in dict.fromkeys(rows.tolist()) if row >= 0 and scores[row] > kernels.CLOSED]
+        scored = [self._scored(row, float(scores[row]), mass, top) for row in known]
+        return sorted(scored, key=lambda item: (-item.logit, item.row))
+
+    def similar(self, row: int, k: int) -> list[tuple[int, float]]:
+        """The k candidates most like this row and how like they are: cosine of (phi, y) plus cosine of e - mu."""
+        m, rows = self.matrix.arrays, len(self.matrix)
+        learnt = np.concatenate((m.phi[:rows], m.y[:rows]), axis=1)
+        likeness = _cosine(learnt, row) + _cosine(m.e[:rows] - m.mu, row)
+        likeness[(m.flags[:rows] & kernels.ACTIVE) == 0] = kernels.CLOSED
+        likeness[row] = kernels.CLOSED
+        best = np.empty(k, np.int32)
+        count = kernels.best(likeness.astype(np.float32), k, best)
+        return [(int(other), float(likeness[other])) for other in best[:count]]
+
+    # --- reasons ---
+
+    def explain(self, user: User, now: float, keys: Sequence[int], exclude: Iterable[int] = ()) -> list[Explanation]:
+        """Why each of these items has its logit, in the order given; items without a row, or that are no candidates
+        of this user, are left out."""
+        profile, scores, mass, top = self._score_all(user, now, np.fromiter(exclude, np.int64))
+        rows = self.matrix.indices(np.array(keys, np.int64)).tolist()
+        return [
+            self._explain(user, profile, now, row, self._scored(row, float(scores[row]), mass, top))
+            for row in rows
+            if row >= 0 and scores[row] > kernels.CLOSED
+        ]
+
+    def _explain(self, user: User, profile: Profile, now: float, row: int, scored: Scored) -> Explanation:
+        m = self.matrix.arrays
+        sharp = float(m.scalar[kernels.SHARP])
+        bias = self._bias_parts(row, scored)
+        a_near, a_far, a_own = m.theta[kernels.T_TEXT : kernels.T_NEIGHBOUR].tolist()
+        phi, e = m.phi[row], m.e[row]
+        learnt = sharp * profile.wt * (m.y[profile.row] @ phi)
+        neighbour = np.zeros(len(profile.row), np.float32)
+        kernels.neighbour_terms(m, profile.row[: self.cooccurrence_history], np.int32(row), neighbour)
+        a_k = float(m.theta[kernels.T_NEIGHBOUR])
+        cooccurrence = sharp * a_k * profile.ck * neighbour * m.rec[row]["damping"]
+        weight = a_near * profile.text_coefficient[0] + a_far * profile.text_coefficient[1]
+        text = sharp * weight * ((m.e[profile.row] - m.mu) @ e)
+        total = learnt + cooccurrence + text
+        terms = tuple(
+            Term(int(entry), float(learnt[q]), float(cooccurrence[q]), float(text[q]), float(total[q]))
+            for q, entry in enumerate(profile.entry)
+        )
+        comments = self._comment_terms(user, e, sharp * a_own)
+        rest = scored.logit - bias.total - float(total.sum(dtype=np.float64)) - sum(comments)
+        return Explanation(scored.key, row, scored.logit, scored.score, bias, terms, comments, rest)
+
+    def _bias_parts(self, row: int, scored: Scored) -> Bias:
+        m = self.matrix.arrays
+        sharp = float(m.scalar[kernels.SHARP])
+        assert self._tick is not None
+        feature = np.zeros((kernels.FEATURES, 1), np.float32)
+        kernels.bias_of(m, np.int32(row), self._tick[1], feature)
+        parts = sharp * (m.theta[: kernels.FEATURES] * feature[:, 0])
+        constant = sharp * float(m.rec[row]["beta"])
+        popularity, age, recency = (
+            float(parts[list(group)].sum()) for group in (POPULARITY_FEATURES, AGE_FEATURES, RECENCY_FEATURES)
+        )
+        calibration = scored.logit - sharp * float(self._raw[row])
+        total = constant + popularity + age + recency + calibration
+        return Bias(constant, popularity, age, recency, calibration, total)
+
+    def _comment_terms(self, user: User, e: Array, gain: float) -> tuple[float, ...]:
+        """aX (w_c / W) <x_c - mu, e_j> sqrt(min(W, 4)) of each kept comment."""
+        if user.comment is None or user.text is None or user.text_weight <= 0:
+            return ()
+        root = float(np.sqrt(min(user.text_weight, kernels.TEXT_WEIGHT_MAX)))
+        share = user.comment_weight * (gain * root / user.text_weight)
+        return tuple((share * ((user.comment - self.matrix.arrays.mu) @ e)).tolist())
+
+    # --- scores ---
+
+    def _score_all(self, user: User, now: float, excluded: Array) -> tuple[Profile, Array, float, float]:
+        """Scores of every row (kernels.CLOSED where it is no candidate), the mass sum exp(a (s - top)), and top."""
+        self._refresh(now)
+        profile = profile_of(self.matrix, user, now, self.cooccurrence_history)
+        rows = len(self.matrix)
+        self._raw = scores = self._score[:rows]
+        near = self.cooccurrence_history
+        mass, top = kernels.score_rows(
+            self.matrix.arrays, rows, profile.row[:near], profile.ck[:near], profile.z, profile.v,
+            self._bias[:rows], excluded, scores,
+        )  # fmt: skip
+        return profile, scores, float(mass), float(top)
+
+    def _refresh(self, now: float) -> None:
+        rows = len(self.matrix)
+        if self._tick and self._tick[0] == self.matrix.version and 0 <= now - self._tick[1] < self.tick_s:
+            return
+        if len(self._bias) < rows:
+            capacity = len(self.matrix.arrays.key)
+            self._bias, self._score = np.zeros(capacity, np.float32), np.zeros(capacity, np.float32)
+        kernels.bias_all(self.matrix.arrays, rows, float(now), self._bias, self._no_popularity)
+        self._tick = (self.matrix.version, float(now))
+
+    def _scored(self, row: int, s: float, mass: float, top: float) -> Scored:
+        sharp = float(self.matrix.arrays.scalar[kernels.SHARP])
+        own = np.exp(sharp * (s - top))
+        others = max(mass - own, 1e-12 * mass)
+        logit = sharp * (s - top) - float(np.log(others))
+        key = int(self.matrix.arrays.key[row])
+        return Scored(key, row, self.matrix.names[row], float(1 / (1 + np.exp(-logit))), logit)
+
+
+def _cosine(vectors: Array, row: int) -> Array:
+    """(rows,) cosine of every vector to that of `row`; 0 where one of them is zero."""
+    norms = np.linalg.norm(vectors, axis=1)
+    product: Array = vectors @ vectors[row]
+    result: Array = np.divide(product, norms * norms[row], out=np.zeros_like(product), where=norms * norms[row] > 0)
+    return result
+
+
+def warm_up(matrix: ItemMatrix) -> None:
+    """Compiles (or takes from the cache) the ranker's kernels."""
+    ranker = Ranker(matrix)
+    user = User(np.array([1]), np.array([0.0]), np.ones(1, np.float32), np.zeros(matrix.text_dim, np.float32), 1.0)
+    for item in ranker.top_k(user, 1.0, 2):
+        ranker.explain(user, 1.0, [item.key])
