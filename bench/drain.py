@@ -201,7 +201,7 @@ def main(via: str, events: int, items: int) -> None:
         await measure(worker, events, items)
 
     _quiet_gc()
-    faust.Worker(app, loglevel="WARN", logging_config=None, redirect_stdouts=False).execute_from_commandline()
+    faust.Worker(app, quiet=True, loglevel="WARN", logging_config=None, redirect_stdouts=False).execute_from_commandline()
 
 
 def _quiet_gc() -> None:

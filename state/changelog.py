@@ -6,9 +6,10 @@ of every value). `epoch` numbers the owners of the partition, `flush` their flus
     ANNOUNCE  key    "A" | epoch u8 | store id [16] | nonce [16]
               value  version u1 | store id [16] | nonce [16]
               A claim of the epoch. The first one in log order wins; no compactor hides it, for the key is its own.
-    MARKER    key    "M" | epoch u8 | kind u1
+    MARKER    key    "M" | epoch u8 | kind u1 | slot u4
               value  version u1 | base epoch u8 | base flush u8 | flush u8 | rows u4 | applied
-              The rows of `epoch` up to `flush` are complete.
+              The rows of `epoch` up to `flush` are complete. The slot changes every some megabytes of rows, so
+              that a compactor leaves markers in between: a reader buffers the rows up to the next one.
     ROW       key    "R" | epoch u8 | row key
               value  version u1 | flush u8 | alive u1 | row
               `alive` 0 is a deletion. (Kafka's own tombstone, a null, has no place for the flush.)
@@ -38,14 +39,14 @@ CLAIM_BYTES: Final = 2 * STORE_ID_BYTES  # store id and nonce
 
 _VERSION: Final = bytes([CHANGELOG_VERSION])
 _KEY: Final = struct.Struct(">cQ")
-_MARKER_KEY: Final = struct.Struct(">cQB")
+_MARKER_KEY: Final = struct.Struct(">cQBI")
 _MARKER_VALUE: Final = struct.Struct(">BQQQI")
 _ROW_VALUE: Final = struct.Struct(">BQB")
 _CLAIM: Final = struct.Struct(f"{CLAIM_BYTES}s")
 _OFFSET: Final = struct.Struct(">q")
 
 # The layout above, as a reader of another language would count it.
-assert (_KEY.size, _MARKER_KEY.size, _MARKER_VALUE.size, _ROW_VALUE.size) == (9, 10, 29, 10)
+assert (_KEY.size, _MARKER_KEY.size, _MARKER_VALUE.size, _ROW_VALUE.size) == (9, 14, 29, 10)
 
 
 class ChangelogVersionError(ValueError):
@@ -107,6 +108,7 @@ class Marker:
     flush: int
     rows: int
     applied: dict[str, int]
+    slot: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ def announce_record(epoch: int, claim: bytes) -> tuple[bytes, bytes]:
 
 def marker_record(marker: Marker) -> tuple[bytes, bytes]:
     """The record of a marker."""
-    key = _MARKER_KEY.pack(MARKER, marker.epoch, marker.kind)
+    key = _MARKER_KEY.pack(MARKER, marker.epoch, marker.kind, marker.slot)
     head = (CHANGELOG_VERSION, marker.base_epoch, marker.base_flush, marker.flush, marker.rows)
     return key, _MARKER_VALUE.pack(*head) + pack_applied(marker.applied)
 
@@ -184,9 +186,10 @@ def parse(record: LogRecord) -> Announce | Marker | Row | None:
         if key[:1] == ANNOUNCE:
             (claim,) = _CLAIM.unpack_from(value, 1)
             return Announce(epoch, claim)
+        _, _, kind, slot = _MARKER_KEY.unpack_from(key)
         _, base_epoch, base_flush, flush, rows = _MARKER_VALUE.unpack_from(value)
         applied, _ = unpack_applied(value, _MARKER_VALUE.size)
-        return Marker(epoch, key[_KEY.size], base_epoch, base_flush, flush, rows, applied)
+        return Marker(epoch, kind, base_epoch, base_flush, flush, rows, applied, slot)
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise ValueError(f"changelog record at offset {offset} is cut short: {key!r}") from error
 

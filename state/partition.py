@@ -55,6 +55,8 @@ APPEND_BYTES_MAX: Final = 1 << 20  # one append; a row above that goes alone
 APPEND_RECORDS_MAX: Final = 4000
 RESTORE_BYTES_MAX: Final = 4 << 20  # one batch to disk while restoring
 READ_KEYS_MAX: Final = 512  # rows read at once for the ADOPT
+INLINE_ROWS_MAX: Final = 1000  # a larger flush is written to disk by a thread: 25,000 rows of 2 KB take 0.4 s
+MARKER_SLOT_BYTES: Final = 16 << 20  # rows between markers that a compactor must leave
 LOCK_WAIT_S: Final = 0.25
 LOCK_TRIES_MAX: Final = 60  # 15 s: an earlier owner in this process or on this machine may still be closing
 
@@ -190,6 +192,10 @@ class Partition:
         self._sweep_from: bytes | None = None
         self._repair: set[bytes] = set()  # keys to write again with the next flush
         self._repaired_by = 0  # the flush that carries the last repairs
+        self._slot = 0  # of the next marker
+        self._slot_bytes = 0  # appended since the slot began
+        self._writing: asyncio.Task[None] | None = None
+        self._meta_lock = asyncio.Lock()  # held while a batch with META is on its way to disk
         self._under_way: deque[_Flush] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
@@ -272,6 +278,7 @@ class Partition:
         does not name stay where they are. Raises ValueError for an unknown source, for offsets that go back, and for
         rows or records without progress (state is a function of the sources); Fenced; PartitionFailedError.
         """
+        await self._written()
         self._check_usable()
         target = {**self._meta.applied, **applied}
         if target.keys() != self._meta.applied.keys():
@@ -282,36 +289,40 @@ class Partition:
         if not progress and (rows or downstream):
             raise ValueError(f"rows or records without progress of a source at {target}")
         self._crash("fold")
-        outbox_id = None
-        if progress:
-            outbox_id = flush_id(self._epoch, self._flushes + 1)
+        if not progress:
+            self._send({}, [], None)
+        elif len(rows) <= INLINE_ROWS_MAX:
             meta = replace(self._meta, applied=target)
+            outbox_id = flush_id(self._epoch, self._flushes + 1)
             self._store.write(rows, meta, entry=(outbox_id, OutboxEntry(target, downstream, list(rows))))
-            self._meta = meta
-            self._crash("write")
-        await self._send(dict(rows), list(downstream), outbox_id)
+            self._taken(meta, dict(rows), list(downstream), outbox_id)
+        else:
+            aside = self._write_aside(dict(rows), list(downstream), target)
+            self._writing = asyncio.get_running_loop().create_task(aside)
+            await asyncio.shield(self._writing)  # a flush that is cancelled here is whole nevertheless
+        await self._room()
 
     async def sweep(self) -> bool:
         """When idle: re-publish some untouched rows, as each flush does. False: nothing is left to do.
 
         Raises Fenced, PartitionFailedError.
         """
+        await self._written()
         self._check_usable()
         if self._sweep_from is None and not self._repair:
             return False
-        await self._send({}, [], None)
+        self._send({}, [], None)
+        await self._room()
         return True
 
     async def drain(self) -> None:
         """Until all flushes are durable. Raises Fenced, PartitionFailedError."""
-        while self._under_way:
-            await self._under_way[0].finished.wait()
+        await self._settled()
         self._check_usable()
 
     async def close(self) -> None:
         """Wait for the flushes on their way (or their failure, which is not raised), then release the disk."""
-        while self._under_way:
-            await self._under_way[0].finished.wait()
+        await self._settled()
         self._release()
 
     # -- opening
@@ -446,6 +457,7 @@ class Partition:
         applied = opened.meta.applied
         self._epoch, self._flushes, self._next_offset = opened.epoch, 1, opened.position
         self._announced_at = opened.position - 1
+        self._slot = self._slot_bytes = 0
         self._repair, self._repaired_by, self._failure = set(), 0, None
         marker = Marker(opened.epoch, KIND_ADOPT, *base, 1, len(touched), applied)
         last = await self._append_rows(self._stored(sorted(touched)), marker)
@@ -487,13 +499,52 @@ class Partition:
             ) from self._failure
         assert self._store_or_none is not None, f"{self.path} is not open"
 
-    async def _send(
+    async def _written(self) -> None:
+        """Until a large flush whose caller has gone is on disk, or has failed as a whole."""
+        if self._writing is not None:
+            await asyncio.wait({self._writing})
+            self._writing = None
+
+    async def _settled(self) -> None:
+        await self._written()
+        while self._under_way:
+            await self._under_way[0].finished.wait()
+
+    async def _room(self) -> None:
+        while len(self._under_way) >= self._depth:
+            await self._under_way[0].finished.wait()
+        if self._failure is not None:
+            self._check_usable()
+
+    async def _write_aside(
+        self, rows: dict[bytes, bytes | None], downstream: list[tuple[bytes, bytes]], applied: dict[str, int]
+    ) -> None:
+        """The batch of a large flush, written by a thread."""
+        outbox_id = flush_id(self._epoch, self._flushes + 1)
+        entry = OutboxEntry(applied, downstream, list(rows))
+        async with self._meta_lock:
+            meta = replace(self._meta, applied=applied)
+            await asyncio.to_thread(self._store.write, rows, meta, entry=(outbox_id, entry))
+            self._taken(meta, rows, downstream, outbox_id)
+
+    def _taken(
+        self,
+        meta: Meta,
+        rows: dict[bytes, bytes | None],
+        downstream: list[tuple[bytes, bytes]],
+        outbox_id: bytes,
+    ) -> None:
+        self._meta = meta
+        self._crash("write")
+        self._send(rows, downstream, outbox_id)
+
+    def _send(
         self,
         rows: dict[bytes, bytes | None],
         downstream: list[tuple[bytes, bytes]],
         outbox_id: bytes | None,
     ) -> None:
-        """Put a flush on its way, with repairs and some of the sweep; wait for room behind it."""
+        """Put a flush on its way, with repairs and some of the sweep."""
         self._flushes += 1
         if self._repair:
             rows.update(self._stored(sorted(self._repair - rows.keys())))
@@ -506,10 +557,6 @@ class Partition:
         task = asyncio.get_running_loop().create_task(self._settle(flush, before))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        while len(self._under_way) >= self._depth:
-            await self._under_way[0].finished.wait()
-        if self._failure is not None:
-            self._check_usable()
 
     def _add_sweep(self, rows: dict[bytes, bytes | None]) -> bool:
         """Add the next untouched rows; whether the sweep ends with them."""
@@ -549,11 +596,13 @@ class Partition:
             flush.finished.set()
 
     async def _settle_rows(self, flush: _Flush) -> None:
-        marker = Marker(self._epoch, flush.kind, 0, 0, flush.number, len(flush.rows), flush.applied)
+        marker = Marker(self._epoch, flush.kind, 0, 0, flush.number, len(flush.rows), flush.applied, self._slot)
         last = await self._append_rows(flush.rows.items(), marker)  # 4
         self._crash("marker")
-        self._meta = self._beyond(self._meta, last, marker)
-        self._store.write({}, self._meta, settled=[] if flush.outbox_id is None else [flush.outbox_id])  # 5
+        async with self._meta_lock:
+            self._meta = self._beyond(self._meta, last, marker)
+            settled = [] if flush.outbox_id is None else [flush.outbox_id]
+            self._store.write({}, self._meta, settled=settled)  # 5
         self._crash("commit")
         if flush.kind == KIND_SWEPT:
             self.truncatable_to = self._announced_at
@@ -585,9 +634,13 @@ class Partition:
                 chunk, size = [], 0
             chunk.append((key, value))
             size += len(key) + len(value)
+            self._slot_bytes += len(key) + len(value)
         self._crash("rows")
         chunk.append(marker_record(marker))
-        return await self._append(chunk)
+        last = await self._append(chunk)
+        if self._slot_bytes >= MARKER_SLOT_BYTES:
+            self._slot, self._slot_bytes = self._slot + 1, 0
+        return last
 
     async def _append(self, records: Sequence[tuple[bytes, bytes | None]]) -> int:
         """Append, and notice who else has written: ours alone would follow on our last record."""
@@ -596,7 +649,8 @@ class Partition:
         if begins < self._next_offset:
             raise ChangelogLostError(
                 f"{self.path}: the changelog went back from offset {self._next_offset} to {begins}; records that were "
-                "acknowledged are gone (topic deleted, unclean leader?): stop, and see docs before restarting"
+                "acknowledged are gone (topic made anew, unclean leader election?); restore the topic, or delete the "
+                "folder to go on with what it has"
             )
         if begins > self._next_offset:
             await self._inspect(self._next_offset, begins, last)

@@ -86,6 +86,7 @@ class Keeper(ABC, Generic[T]):
         self.report: OpenReport | None = None
         self._arrived = asyncio.Event()
         self._settling = False
+        self._closing = False
         self._working = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
@@ -135,10 +136,9 @@ class Keeper(ABC, Generic[T]):
 
     async def close(self) -> None:
         """Gives the partition's store back. Call `settle` first, unless it is fenced."""
-        self._settling = True
+        self._settling = self._closing = True
         self._arrived.set()
         if self._task is not None:
-            self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self.partition.close()
 
@@ -184,7 +184,7 @@ class Keeper(ABC, Generic[T]):
 
     async def _run(self) -> None:
         try:
-            while True:
+            while not self._closing:
                 await self._await_work()
                 async with self._working:
                     if not self._settling:

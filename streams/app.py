@@ -232,4 +232,4 @@ def run(settings: Settings, now: Callable[[], float]) -> None:
     gc.collect()
     gc.freeze()  # aiokafka makes an object an event; collections over all of Faust's heap took a quarter of the CPU
     gc.set_threshold(100_000, 50, 1000)
-    faust.Worker(app, http, loglevel="WARN", logging_config=None, redirect_stdouts=False).execute_from_commandline()
+    faust.Worker(app, http, quiet=True, loglevel="WARN", logging_config=None, redirect_stdouts=False).execute_from_commandline()

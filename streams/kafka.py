@@ -89,7 +89,7 @@ class Producer:
         return int(last)
 
     async def send_one(
-        self, topic: str, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]] = (),
+        self, topic: str, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]] = (),
         partition: int | None = None,
     ) -> tuple[int, int]:  # fmt: skip
         """Appends one record, to the partition of its key's murmur2 unless one is given: (partition, offset)."""

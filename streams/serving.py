@@ -498,6 +498,13 @@ def similar(view: WorkerView, item_id: str, limit: int) -> Similar | None:
     return Similar(item_id, [SimilarItem(matrix.names[r], likeness, matrix.texts[r]) for r, likeness in nearest])
 
 
+def titled(view: WorkerView, message: dict[str, Any]) -> dict[str, Any]:
+    """A message of the stream, with the text of the item that it names."""
+    matrix = view.ranker.matrix
+    row = matrix.index(examples.item_key(message["item_id"])) if "item_id" in message else -1
+    return {**message, "text": matrix.texts[row]} if row >= 0 and matrix.texts[row] else message
+
+
 def stream_event(event: Any, ts: float) -> dict[str, Any]:
     """A Click or Comment as /v1/stream shows it: no words of the user."""
     action = getattr(event, "action", None)

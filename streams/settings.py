@@ -183,6 +183,9 @@ class Settings(BaseSettings):
         32, "events", "Newest of a user's history that the co-occurrence block reads.", ge=1, le=100
     )
     learner_y_history: int = _setting(32, "events", "Newest of a user's history whose y is trained.", ge=1, le=100)
+    learner_refresh_examples: int = _setting(
+        2, "examples", "Between the refreshes of what the dense part reads inside a message.", ge=1, le=64
+    )
     learner_seed: int = _setting(
         7, "number", "Of the negatives and the text projection: another seed, another run.", ge=0
     )

@@ -340,7 +340,7 @@ class Http:
                     yield b": still here\n\n"
                     continue
                 try:
-                    message = pending.result()
+                    message = serving.titled(self.view, pending.result())
                 except StopAsyncIteration:
                     return
                 pending = None

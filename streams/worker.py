@@ -266,8 +266,7 @@ class Worker:
         return await kafka.first_at_or_after(self.options, topic, partition, offset)
 
     async def _dead_letter(self, letter: DeadLetter) -> None:
-        headers = [(name, value or b"") for name, value in letter.headers]
-        await self.producer.send_one(letter.topic, letter.key, letter.value, headers)
+        await self.producer.send_one(letter.topic, letter.key, letter.value, letter.headers)
 
     # -- the replica
 

@@ -1,6 +1,7 @@
 """Brokers for the tests: `broker` is each kind that is here, started once a session and ended by its own pid."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -8,7 +9,7 @@ from typing import Any, Final
 import pytest
 
 from streams import broker as embedded
-from streams.settings import Settings, kafka_test_dir
+from streams.settings import PREFIX, Settings, kafka_test_dir
 from tests.kafka_node import KafkaNode
 
 EMBEDDED: Final = "embedded"
@@ -53,6 +54,14 @@ def broker(request: pytest.FixtureRequest) -> str:
         return node.address
     address: str = request.getfixturevalue("embedded_broker")
     return address
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No HEADWATER_ variable is set, whatever the machine has."""
+    for name in list(os.environ):
+        if name.startswith(PREFIX):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture

@@ -56,9 +56,9 @@ def test_announce_version_1_bytes() -> None:
 
 
 def test_marker_version_1_bytes() -> None:
-    one = Marker(3, KIND_SWEPT, 2, 9, 4, 5, {"clicks": 258, "é": -1})
+    one = Marker(3, KIND_SWEPT, 2, 9, 4, 5, {"clicks": 258, "é": -1}, slot=6)
     key, value = marker_record(one)
-    assert key.hex() == "4d000000000000000302"
+    assert key.hex() == "4d00000000000000030200000006"
     assert value.hex() == (
         "01000000000000000200000000000000090000000000000004"
         "0000000502"

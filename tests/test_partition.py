@@ -260,6 +260,87 @@ async def test_large_flush_goes_in_acknowledged_chunks_with_the_marker_last(tmp_
     await other.close()
 
 
+class SlowStore:
+    """Holds the large writes of a thread until told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = asyncio.Event()
+        self.failure: Exception | None = None
+        monkeypatch.setattr(state.partition, "INLINE_ROWS_MAX", 1)
+        monkeypatch.setattr("state.partition.asyncio.to_thread", self.to_thread)
+
+    async def to_thread(self, write: Callable[..., None], *arguments: Any, **more: Any) -> None:
+        await self.go.wait()
+        if self.failure is not None:
+            raise self.failure
+        write(*arguments, **more)
+
+
+async def test_large_flush_is_written_beside_the_loop_and_flushes_on_their_way_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow = SlowStore(monkeypatch)
+    around = Surroundings()
+    partition = await around.opened()
+    await partition.flush({b"hot": b"0"}, [], {"clicks": 0})
+    large = asyncio.ensure_future(partition.flush({b"hot": b"1", b"cold": b"1"}, [], {"clicks": 1}))
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert around.steps.count("marker") == 1, "the small one is in the log"
+    assert around.durable == [], "and waits for the batch that is on its way to disk"
+    assert partition.applied["clicks"] == 0
+    slow.go.set()
+    await large
+    assert partition.applied["clicks"] == 1
+    await partition.drain()
+    assert [applied["clicks"] for applied in around.durable] == [0, 1]
+    await partition.close()
+    report = await partition.open()
+    assert (report.kind, report.outbox, report.applied["clicks"]) == ("same", 0, 1)
+    await partition.close()
+
+
+@pytest.mark.parametrize("after", ["flush", "sweep", "drain", "close"])
+async def test_cancelled_large_flush_is_whole_before_anything_else(after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowStore(monkeypatch)
+    around = Surroundings()
+    partition = await around.opened()
+    large = asyncio.ensure_future(partition.flush(*add(0)))
+    await asyncio.sleep(0)
+    large.cancel()
+    await asyncio.gather(large, return_exceptions=True)
+    uses: dict[str, Callable[[], Any]] = {
+        "flush": lambda: partition.flush({}, [], {"clicks": 1}),
+        "sweep": partition.sweep,
+        "drain": partition.drain,
+        "close": partition.close,
+    }
+    use = asyncio.ensure_future(uses[after]())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not use.done()
+    slow.go.set()
+    await use
+    await partition.close()
+    assert around.out == [(b"out", b"0")]
+    assert log_rows(around.log.records) == rows_after(0)
+
+
+async def test_large_flush_that_the_disk_refuses_has_not_happened(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowStore(monkeypatch)
+    slow.failure = OSError("disk full")
+    slow.go.set()
+    around = Surroundings()
+    partition = await around.opened()
+    with pytest.raises(OSError, match="disk full"):
+        await partition.flush(*add(0))
+    assert partition.applied["clicks"] == -1
+    slow.failure = None
+    await add_all(partition, [0])
+    assert partition.digest() == digest_after(0)
+    await partition.close()
+
+
 @pytest.mark.parametrize(
     ("rows", "downstream", "applied", "complaint"),
     [
@@ -693,4 +774,19 @@ async def test_flush_after_an_open_carries_some_untouched_rows() -> None:
     await partition.drain()
     written = {r.key: r.value for r in around.parsed() if isinstance(r, Row) and r.epoch == 2}
     assert written == {b"00": b"x", b"01": b"x", b"02": b"new", b"03": b"x"}
+    await partition.close()
+
+
+async def test_compactor_leaves_a_marker_every_some_bytes_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state.partition, "MARKER_SLOT_BYTES", 1000)
+    around = Surroundings()
+    partition = await around.opened()
+    for number in range(100):
+        await partition.flush({b"%02d" % number: bytes(80)}, [], {"clicks": number})
+    await partition.drain()
+    reader, waiting = Reader(), []
+    for record in compacted(around.log.records, len(around.log.records)):
+        reader.feed(record)
+        waiting.append(len(reader.uncovered_keys()))
+    assert 5 <= max(waiting) <= 13
     await partition.close()

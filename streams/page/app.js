@@ -92,6 +92,7 @@ async function send(event) {
 // -- one user
 
 async function choose(id) {
+  if (!id) throw new Error("Type a user id first.");
   user = id;
   shown = [];
   $("user").value = id;
@@ -204,7 +205,7 @@ function showEvent(event) {
     }
     $("recent-users").replaceChildren(...recent.map((id) => make("option", { value: id })));
   }
-  const line = make("li", {}, make("span", { class: "user" }, event.user_id), " ", described(event));
+  const line = make("li", {}, make("span", { class: "user" }, event.user_id), " ", described({ ...event, type: event.action ? "click" : "comment" }));
   $("feed").prepend(line);
   while ($("feed").children.length > FEED_MAX) $("feed").lastChild.remove();
 }
@@ -257,6 +258,7 @@ function busy(form, work) {
 
 busy($("who"), () => choose($("user").value.trim()));
 busy($("write"), async () => {
+  if (!$("comment").value.trim()) throw new Error("Write something first.");
   await send({ type: "comment", text: $("comment").value });
   $("comment").value = "";
 });

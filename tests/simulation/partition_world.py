@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from state.changelog import LogRecord, Reader
 from state.partition import Fenced, Partition, PartitionFailedError, digest
@@ -489,5 +490,10 @@ def check(world: World) -> None:
 def run_seed(seed: int, disk: Disk, folder: Path, make: MakePartition = Partition) -> World:
     """One world. Raises AssertionError where a promise is broken."""
     world = World(seed, disk, folder, make)
-    asyncio.run(run(world))
+    limits = {
+        "RESTORE_BYTES_MAX": world.random.choice((1, 200, 4 << 20)),
+        "MARKER_SLOT_BYTES": world.random.choice((1, 2000, 16 << 20)),
+    }
+    with patch.multiple("state.partition", **limits):
+        asyncio.run(run(world))
     return world
