@@ -1,0 +1,190 @@
+"""The page in a real Chromium: what a visitor does, and that no script, style or request breaks its policy.
+
+`HEADWATER_TEST_PICTURE=docs/page.png pytest tests/test_page.py` also takes the README's picture.
+"""
+
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
+
+from streams.settings import Settings
+from streams.web import HttpService
+from tests.serving_world import World, small_world
+
+CHROMIUM: Final = Path("/usr/bin/chromium")  # Debian's; `make test` installs it
+PICTURE: Final = os.environ.get("HEADWATER_TEST_PICTURE")
+FLAGS: Final = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+]  # fmt: skip
+PHONE: Final = {"width": 360, "height": 740}
+FAN: Final = "space-fan-0"
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.fixture
+def world() -> World:
+    return small_world()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def address(world: World) -> AsyncIterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    service = HttpService(world, Settings(http_port=port))
+    await service.start()
+    yield f"http://127.0.0.1:{port}/"
+    await service.stop()
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    """One for all tests, with an empty profile of its own; each test has a fresh context."""
+    if not CHROMIUM.exists():
+        pytest.fail(f"{CHROMIUM} is not there: run the tests by `make test`, or `apt-get install chromium`")
+    async with async_playwright() as playwright:
+        running = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield running
+        await running.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def page(browser: Browser, address: str) -> AsyncIterator[Page]:
+    """The page, opened; at the end nothing stands in the console and no address but ours was asked."""
+    opened = await browser.new_page(viewport={"width": 1280, "height": 900})
+    faults: list[str] = []
+
+    def console(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            faults.append(message.text)
+
+    opened.on("console", console)
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.on("request", lambda r: None if r.url.startswith(address) else faults.append(f"asked {r.url}"))
+    await opened.goto(address)
+    yield opened
+    await opened.close()
+    assert faults == []
+
+
+async def shown(page: Page) -> list[str | None]:
+    """Item ids of the list on the page."""
+    return [await line.get_attribute("data-item") for line in await page.locator("#list > li").all()]
+
+
+async def choose(page: Page, user: str) -> None:
+    await page.get_by_label("User id").fill(user)
+    await page.get_by_role("button", name="Show").click()
+    await expect(page.get_by_role("heading", name=f"The list of {user}")).to_be_visible()
+    await expect(page.locator("#list > li")).to_have_count(10)
+
+
+async def test_a_visitor_clicks_and_comments_and_the_list_changes(page: Page, world: World) -> None:
+    await expect(page.get_by_role("status").filter(has_text="live")).to_be_visible()
+    await choose(page, FAN)
+    first = await shown(page)
+    await expect(page.locator("#list > li").first).to_contain_text("because you clicked")
+
+    world.delay_s = 0.05  # the read has to wait for the click
+    await page.locator(f"#list > li[data-item='{first[0]}'] .pick").click()
+    await expect(page.locator("#news")).to_contain_text("after your click")
+    second = await shown(page)
+    assert first[0] not in second and second != first
+    await expect(page.locator("#events li").first).to_contain_text("click Space Film")
+
+    await page.get_by_label("What you look for").fill("western western western")
+    await page.get_by_role("button", name="Send").click()
+    await expect(page.locator("#news")).to_contain_text("after your comment")
+    assert await shown(page) != second
+    await expect(page.locator("[data-part='own_words']")).to_contain_text("what the user wrote")
+    await expect(page.locator("#list")).to_contain_text("because of what you wrote")
+    assert await page.get_by_label("What you look for").input_value() == ""
+    if PICTURE:
+        await page.screenshot(path=PICTURE)
+    await page.locator("#list summary").first.click()
+    await expect(page.locator("#list details[open]").first).to_contain_text("constants")
+
+
+async def test_users_of_the_stream_can_be_picked_and_the_race_is_drawn(page: Page, world: World) -> None:
+    value = b'{"user_id": "western-fan-1", "item_id": "western-8", "action": "like"}'
+    await expect(page.locator("#live-rate")).to_have_text("12")
+    world.apply("clicks", world.partition_of("western-fan-1"), 99, b"western-fan-1", value)
+    await expect(page.locator("#feed")).to_contain_text("like Western Film 8")
+    await page.locator("#recent").get_by_role("button", name="western-fan-1").click()
+    await expect(page.get_by_role("heading", name="The list of western-fan-1")).to_be_focused()
+    await expect(page.locator("#race-model")).to_have_text("24.0 %")
+    await expect(page.get_by_role("img", name="Hit ratio now: model 24.0 %, popularity 10.0 %")).to_be_visible()
+
+
+async def test_a_new_user_starts_from_what_everybody_gets(page: Page) -> None:
+    await page.get_by_role("button", name="A new user").click()
+    await expect(page.locator("#counts")).to_contain_text("Nothing is known")
+    await page.locator(".pick").first.click()
+    await expect(page.locator("#counts")).to_contain_text("1 events, 1 items consumed")
+
+
+async def test_the_keyboard_alone_is_enough(page: Page) -> None:
+    await page.keyboard.press("Tab")
+    await expect(page.get_by_role("link", name="Skip to the list")).to_be_focused()
+    await page.keyboard.press("Tab")
+    await expect(page.get_by_label("User id")).to_be_focused()
+    await page.keyboard.type(FAN)
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("heading", name=f"The list of {FAN}")).to_be_focused()
+    await expect(page.locator("#list > li")).to_have_count(10)
+    await page.keyboard.press("Tab")
+    await expect(page.locator(".pick").first).to_be_focused()
+    await page.keyboard.press("Enter")
+    await expect(page.locator("#news")).to_contain_text("after your click")
+
+
+async def test_a_phone_needs_no_sideways_scrolling_in_dark_and_light(page: Page) -> None:
+    await page.set_viewport_size({"width": PHONE["width"], "height": PHONE["height"]})
+    grounds = set()
+    for scheme in ("light", "dark"):
+        await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        await choose(page, FAN)
+        assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        grounds.add(await page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        small = await page.evaluate(
+            "[...document.querySelectorAll('button, input, textarea')].filter(e => e.offsetParent"
+            " && e.offsetHeight < 35).map(e => e.outerHTML)"
+        )
+        assert small == []
+    assert len(grounds) == 2
+
+
+async def test_every_control_has_a_name_and_no_id_is_doubled(page: Page) -> None:
+    await choose(page, FAN)
+    nameless = await page.evaluate(
+        "[...document.querySelectorAll('button, input, textarea')].filter(e => !(e.getAttribute('aria-label')"
+        " || e.textContent.trim() || e.labels?.length)).length"
+    )
+    ids = await page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert nameless == 0 and len(ids) == len(set(ids))
+
+
+async def test_a_failure_is_said_in_words_and_the_next_try_clears_it(page: Page, world: World) -> None:
+    await choose(page, FAN)
+    alert = page.get_by_role("alert")
+    await page.get_by_label("What you look for").fill("   ")
+    await page.get_by_role("button", name="Send").click()
+    await expect(alert).to_contain_text("Write something first")
+    await page.get_by_label("What you look for").fill("romance")
+    await page.get_by_role("button", name="Send").click()
+    await expect(page.locator("#news")).to_contain_text("after your comment")
+    await expect(alert).to_be_empty()
+
+
+async def test_the_docs_page_keeps_the_policy(page: Page) -> None:
+    await page.get_by_role("link", name="API").click()
+    await expect(page.get_by_role("heading", name="Headwater API")).to_be_visible()
+    await page.goto(page.url + "#problem-not-ready")
+    await expect(page.locator("#problem-not-ready")).to_be_in_viewport()
