@@ -282,6 +282,14 @@ async def test_large_flush_is_written_beside_the_loop_and_flushes_on_their_way_w
     slow = SlowStore(monkeypatch)
     around = Surroundings()
     partition = await around.opened()
+    append = around.log.append
+
+    async def slow_append(records: Sequence[tuple[bytes, bytes | None]]) -> int:
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return await append(records)
+
+    around.log.append = slow_append  # type: ignore[method-assign]
     await partition.flush({b"hot": b"0"}, [], {"clicks": 0})
     large = asyncio.ensure_future(partition.flush({b"hot": b"1", b"cold": b"1"}, [], {"clicks": 1}))
     for _ in range(50):

@@ -490,7 +490,7 @@ def check(world: World) -> None:
 def run_seed(seed: int, disk: Disk, folder: Path, make: MakePartition = Partition) -> World:
     """One world. Raises AssertionError where a promise is broken."""
     world = World(seed, disk, folder, make)
-    limits = {
+    limits: dict[str, Any] = {
         "RESTORE_BYTES_MAX": world.random.choice((1, 200, 4 << 20)),
         "MARKER_SLOT_BYTES": world.random.choice((1, 2000, 16 << 20)),
     }
