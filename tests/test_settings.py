@@ -47,7 +47,7 @@ def test_empty_variable_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load().partitions = 3  # type: ignore[misc]
+        load().partitions = 3
 
 
 @pytest.mark.parametrize(
