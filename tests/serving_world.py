@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from typing import Any, Final
@@ -21,7 +22,10 @@ TEXT_DIM: Final = 32
 PARTITIONS: Final = 4
 START_S: Final = 1_700_000_000.0
 TOPIC_CODES: Final = {"clicks": 0, "comments": 1}
-GENRES: Final = ("space", "western", "romance", "horror")
+GENRES: Final = {"space": "Orbit", "western": "Canyon", "romance": "Letter", "horror": "Cellar"}
+MOODS: Final = (
+    "Quiet", "Last", "Golden", "Hidden", "Long", "Second", "Silver", "Burning", "Lost", "Distant", "Broken", "Blue",
+)  # fmt: skip
 
 
 def encode(text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -48,7 +52,7 @@ class World:
 
     def __init__(self) -> None:
         self.partitions = PARTITIONS
-        self.metrics = Metrics()
+        self.metrics: serving.ServingMetrics = Metrics()
         self.owners: dict[int, str] = {}
         self.closed: set[int] = set()
         self.waits_for: list[str] = []
@@ -154,9 +158,9 @@ class World:
     def apply(self, topic: str, partition: int, offset: int, key: bytes, value: bytes) -> None:
         """One record of clicks or comments is consumed."""
         stamp_ms = round(1e3 * self.clock_s)
-        source: Any = topic
-        decoded: codec.Decoded[Any] = codec.decode_batch(
-            source, [record(topic, value, key, offset=offset, partition=partition, timestamp_ms=stamp_ms)]
+        decoded: Any = codec.decode_batch(
+            topic,  # type: ignore[call-overload]
+            [record(topic, value, key, offset=offset, partition=partition, timestamp_ms=stamp_ms)],
         )
         for event in decoded.events:
             vector = encode(event.text) if isinstance(event, Comment) else None
@@ -166,11 +170,21 @@ class World:
             )  # fmt: skip
             self._rows.update(done.rows)
             self._learn(done.messages)
-            for queue in self.listeners:
-                queue.put_nowait(serving.stream_event(event, event.ts))
+            self.tell(serving.stream_event(event, event.ts))
         self._applied[topic, partition] = offset
+        self.tell(self.status())
+
+    def click(self, user_id: str, item_id: str, action: str = "click") -> None:
+        """One click is published and applied."""
+        partition = self.partition_of(user_id)
+        offset = self._ends["clicks", partition] = self._ends.get(("clicks", partition), -1) + 1
+        value = json.dumps({"user_id": user_id, "item_id": item_id, "action": action}).encode()
+        self.apply("clicks", partition, offset, user_id.encode(), value)
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """A message to every listener."""
         for queue in self.listeners:
-            queue.put_nowait(self.status())
+            queue.put_nowait(message)
 
     async def _later(self, topic: str, partition: int, offset: int, key: bytes, value: bytes) -> None:
         await asyncio.sleep(self.delay_s)
@@ -184,23 +198,26 @@ class World:
         self._replica.apply((k, v) for k, v in changed.items() if k != pipeline.SOURCES_KEY)
 
 
-def small_world(users: int = 12, items_a_genre: int = 12) -> World:
-    """Four genres of films, and users who each like one."""
+def title(genre: str, number: int) -> str:
+    """Of an invented film.
+
+    >>> title("space", 0)
+    'The Quiet Orbit'
+    """
+    return f"The {MOODS[number]} {GENRES[genre]}"
+
+
+def small_world(users: int = 12) -> World:
+    """Twelve films of each of four genres, and users who each like one genre."""
     world = World()
-    films = [f"{genre}-{n}" for genre in GENRES for n in range(items_a_genre)]
-    world.add_items(
-        [Item(film, f"{film.split('-')[0].title()} Film {film.split('-')[1]} | {film.split('-')[0]}") for film in films]
-    )
+    films = [(genre, n) for genre in GENRES for n in range(len(MOODS))]
+    world.add_items([Item(f"{genre}-{n}", f"{title(genre, n)}. {genre.title()}") for genre, n in films])
     for number in range(users):
-        genre = GENRES[number % len(GENRES)]
+        genre = list(GENRES)[number % len(GENRES)]
         user = f"{genre}-fan-{number}"
         for step in range(5):
-            film = f"{genre}-{(number + 2 * step) % items_a_genre}"
-            partition = world.partition_of(user)
-            offset = world._ends["clicks", partition] = world._ends.get(("clicks", partition), -1) + 1
             world.clock_s += 60
-            value = b'{"user_id": "%s", "item_id": "%s", "action": "click"}' % (user.encode(), film.encode())
-            world.apply("clicks", partition, offset, user.encode(), value)
+            world.click(user, f"{genre}-{(number + 2 * step) % len(MOODS)}")
     world.clock_s += 60
     return world
 

@@ -123,7 +123,9 @@ async def test_a_state_tells_events_vectors_and_what_made_them(api: httpx.AsyncC
     state = (await api.get(f"/v1/users/{FAN}/state", params={"at_least": positions})).json()
     assert (state["events"], state["positives"], state["consumed"]) == (6, 6, 6)
     assert [e["type"] for e in state["last_events"]].count("comment") == 2  # as behaviour, and by its words
-    assert state["last_events"][0]["item_id"] == "western-1" and state["last_events"][0]["text"].startswith("Western")
+    assert state["last_events"][0]["item_id"] == "western-1" and state["last_events"][0]["text"].startswith(
+        "The Last Canyon"
+    )
     assert len(state["z"]["behaviour"]) == 16 and len(state["z"]["text"]) == 32
     assert [p["name"] for p in state["parts"]] == ["behaviour", "item_texts", "own_words", "cooccurrence"]
     for part in state["parts"]:
@@ -302,7 +304,7 @@ async def test_an_owner_that_is_gone_or_unknown_means_come_again(world: World) -
 async def test_an_item_and_those_like_it(api: httpx.AsyncClient, world: World) -> None:
     world.add_items([])
     item = (await api.get("/v1/items/space-2")).json()
-    assert item["text"] == "Space Film 2 | space" and item["candidate"] and item["positives"] > 0
+    assert item["text"] == "The Golden Orbit. Space" and item["candidate"] and item["positives"] > 0
     assert item["norm"] > 0 and item["last_ts"] > 0
     similar = (await api.get("/v1/items/space-2/similar?limit=5")).json()
     assert similar["item_id"] == "space-2" and len(similar["items"]) == 5

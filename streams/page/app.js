@@ -1,6 +1,7 @@
 // The page: one user's list and its reasons, and the stream as it goes by. It only uses the public API.
 
 const RECENT_MAX = 8;
+const TITLE_CHARS_MAX = 80;
 const FEED_MAX = 6;
 const EVENTS_SHOWN = 12;
 const REASONS_SHOWN = 3;
@@ -32,11 +33,11 @@ function make(tag, attributes = {}, ...children) {
 }
 
 const title = (id, text) => {
-  if (text && id) titles.set(id, text.split(" | ")[0]);
+  if (text && id) titles.set(id, text.length > TITLE_CHARS_MAX ? `${text.slice(0, TITLE_CHARS_MAX)}…` : text);
   return titles.get(id) ?? text ?? (id ? `item ${id}` : "an item");
 };
 const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
-const percent = (share) => (share === null || share === undefined ? "–" : `${(100 * share).toFixed(1)} %`);
+const percent = (share) => (share === null || share === undefined ? "–" : `${(100 * share).toFixed(1)}\u00a0%`);
 const time = (ts) => make("time", { datetime: new Date(ts * 1000).toISOString() }, when.format(new Date(ts * 1000)));
 
 // -- the API
@@ -127,7 +128,7 @@ function why(explanation) {
     make(
       "ul", {},
       ...parts.slice(0, REASONS_SHOWN).map((part) => reasonLine(part.value, reason(part))),
-      reasonLine(explanation.bias, "the item itself: how popular and how new it is"),
+      reasonLine(explanation.bias, "where every item starts, and how popular and new this one is"),
     ),
     others.length || Math.abs(explanation.rest) >= 0.005
       ? make("details", {}, make("summary", {}, `${signed(rest)} from ${others.length} more`), make("ul", {}, ...all))
@@ -162,7 +163,7 @@ function showList(list, isAnswer) {
 
 function bar(label, share, value) {
   const fill = make("div", { class: "fill" });
-  fill.style.width = `${Math.min(100, 100 * share)}%`;
+  fill.style.width = `${Math.max(0, Math.min(100, 100 * share))}%`;
   return make(
     "div", { class: "bar" }, make("span", {}, label), make("span", { class: "value" }, value),
     make("div", { class: "track", "aria-hidden": "true" }, fill),
