@@ -111,9 +111,8 @@ class Marker:
     slot: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row as of a flush; `value` None is a deletion."""
+class Row(NamedTuple):
+    """A row as of a flush; `value` None is a deletion. (A tuple: a restore makes millions.)"""
 
     epoch: int
     flush: int
@@ -172,18 +171,19 @@ def parse(record: LogRecord) -> Announce | Marker | Row | None:
     offset, key, value = record
     if value is None:
         return None
-    if not key or not value or value[0] != CHANGELOG_VERSION or key[:1] not in (ROW, MARKER, ANNOUNCE):
+    kind = key[:1]
+    if not value or value[0] != CHANGELOG_VERSION or kind not in (ROW, MARKER, ANNOUNCE):
         version = value[0] if value else None
         raise ChangelogVersionError(
-            f"changelog record at offset {offset} is of kind {key[:1]!r}, version {version}; this build reads "
+            f"changelog record at offset {offset} is of kind {kind!r}, version {version}; this build reads "
             f"version {CHANGELOG_VERSION}; deploy the build that wrote it, or a newer one, then start again"
         )
     try:
         _, epoch = _KEY.unpack_from(key)
-        if key[:1] == ROW:
+        if kind == ROW:
             _, flush, alive = _ROW_VALUE.unpack_from(value)
             return Row(epoch, flush, key[_KEY.size :], value[_ROW_VALUE.size :] if alive else None)
-        if key[:1] == ANNOUNCE:
+        if kind == ANNOUNCE:
             (claim,) = _CLAIM.unpack_from(value, 1)
             return Announce(epoch, claim)
         _, _, kind, slot = _MARKER_KEY.unpack_from(key)
@@ -244,15 +244,13 @@ class Reader:
 
     def feed(self, record: LogRecord) -> Accepted | None:
         """Take the next record in; the flush that it completes, if it does. Raises as `parse`."""
-        match parse(record):
-            case Row() as row:
-                self._row(row)
-            case Announce() as announce:
-                self._announce(record.offset, announce)
-            case Marker() as marker:
-                return self._marker(record.offset, marker)
-            case None:
-                pass
+        parsed = parse(record)
+        if isinstance(parsed, Row):
+            self._row(parsed)
+        elif isinstance(parsed, Announce):
+            self._announce(record.offset, parsed)
+        elif isinstance(parsed, Marker):
+            return self._marker(record.offset, parsed)
         return None
 
     def uncovered_keys(self) -> set[bytes]:

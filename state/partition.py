@@ -342,14 +342,15 @@ class Partition:
         return Meta(nothing, 0, store_id, 0, nothing, 0)
 
     async def _open_store(self) -> Store:
-        for attempt in range(LOCK_TRIES_MAX):
+        tries = 0
+        while True:
             try:
                 return self._disk.open(self.path)
             except StoreLockedError:
-                if attempt == LOCK_TRIES_MAX - 1:
+                tries += 1
+                if tries == LOCK_TRIES_MAX:
                     raise
             await asyncio.sleep(LOCK_WAIT_S)
-        raise AssertionError("the last try returns or raises")
 
     async def _find(self, corruption: str) -> _Opened:
         """Claim an epoch, decide what the disk is worth, and make it equal to some prefix of the sources."""

@@ -238,12 +238,14 @@ class RocksDisk:
     """RocksDB stores that share one block cache and one memtable budget.
 
     `cache_bytes` and `write_buffers_bytes` bound all of them together; memtables that are being written to disk
-    may stand above the latter for a moment. One object a process: `shared_disk()`.
+    may stand above the latter for a moment (two a store at most). One object a process: `shared_disk()`.
     """
 
     def __init__(self, *, cache_bytes: int = CACHE_BYTES, write_buffers_bytes: int = WRITE_BUFFERS_BYTES) -> None:
         self._cache = Cache(cache_bytes)
+        # No stalls: those would wait for stores that nobody writes to. A store's own memtables are bounded anyway.
         self._buffers = WriteBufferManager(write_buffers_bytes, False)
+        self._memtable_bytes = min(WRITE_BUFFER_BYTES_MAX, write_buffers_bytes // 4)
 
     def open(self, path: Path) -> "RocksStore":
         """Open or create the database in the folder `path`. Raises as `Disk.open`."""
@@ -276,7 +278,7 @@ class RocksDisk:
         options.create_if_missing(True)
         options.set_block_based_table_factory(table)
         options.set_write_buffer_manager(self._buffers)
-        options.set_write_buffer_size(WRITE_BUFFER_BYTES_MAX)
+        options.set_write_buffer_size(self._memtable_bytes)
         options.set_max_write_buffer_number(WRITE_BUFFER_COUNT_MAX)
         options.set_keep_log_file_num(INFO_LOG_FILES_MAX)
         options.set_max_log_file_size(INFO_LOG_BYTES_MAX)
@@ -414,7 +416,8 @@ class RocksStore:
         translated = _translate(error, self._path)
         if isinstance(translated, StoreCorruptError):
             # RocksDB finds a bad block only where it reads: leave word for the next open.
-            (self._path / CORRUPT_MARK).write_text(str(error))
+            with suppress(OSError):  # the caller is told in any case
+                (self._path / CORRUPT_MARK).write_text(str(error))
         return translated
 
 

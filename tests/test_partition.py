@@ -770,6 +770,47 @@ async def test_head_deleted_while_it_is_read_is_read_again() -> None:
     assert report.kind == "discard"
 
 
+async def test_head_deleted_between_the_two_reads_of_a_catch_up_is_noticed() -> None:
+    around = Surroundings()
+    first = await around.opened("first")
+    await add_all(first, range(2))
+    await first.close()
+    second = await around.opened("second")
+    await add_all(second, range(2, 6))
+    await second.close()
+    await second.open()
+    await second.sweep()
+    await second.drain()
+    await second.close()
+    read, reads = around.log.read, list[int]()
+
+    def deleting(start: int, stop: int | None) -> Any:
+        reads.append(start)
+        if len(reads) == 2:
+            assert second.truncatable_to is not None
+            around.log.delete_before(second.truncatable_to)
+        return read(start, stop)
+
+    around.log.read = deleting  # type: ignore[method-assign]
+    report = await first.open()
+    assert len(reads) == 3
+    assert report.kind == "discard"
+    assert first.digest() == digest_after(5)
+    await first.close()
+
+
+async def test_flush_of_nothing_sweeps() -> None:
+    around = Surroundings()
+    partition = await around.opened()
+    await add_all(partition, [0])
+    await partition.close()
+    await partition.open()
+    await partition.flush({}, [], {})
+    await partition.drain()
+    assert [r.key for r in around.parsed() if isinstance(r, Row) and r.epoch == 2] == [b"hot", b"user0"]
+    await partition.close()
+
+
 async def test_flush_after_an_open_carries_some_untouched_rows() -> None:
     around = Surroundings()
     partition = await around.opened()

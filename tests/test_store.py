@@ -249,7 +249,7 @@ def test_memory_of_all_stores_is_bounded_together(tmp_path: Path) -> None:
     for store in stores:
         assert sum(1 for _ in store.items()) == 6000
     assert sum(store.disk_bytes() for store in stores) > 0
-    assert 0 < disk.memory_bytes() <= 10 << 20
+    assert 0 < disk.memory_bytes() <= 14 << 20, "48 MB were written; 4 * 2 memtables of 1 MB, 2 MB of blocks, arenas"
     for store in stores:
         store.close()
 
