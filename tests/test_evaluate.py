@@ -54,7 +54,7 @@ class FakeEncoder:
         self.texts += len(texts)
         seeds = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") for text in texts]
         vectors = np.array([np.random.default_rng(seed).standard_normal(self.dim) for seed in seeds], np.float32)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
     def project(self, vector: Any) -> npt.NDArray[np.float32]:
         unit: npt.NDArray[np.float32] = np.resize(np.asarray(vector, np.float32), self.dim)
