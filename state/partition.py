@@ -54,13 +54,14 @@ SWEEP_ROWS: Final = 50  # untouched rows re-published with a flush after an open
 APPEND_BYTES_MAX: Final = 1 << 20  # one append; a row above that goes alone
 APPEND_RECORDS_MAX: Final = 4000
 RESTORE_BYTES_MAX: Final = 4 << 20  # one batch to disk while restoring
+RESTORE_META_BYTES: Final = 64 << 20  # restored between two METAs: what a restore that is cut off does again
 READ_KEYS_MAX: Final = 512  # rows read at once for the ADOPT
 INLINE_ROWS_MAX: Final = 1000  # a larger flush is written to disk by a thread: 25,000 rows of 2 KB take 0.4 s
 MARKER_SLOT_BYTES: Final = 16 << 20  # rows between markers that a compactor must leave
 LOCK_WAIT_S: Final = 0.25
 LOCK_TRIES_MAX: Final = 60  # 15 s: an earlier owner in this process or on this machine may still be closing
 
-assert RESTORE_BYTES_MAX >= APPEND_BYTES_MAX, "a marker's append is restored in one batch"
+assert RESTORE_BYTES_MAX <= RESTORE_META_BYTES
 
 Publish = Callable[[list[tuple[bytes, bytes]]], Awaitable[None]]
 
@@ -75,6 +76,10 @@ class PartitionFailedError(Exception):
 
 class ChangelogLostError(Exception):
     """The changelog does not hold what this store has seen in it."""
+
+
+class _WorthlessError(Exception):
+    """The disk contradicts the changelog, which is the truth: wipe it."""
 
 
 class SourcesError(ValueError):
@@ -139,7 +144,6 @@ class _Opened:
     position: int  # behind our own claim
     reader: Reader
     read: int
-    reason: str
 
 
 class Partition:
@@ -253,18 +257,22 @@ class Partition:
         SourcesError, ChangelogVersionError, StoreVersionError, StoreLockedError, StoreError, and what the log raises.
         """
         assert self._store_or_none is None, f"{self.path} is open"
-        try:
+        kind = reason = ""
+        while True:
             try:
-                opened = await self._find("")
-                return await self._adopt(opened)
+                return await self._adopt(await self._find(), kind, reason)
             except StoreCorruptError as error:
                 self._release()
-                self._disk.wipe(self.path)
-                opened = await self._find(str(error))
-                return await self._adopt(opened)
-        except BaseException:
-            self._release()
-            raise
+                if kind == "corrupt":
+                    raise
+                kind, reason = "corrupt", str(error)
+            except _WorthlessError as error:
+                self._release()
+                kind, reason = kind or "discard", reason or str(error)
+            except BaseException:
+                self._release()
+                raise
+            self._disk.wipe(self.path)
 
     async def flush(
         self,
@@ -341,6 +349,10 @@ class Partition:
         nothing = dict.fromkeys(self.sources, -1)
         return Meta(nothing, 0, store_id, 0, nothing, 0)
 
+    async def _blank_now(self) -> Meta:
+        """META of a new store: it is to be restored from where the log begins now."""
+        return replace(self._blank(new_store_id()), position=await self._log.first())
+
     async def _open_store(self) -> Store:
         tries = 0
         while True:
@@ -352,54 +364,42 @@ class Partition:
                     raise
             await asyncio.sleep(LOCK_WAIT_S)
 
-    async def _find(self, corruption: str) -> _Opened:
-        """Claim an epoch, decide what the disk is worth, and make it equal to some prefix of the sources."""
+    async def _find(self) -> _Opened:
+        """Claim an epoch and make the disk equal to some prefix of the sources. Raises _WorthlessError."""
         store = self._store_or_none = await self._open_store()
         found, outbox = store.meta(), store.outbox()
-        meta = self._blank(new_store_id()) if found is None else self._configured(found)
+        meta = await self._blank_now() if found is None else self._configured(found)
         self._crash("open")
         # Rows that only ever came from the changelog go on coming from it. Else first see who has owned it since.
         direct = found is None or meta.restoring
         reader = _reader(meta, keys_only=not direct)
         restore = _Restore(self, store, meta) if direct else None
-        start = meta.position or await self._log.first()
-        epoch, offset = await self._claim(meta, reader, start, restore)
-        lost = await self._lost(start)
-        mine = all(store_id == meta.store_id for store_id in reader.winners)
-        caught_up = all(meta.applied[name] >= at for name, at in self._complete(reader.applied).items())
-        if lost:
-            kind, reason = "discard", lost
-        elif direct:
-            kind, reason = "fresh" if found is None else "catchup", ""
-        elif mine and caught_up:
-            kind, reason = "same", ""
-        elif not mine and not outbox:
-            kind, reason = "catchup", ""
-            restore, reader = _Restore(self, store, meta), _reader(meta)
-            await self._read(reader, meta, start, offset, restore)
-            if lost := await self._lost(start):
-                kind, reason = "discard", lost
-        else:
-            kind = "discard"
-            reason = f"applied {meta.applied} is not what the changelog has" if mine else "overtaken with an outbox"
-        dropped = len(outbox)
-        if kind == "discard":
-            restore, reader = await self._restore_all(meta.store_id, offset)
-            outbox = []
+        epoch, offset = await self._claim(meta, reader, restore)
+        kind = "fresh" if found is None else "catchup"
+        if not direct:
+            mine = all(store_id == meta.store_id for store_id in reader.winners)
+            applied = self._complete(reader.applied)
+            if mine and all(meta.applied[name] >= at for name, at in applied.items()):
+                kind = "same"
+            elif mine:
+                raise _WorthlessError(f"the disk is at {meta.applied}, the changelog at {applied}")
+            elif outbox:
+                raise _WorthlessError(
+                    f"overtaken with {len(outbox)} outstanding flushes; the sources still have their events"
+                )
+            else:
+                restore, reader = _Restore(self, store, meta), _reader(meta)
+                await self._read(reader, meta, meta.position, offset, restore)
+        await self._check_head(meta.position)
         if restore is not None:
-            restore.write()
+            restore.advance()
             meta = restore.meta
-        opened = _Opened(kind, meta, outbox, epoch, offset + 1, reader, restore.rows if restore else 0, reason)
-        if corruption:
-            opened.kind, opened.reason = "corrupt", corruption
-        elif kind == "discard" and dropped:
-            opened.reason += f"; {dropped} outstanding flushes dropped, the sources still have them"
-        return opened
+        return _Opened(kind, meta, outbox, epoch, offset + 1, reader, restore.rows if restore else 0)
 
-    async def _claim(self, meta: Meta, reader: Reader, start: int, restore: "_Restore | None") -> tuple[int, int]:
+    async def _claim(self, meta: Meta, reader: Reader, restore: "_Restore | None") -> tuple[int, int]:
         """Compare-and-swap through the log: (epoch, offset of our claim), everything up to there read."""
         claim = meta.store_id + new_store_id()
-        epoch, at = reader.epoch + 1, start
+        epoch, at = reader.epoch + 1, meta.position
         while True:
             offset = await self._log.append([announce_record(epoch, claim)])
             if offset < meta.position:
@@ -412,7 +412,7 @@ class Partition:
             epoch = reader.epoch_seen_max + 1
 
     async def _read(self, reader: Reader, meta: Meta, start: int, stop: int, restore: "_Restore | None") -> None:
-        known = meta.position if start == meta.position else 0
+        known = meta.position if start == meta.position and meta.log_flush else 0
         async for batch in self._log.read(start - 1 if known else start, stop):
             for record in batch:
                 if record.offset < known:
@@ -421,6 +421,9 @@ class Partition:
                 accepted = reader.feed(record)
                 if accepted is not None and restore is not None:
                     restore.take(accepted)
+            if restore is not None and restore.behind_bytes >= RESTORE_META_BYTES:
+                await self._check_head(meta.position)
+                restore.advance()
 
     def _check_known(self, record: LogRecord, meta: Meta) -> None:
         """The record before our position is the marker that we know, or this is another log."""
@@ -428,25 +431,13 @@ class Partition:
         if not isinstance(marker, Marker) or (marker.epoch, marker.flush) != (meta.epoch, meta.log_flush):
             raise ChangelogLostError(_lost_text(self.path, meta, "the log has another record there"))
 
-    async def _lost(self, start: int) -> str:
-        """Why the records read from `start` on are not all that were needed; "" when they are."""
+    async def _check_head(self, start: int) -> None:
+        """What was read from `start` on is all that there was: an owner may delete the log's head at any time."""
         first = await self._log.first()
-        return f"the changelog begins at {first}, needed from {start}" if first > start else ""
+        if first > start:
+            raise _WorthlessError(f"the changelog begins at {first}, the disk needs it from {start}")
 
-    async def _restore_all(self, store_id: bytes, stop: int) -> tuple["_Restore", Reader]:
-        """Wipe the disk and restore it from the whole log."""
-        while True:
-            self._release()
-            self._disk.wipe(self.path)
-            store = self._store_or_none = await self._open_store()
-            meta = self._blank(store_id)
-            restore, reader = _Restore(self, store, meta), _reader(meta)
-            start = await self._log.first()
-            await self._read(reader, meta, start, stop, restore)
-            if not await self._lost(start):  # an earlier owner may have deleted the log's head meanwhile
-                return restore, reader
-
-    async def _adopt(self, opened: _Opened) -> OpenReport:
+    async def _adopt(self, opened: _Opened, kind: str, reason: str) -> OpenReport:
         """Settle the outbox and write again what the log's readers must not miss, all as the epoch's first flush."""
         for _, entry in opened.outbox:
             if entry.downstream:
@@ -468,7 +459,14 @@ class Partition:
         self.truncatable_to = opened.reader.truncatable_to
         self._sweep_from = b""
         return OpenReport(
-            opened.kind, opened.epoch, base, len(opened.outbox), opened.read, len(touched), dict(applied), opened.reason
+            kind or opened.kind,
+            opened.epoch,
+            base,
+            len(opened.outbox),
+            opened.read,
+            len(touched),
+            dict(applied),
+            reason,
         )
 
     def _stored(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, bytes | None]]:
@@ -675,13 +673,13 @@ class Partition:
 class _Restore:
     """Brings a store along the changelog: accepted flushes, some together, in batches of bounded size.
 
-    A batch that is not the last one of its flushes runs ahead of META, which says so (`Meta.restoring`): a restore
-    that is cut off goes on at META's position.
+    Rows run ahead of META, which says so (`Meta.restoring`): a restore that is cut off goes on at META's position.
     """
 
     def __init__(self, partition: Partition, store: Store, meta: Meta) -> None:
         self.meta = replace(meta, restoring=True)
         self.rows = 0
+        self.behind_bytes = 0  # rows taken since META was written
         self._partition = partition
         self._store = store
         self._waiting: dict[bytes, bytes | None] = {}
@@ -690,8 +688,10 @@ class _Restore:
 
     def take(self, accepted: Accepted) -> None:
         """The next flush of the changelog."""
+        size = _size(accepted.rows.items())
         self.rows += len(accepted.rows)
-        self._waiting_bytes += _size(accepted.rows.items())
+        self.behind_bytes += size
+        self._waiting_bytes += size
         if self._waiting:
             self._waiting.update(accepted.rows)
         else:
@@ -706,22 +706,26 @@ class _Restore:
             log_flush=accepted.flush,
         )
         if self._waiting_bytes >= RESTORE_BYTES_MAX:
-            self.write()
+            self._write_rows()
 
-    def write(self) -> None:
-        """What waits, to disk; rows leave memory as they are written."""
-        while True:
+    def advance(self) -> None:
+        """All rows taken to disk, and META with them: the log up to here was there when it was read."""
+        self._write_rows()
+        self._store.write({}, self.meta)
+        self.behind_bytes = 0
+        self._partition._crash("restore")
+
+    def _write_rows(self) -> None:
+        while self._waiting:  # rows leave memory as they are written
             batch: dict[bytes, bytes | None] = {}
             size = 0
             while self._waiting and size < RESTORE_BYTES_MAX:
                 key, row = self._waiting.popitem()
                 batch[key] = row
                 size += len(key) + len(row or b"")
-            self._store.write(batch, None if self._waiting else self.meta)
+            self._store.write(batch)
             self._partition._crash("restore")
-            if not self._waiting:
-                self._waiting_bytes = 0
-                return
+        self._waiting_bytes = 0
 
 
 def _reader(meta: Meta, *, keys_only: bool = False) -> Reader:

@@ -492,6 +492,7 @@ def run_seed(seed: int, disk: Disk, folder: Path, make: MakePartition = Partitio
     world = World(seed, disk, folder, make)
     limits: dict[str, Any] = {
         "RESTORE_BYTES_MAX": world.random.choice((1, 200, 4 << 20)),
+        "RESTORE_META_BYTES": world.random.choice((1, 1000, 64 << 20)),
         "MARKER_SLOT_BYTES": world.random.choice((1, 2000, 16 << 20)),
     }
     with patch.multiple("state.partition", **limits):

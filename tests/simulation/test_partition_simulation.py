@@ -70,17 +70,17 @@ class SettledBeforeMarker(Partition):
 class OutboxNotPublished(Partition):
     """Canary."""
 
-    async def _adopt(self, opened: Any) -> Any:
+    async def _adopt(self, opened: Any, kind: str, reason: str) -> Any:
         opened.outbox = [(key, replace(entry, downstream=[])) for key, entry in opened.outbox]
-        return await super()._adopt(opened)
+        return await super()._adopt(opened, kind, reason)
 
 
 class OutboxRowsForgotten(Partition):
     """Canary."""
 
-    async def _adopt(self, opened: Any) -> Any:
+    async def _adopt(self, opened: Any, kind: str, reason: str) -> Any:
         opened.outbox = [(key, replace(entry, keys=[])) for key, entry in opened.outbox]
-        return await super()._adopt(opened)
+        return await super()._adopt(opened, kind, reason)
 
 
 class FlushesOvertake(Partition):
