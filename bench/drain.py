@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-import faust
 import numpy as np
 import numpy.typing as npt
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -201,7 +200,7 @@ def main(via: str, events: int, items: int) -> None:
         await measure(worker, events, items)
 
     _quiet_gc()
-    faust.Worker(app, quiet=True, loglevel="WARN", logging_config=None, redirect_stdouts=False).execute_from_commandline()
+    faust_app.FaustWorker(app).execute_from_commandline()
 
 
 def _quiet_gc() -> None:

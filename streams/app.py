@@ -213,6 +213,16 @@ def build(settings: Settings, worker: Worker, source: FaustSource, assignor: Cop
     return app
 
 
+class FaustWorker(faust.Worker):
+    """Faust's process runner, which leaves our logging as it is and draws nothing on the terminal."""
+
+    def __init__(self, app: Any, *services: Any) -> None:
+        super().__init__(app, *services, quiet=True, redirect_stdouts=False)
+
+    def _setup_logging(self) -> None:
+        self.spinner = None
+
+
 def run(settings: Settings, now: Callable[[], float]) -> None:
     """Runs a worker until SIGTERM or SIGINT; then the process ends: with 0, or 1 when the worker failed.
 
@@ -232,4 +242,4 @@ def run(settings: Settings, now: Callable[[], float]) -> None:
     gc.collect()
     gc.freeze()  # aiokafka makes an object an event; collections over all of Faust's heap took a quarter of the CPU
     gc.set_threshold(100_000, 50, 1000)
-    faust.Worker(app, http, quiet=True, loglevel="WARN", logging_config=None, redirect_stdouts=False).execute_from_commandline()
+    FaustWorker(app, http).execute_from_commandline()
