@@ -163,6 +163,7 @@ class Work(NamedTuple):
     score_i: Array  # (B,) float32
     cooc: Array  # (B, K + 2) float32
     cooc_i: Array  # (B,) float32
+    damping_i: Array  # (B,) float32 of the targets, before their events are counted
     link_slot: Array  # (links,) int32: candidate number + 1 of each neighbour that is a candidate
     link_value: Array  # (links,) float32 sqrt(C)
     link_start: Array  # (B, LK + 1) int32
@@ -662,7 +663,7 @@ def count_event(m, row, positive, ts, history, record_bytes):
     span = np.int64(m.neighbour.ctypes.data)
     span_w = np.int64(m.weight.ctypes.data)
     row_bytes = np.int64(m.neighbour.shape[1]) * 4
-    mark(m, row, DIRTY_DENSE | DIRTY_NEIGHBOURS, record_bytes)
+    mark(m, row, DIRTY_DENSE, record_bytes)
     for q in range(len(history)):
         if amount < least:
             break
@@ -673,6 +674,7 @@ def count_event(m, row, positive, ts, history, record_bytes):
         k = history[q]
         if k != row:
             mark(m, k, DIRTY_NEIGHBOURS, record_bytes)
+            mark(m, row, DIRTY_NEIGHBOURS, record_bytes)
             m.dirty_total[1] += record_bytes[2] * (_count_pair(m, k, row, amount) + _count_pair(m, row, k, amount))
         amount *= f4(COUNT_DECAY)
     r = m.rec[row]
@@ -830,7 +832,8 @@ def _neighbours(m, w, x, b, steps, count, used):
         used = end
     w.link_start[b, kept] = used
     w.slot[target] = before
-    w.cooc_i[b] = score[count + 1] * m.rec[target].damping
+    w.damping_i[b] = m.rec[target].damping
+    w.cooc_i[b] = score[count + 1] * w.damping_i[b]
     for c in range(count):
         score[c] = score[c + 1] * m.rec[w.cand[c]].damping
     return used
@@ -1039,14 +1042,13 @@ def _loss(m, w, x, steps, count, score, weight, entry_row, entry_at):
 def _history_gradients(m, w, x, b, steps, count, g, dz, touched):
     """Gradients that reach the history: y_k (into step_y), om, ta, oK, tK, aK. Returns rows of step_y in use."""
     theta = m.theta
-    target = w.target[b]
     g_i = w.grad_i[b]
     used = x.history_count[b]
     total = g_i * w.cooc_i[b]
     for c in range(count):
         total += g[c] * w.cooc[b, c]
         w.weight_c[c + 1] = g[c] * m.rec[w.cand[c]].damping
-    w.weight_c[count + 1] = g_i * m.rec[target].damping
+    w.weight_c[count + 1] = g_i * w.damping_i[b]
     w.theta[T_NEIGHBOUR] += total
     for q in range(min(used, steps.cooccurrence_history)):
         k = w.history[b, q]

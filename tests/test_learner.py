@@ -1,0 +1,429 @@
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import kernels
+from model.examples import Examples, new_examples
+from model.items import ItemMatrix
+from model.kernels import AGES, FEATURES, GAPS, T_AGE, T_AGE_K, T_FEATURE, T_GAP, T_GAP_K, T_NEIGHBOUR, T_TEXT
+from model.learner import Learner, LearnerConfig, Outcome, warm_up
+from tests.model_stream import ITEMS, SMALL, START_TS, enter_all, stream, vector_of
+
+Array = npt.NDArray[Any]
+
+
+def trained(messages: int, config: LearnerConfig = SMALL, seed: int = 0) -> Learner:
+    learner = Learner(config)
+    enter_all(learner)
+    for position, x in enumerate(stream(config, messages, seed)):
+        learner.learn(x, position)
+    return learner
+
+
+def one(item: int, ts: float, history: tuple[int, ...] = (), *, label: int = 1, ranked: bool = False) -> Examples:
+    """A message of one example."""
+    x = new_examples(SMALL, 64)
+    x.item[0], x.ts[0], x.label[0], x.ranked[0] = item, ts, label, ranked
+    x.history_count[0] = len(history)
+    x.history_item[0, : len(history)] = history
+    x.history_ts[0, : len(history)] = ts - 10
+    x.history_weight[0, : len(history)] = 1
+    return x._replace(count=1)
+
+
+# --- the equations, slowly ---
+
+
+class Reference:
+    """One message in float64, as the formulation says it, over dictionaries and plain loops."""
+
+    def __init__(self, learner: Learner) -> None:
+        m = learner.matrix.arrays
+        self.config, self.rows = learner.config, len(learner.matrix)
+        self.theta = m.theta.astype(np.float64)
+        self.phi, self.y, self.e = (part[: self.rows].astype(np.float64) for part in (m.phi, m.y, m.e))
+        self.mu = m.mu.astype(np.float64)
+        self.rec = {name: m.rec[name][: self.rows].astype(np.float64) for name in kernels.RECORD.names or ()}
+        self.counts = [
+            dict(zip(m.neighbour[k, : m.length[k]].tolist(), m.weight[k, : m.length[k]].tolist(), strict=True))
+            for k in range(self.rows)
+        ]
+        self.step, self.first_ts = m.scalar[kernels.STEP], m.scalar[kernels.FIRST_TS]
+
+    def features(self, j: int, ts: float) -> Array:
+        r = {name: values[j] for name, values in self.rec.items()}
+        new = r["last_step"] < 0
+        since = self.step - (r["entered_step"] if new else r["last_step"])
+        entered = max(r["entered_ts"], math.floor(self.first_ts))
+        quiet = max(0.0, math.floor(ts) - (entered if new else r["last_ts"]))
+        recent, silence = 0.3 * math.log1p(since), 0.15 * math.log1p(quiet)
+        return np.array(
+            [
+                *(math.log1p(r[f"count_{h}"] * 2 ** (-since / h)) for h in (10, 100, 1000)),
+                math.log1p(r["count"]),
+                0.3 * math.log1p(self.step - r["entered_step"]),
+                recent,
+                float(new),
+                0.15 * math.log1p(max(0.0, math.floor(ts) - entered)),
+                silence,
+                0.4 * recent**2,
+                0.4 * silence**2,
+            ]
+        )
+
+    def coefficients(self, x: Examples, b: int, theta: Array) -> tuple[Array, Array]:
+        """wt and ck with theta free, but the norms n and nK at self.theta (they are constants of the gradient)."""
+        q = x.history_count[b]
+        age = [int(kernels.age_bucket(a)) for a in range(q)]
+        gap = [int(kernels.gap_bucket(x.ts[b] - at)) for at in x.history_ts[b, :q]]
+        tw = x.history_weight[b, :q].astype(np.float64)
+
+        def weights(t: Array, first: int, second: int) -> Array:
+            return np.array([t[first + a] * t[second + g] for a, g in zip(age, gap, strict=True)]) * tw
+
+        near = min(q, self.config.cooccurrence_history)
+        n = (np.abs(weights(self.theta, T_AGE, T_GAP)).sum() + 1e-6) ** -0.5
+        n_k = (weights(self.theta, T_AGE_K, T_GAP_K)[:near].sum() + 1e-6) ** -0.25
+        return weights(theta, T_AGE, T_GAP) * n, weights(theta, T_AGE_K, T_GAP_K)[:near] * n_k
+
+    def texts(self, x: Examples, b: int, rows: list[int]) -> list[Array]:
+        out = []
+        for g in kernels.TEXT_DECAYS:
+            w = np.array([g**q * x.history_weight[b, q] for q in range(len(rows))][: kernels.TEXT_HISTORY])
+            mean = (w[:, None] * self.e[rows[: len(w)]]).sum(0) / w.sum() if len(w) else self.mu
+            out.append((mean - self.mu) * math.sqrt(min(w.sum(), 4.0)) if len(w) else np.zeros_like(self.mu))
+        own = (x.text[b] - self.mu) * math.sqrt(min(x.text_weight[b], 4.0)) if x.text_on[b] else 0 * self.mu
+        return [*out, own]
+
+    def loss(
+        self, x: Examples, rows_of: Any, candidates: list[int], active: int, theta: Array, phi: Array, y: Array
+    ) -> float:
+        """Softmax cross-entropy of one message of one example."""
+        target, history = rows_of(x.item[0]), [rows_of(key) for key in x.history_item[0, : x.history_count[0]]]
+        wt, ck = self.coefficients(x, 0, theta)
+        z = sum((w * y[k] for w, k in zip(wt, history, strict=True)), np.zeros(self.config.dim))
+        text = sum(theta[T_TEXT + h] * vector for h, vector in enumerate(self.texts(x, 0, history)))
+
+        def score(j: int) -> float:
+            s = self.rec["beta"][j] + theta[T_FEATURE : T_FEATURE + FEATURES] @ self.features(j, x.ts[0])
+            s += z @ phi[j] + text @ self.e[j]
+            for c, k in zip(ck, history, strict=False):
+                pair = math.sqrt(self.counts[k].get(j, 0.0))
+                pair /= ((self.rec["evidence"][k] + 1) * (self.rec["evidence"][j] + 1)) ** 0.2
+                s += theta[T_NEIGHBOUR] * c * pair
+            return float(s)
+
+        own = score(target)
+        others = [score(j) for j in candidates if j != target and j not in history]
+        mass = math.exp(own) + active / len(candidates) * sum(math.exp(s) for s in others)
+        return -own + math.log(mass)
+
+
+def test_one_message_makes_the_steps_of_the_equations() -> None:
+    config = replace(SMALL, negatives=1000, y_history=SMALL.history_max)
+    learner = trained(30, config, seed=3)
+    before = Reference(learner)
+    x = one(7, START_TS + 1e5, (3, 12, 8, 25, 1, 9, 30))
+    x.text_on[0], x.text[0], x.text_weight[0] = True, vector_of(99, 12), 2.5
+    m = learner.matrix.arrays
+    candidates = [row for row in range(before.rows) if learner.matrix.is_active(row)]
+    old = {name: getattr(m, name).copy() for name in ("phi", "y", "theta", "square")}
+    old_rec = m.rec.copy()
+
+    def slope(variable: str, at: tuple[int, ...], h: float = 1e-5) -> float:
+        values = []
+        for sign in (1, -1):
+            parts = {"theta": before.theta.copy(), "phi": before.phi.copy(), "y": before.y.copy()}
+            parts[variable][at] += sign * h
+            values.append(before.loss(x, learner.matrix.index, candidates, len(candidates), **parts))
+        return -(values[0] - values[1]) / (2 * h)
+
+    loss = before.loss(x, learner.matrix.index, candidates, len(candidates), before.theta, before.phi, before.y)
+    sum_before = m.scalar[kernels.LOSS]
+    learner.learn(x, 30)
+    assert m.scalar[kernels.LOSS] - sum_before == pytest.approx(loss, abs=2e-4)
+    for q in range(kernels.THETA):
+        d = slope("theta", (q,))
+        rate = config.lr_scale if q < T_AGE else config.lr_decay
+        expected = old["theta"][q] + (rate * d / math.sqrt(old["square"][q] + d * d) if abs(d) > 1e-9 else 0)
+        assert m.theta[q] == pytest.approx(max(0.0, expected) if q >= T_AGE else expected, abs=2e-4), q
+    for name, square, rate in (("phi", "square_phi", config.lr_phi), ("y", "square_y", config.lr_y)):
+        for item in (7, 3, 12, 8, 30, 20, 33):
+            row = learner.matrix.index(item)
+            d_row = np.array([slope(name, (row, a)) for a in range(config.dim)])
+            size = math.sqrt(old_rec[square][row] + float((d_row**2).mean()))
+            np.testing.assert_allclose(getattr(m, name)[row], old[name][row] + rate * d_row / size, atol=2e-4)
+    assert T_GAP == T_AGE + AGES
+    assert T_GAP_K + GAPS == kernels.THETA
+
+
+def test_counters_and_cooccurrence_follow_every_event() -> None:
+    learner = Learner(SMALL)
+    enter_all(learner, 6, late=0)
+    learner.learn(one(1, START_TS, (2, 3)), 0)
+    learner.learn(one(1, START_TS + 5, (2,), label=0), 1)
+    m = learner.matrix.arrays
+    a, b, c = (learner.matrix.index(key) for key in (1, 2, 3))
+    assert dict(zip(m.neighbour[a, :2].tolist(), m.weight[a, :2].tolist(), strict=True)) == pytest.approx(
+        {b: 1.5, c: 0.9}
+    )
+    assert m.weight[b, 0] == pytest.approx(1.5)
+    assert m.rec[a]["evidence"] == 1.5
+    assert m.rec[a]["count"] == 1
+    assert m.rec[a]["last_ts"] == START_TS
+    assert m.scalar[kernels.STEP] == 1
+
+
+def test_a_full_neighbour_row_evicts_its_lowest_count() -> None:
+    learner = Learner(SMALL)
+    enter_all(learner, 12, late=0)
+    for key in range(2, 2 + SMALL.neighbours_max):
+        for _ in range(key):
+            learner.learn(one(key, START_TS, (1,)), key)
+    learner.learn(one(11, START_TS, (1,)), 99)
+    m, row = learner.matrix.arrays, learner.matrix.index(1)
+    kept = dict(zip((m.neighbour[row] + 1).tolist(), m.weight[row].tolist(), strict=True))
+    assert kept == {3: 3.0, 4: 4.0, 5: 5.0, 6: 6.0, 7: 7.0, 11: 1.0}
+
+
+def test_a_low_rating_moves_no_vector() -> None:
+    learner = trained(5)
+    learner.learn(one(3, START_TS + 1e5), 5)  # every late item has entered
+    m = learner.matrix.arrays
+    before = m.phi.tobytes(), m.y.tobytes(), m.theta.tobytes()
+    learner.learn(one(3, START_TS + 1e5, (4, 5), label=0), 6)
+    assert (m.phi.tobytes(), m.y.tobytes(), m.theta.tobytes()) == before
+
+
+# --- the state machine ---
+
+
+def test_the_same_log_gives_the_same_bytes() -> None:
+    assert trained(40).digest() == trained(40).digest()
+    assert trained(40).digest() != trained(40, replace(SMALL, seed=8)).digest()
+
+
+@settings(max_examples=12, deadline=None)
+@given(cut=st.integers(0, 30), takes=st.sets(st.integers(0, 30)), seed=st.integers(0, 3))
+def test_saved_and_loaded_anywhere_it_goes_on_with_the_same_bytes(cut: int, takes: set[int], seed: int) -> None:
+    messages = list(stream(SMALL, 31, seed))
+    straight = Learner(SMALL)
+    enter_all(straight)
+    learner = Learner(SMALL)
+    enter_all(learner)
+    store: dict[bytes, bytes] = {}
+    outcomes: list[tuple[Outcome, Outcome]] = []
+
+    def flush() -> None:
+        for key, value in learner.take_dirty().items():
+            if value is None:
+                store.pop(key, None)
+            else:
+                store[key] = value
+
+    for position, x in enumerate(messages):
+        if position in takes:
+            flush()
+        if position == cut:
+            flush()
+            assert store == dict(learner.matrix.rows())
+            learner = Learner(SMALL)
+            learner.load(iter(store.items()))
+        outcomes.append((straight.learn(x, position), learner.learn(x, position)))
+    assert learner.digest() == straight.digest()
+    for a, b in outcomes:
+        np.testing.assert_array_equal(a.rank, b.rank)
+    flush()
+    replica = ItemMatrix(SMALL.dim, SMALL.text_dim, SMALL.neighbours_max)
+    replica.apply(store.items())
+    assert replica.digest() == straight.digest()
+
+
+def test_growth_keeps_every_byte() -> None:
+    small, large = Learner(SMALL), Learner(SMALL)
+    large.matrix.reserve(5000)
+    for learner in (small, large):
+        enter_all(learner, 1500, late=0)
+        for position, x in enumerate(stream(SMALL, 20, items=1500)):
+            learner.learn(x, position)
+    assert small.digest() == large.digest()
+
+
+def test_dirty_bytes_are_those_of_the_rows_taken() -> None:
+    learner = trained(20)
+    expected = learner.dirty_bytes
+    taken = learner.take_dirty()
+    assert expected == sum(len(value or b"") for key, value in taken.items() if key[:1] in b"dn")
+    assert learner.dirty_bytes == 0
+    assert list(learner.take_dirty()) == [b"g"]
+
+
+# --- entering and leaving ---
+
+
+def test_an_item_is_a_candidate_only_for_events_strictly_later_than_its_ts() -> None:
+    learner = Learner(SMALL)
+    enter_all(learner, 5, late=0)
+    learner.enter(9, "late", "", vector_of(9, 12), START_TS + 100)
+    counts = [learner.learn(one(1, START_TS + at, ranked=True), int(at)).candidates[0] for at in (0.0, 100.0, 100.5)]
+    assert counts == [5, 5, 6]
+    assert learner.matrix.names[learner.matrix.index(9)] == "late"
+    assert not learner.pending
+
+
+def test_rows_are_numbered_in_the_order_of_activation() -> None:
+    learner = Learner(SMALL)
+    for key, ts in ((5, 300.0), (6, 100.0), (7, None), (8, 200.0), (9, 100.0)):
+        learner.enter(key, str(key), "", vector_of(key, 12), ts)
+    learner.learn(one(7, 250.0), 0)
+    learner.learn(one(7, 400.0), 1)
+    assert learner.matrix.names == ["7", "6", "9", "8", "5"]
+
+
+def test_the_event_that_creates_its_item_is_learnt_and_not_scored() -> None:
+    learner = Learner(SMALL)
+    enter_all(learner, 5, late=0)
+    learner.enter(9, "new", "", vector_of(9, 12), START_TS + 10)
+    outcome = learner.learn(one(9, START_TS + 10, (1,), ranked=True), 0)
+    row = learner.matrix.index(9)
+    m = learner.matrix.arrays
+    assert np.isnan(outcome.rank[0])
+    assert m.rec[row]["count"] == 1
+    assert m.length[row] == 1
+    assert learner.matrix.is_active(row)
+    assert np.linalg.norm(m.phi[row]) == pytest.approx(SMALL.start * math.sqrt(SMALL.dim), rel=1e-3)
+    assert learner.learn(one(9, START_TS + 10, ranked=True), 1).candidates[0] == 6
+
+
+def test_an_unknown_item_gets_a_stub_that_a_later_entry_completes() -> None:
+    learner = Learner(SMALL)
+    enter_all(learner, 5, late=0)
+    learner.learn(one(77, START_TS, (78, 1)), 0)
+    stub = learner.matrix.index(77)
+    assert learner.matrix.names[stub] == ""
+    assert not learner.matrix.is_active(stub)
+    assert learner.learn(one(1, START_TS + 1, ranked=True), 1).candidates[0] == 5
+    learner.enter(77, "found", "its text", vector_of(77, 12), START_TS - 5)
+    assert learner.matrix.index(77) == stub
+    assert learner.matrix.is_active(stub)
+    assert learner.matrix.arrays.rec[stub]["count"] == 1
+    assert learner.learn(one(1, START_TS + 2, ranked=True), 2).candidates[0] == 6
+
+
+def test_a_withdrawn_item_is_neither_candidate_nor_negative() -> None:
+    learner = trained(10)
+    row = learner.matrix.index(5)
+    active = learner.matrix.active_count
+    learner.withdraw(5)
+    phi = learner.matrix.arrays.phi[row].tobytes()
+    for position, x in enumerate(stream(SMALL, 10, seed=5)):
+        x.item[x.item == 5] = 6
+        learner.learn(x, 100 + position)
+    assert learner.matrix.arrays.phi[row].tobytes() == phi
+    outcome = learner.learn(one(5, START_TS + 1e6, ranked=True), 200)
+    assert np.isnan(outcome.rank[0])
+    assert learner.learn(one(6, START_TS + 1e6, ranked=True), 201).candidates[0] == ITEMS - 1
+    learner.enter(5, "item-5", "", vector_of(5, 12), None)
+    assert learner.matrix.is_active(row)
+    assert learner.matrix.arrays.phi[row].tobytes() == phi
+    assert learner.matrix.active_count >= active
+
+
+def test_a_pending_item_may_be_withdrawn_or_entered_again() -> None:
+    learner = Learner(SMALL)
+    enter_all(learner, 3, late=0)
+    learner.enter(8, "a", "", vector_of(8, 12), 100.0)
+    learner.enter(9, "b", "", vector_of(9, 12), 100.0)
+    learner.take_dirty()
+    learner.enter(8, "a2", "", vector_of(8, 12), 500.0)
+    learner.withdraw(9)
+    taken = learner.take_dirty()
+    assert sorted(value is None for key, value in taken.items() if key[:1] == b"p") == [False, True]
+    learner.learn(one(1, 300.0), 0)
+    assert learner.matrix.index(8) == learner.matrix.index(9) == -1
+    learner.learn(one(1, 600.0), 1)
+    assert learner.matrix.names[learner.matrix.index(8)] == "a2"
+
+
+def test_new_text_replaces_the_vector_and_keeps_what_was_learnt() -> None:
+    learner = trained(10)
+    m, row = learner.matrix.arrays, learner.matrix.index(3)
+    phi = m.phi[row].tobytes()
+    learner.enter(3, "item-3", "rewritten", vector_of(1003, 12), None)
+    assert learner.matrix.texts[row] == "rewritten"
+    assert m.phi[row].tobytes() == phi
+    active = np.flatnonzero(m.flags[: len(learner.matrix)] & kernels.VECTOR)
+    np.testing.assert_allclose(m.mu, m.e[active].mean(0), atol=1e-5)
+
+
+def test_mu_is_the_mean_of_the_items_that_have_a_vector() -> None:
+    learner = trained(20)
+    learner.enter(500, "bare", "", np.zeros(12, np.float32), None)
+    learner.withdraw(2)
+    learner.enter(2, "item-2", "", vector_of(2002, 12), None)
+    m = learner.matrix.arrays
+    with_vector = np.flatnonzero(m.flags[: len(learner.matrix)] & kernels.VECTOR)
+    np.testing.assert_allclose(m.mu, m.e[with_vector].mean(0), atol=1e-5)
+    assert not m.phi[learner.matrix.index(500)].any()
+
+
+# --- ranking in full ---
+
+
+def test_ranks_are_mid_ranks_among_the_candidates_the_user_has_not_had() -> None:
+    learner = Learner(SMALL)
+    for key in range(1, 7):
+        learner.enter(key, str(key), "", np.zeros(12, np.float32), None)
+    x = one(1, START_TS, (2,), ranked=True)
+    x.seen[0], x.seen_start[1] = 3, 1
+    outcome = learner.learn(x, 0)
+    assert outcome.candidates[0] == 4
+    assert outcome.rank[0] == 2.5  # nothing tells the four apart
+    assert outcome.auc[0] == pytest.approx(0.5)
+    assert outcome.probability[0] == pytest.approx(0.25, rel=1e-5)
+    assert outcome.log_loss[0] == pytest.approx(-math.log(0.25) - 3 * math.log(0.75), rel=1e-3)
+    assert outcome.pop_rank[0].tolist() == [2.5] * 4
+    again = learner.learn(one(1, START_TS + 5, ranked=True), 1)
+    assert again.pop_rank[0].tolist() == [1.0] * 4
+
+
+def test_it_learns_what_the_users_like() -> None:
+    learner = Learner(SMALL)
+    enter_all(learner, 400, late=0)
+    ranks = [learner.learn(x, position) for position, x in enumerate(stream(SMALL, 200, items=400))]
+    late = np.concatenate([outcome.auc for outcome in ranks[100:]])
+    assert np.nanmean(late) > 0.6
+
+
+def test_the_message_must_fit() -> None:
+    learner = Learner(SMALL)
+    with pytest.raises(ValueError, match="at most 8"):
+        learner.learn(new_examples(replace(SMALL, message_examples_max=9))._replace(count=9), 0)
+    with pytest.raises(ValueError, match="vector of shape"):
+        learner.enter(1, "a", "", np.zeros(3, np.float32), None)
+    with pytest.raises(ValueError, match="must not exceed"):
+        LearnerConfig(history_max=3)
+    with pytest.raises(ValueError, match="stay under"):
+        LearnerConfig(negatives=40_000)
+
+
+def test_an_empty_message_changes_nothing() -> None:
+    learner = trained(3)
+    before = learner.digest()
+    assert len(learner.learn(new_examples(SMALL), 3).rank) == 0
+    assert learner.digest() == before
+
+
+def test_warm_up_leaves_nothing_to_compile() -> None:
+    warm_up(SMALL)
+    compiled = [len(kernel.signatures) for kernel in (kernels.learn_message, kernels.find_examples, kernels.mark)]
+    trained(5)
+    assert [
+        len(kernel.signatures) for kernel in (kernels.learn_message, kernels.find_examples, kernels.mark)
+    ] == compiled
