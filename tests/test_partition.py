@@ -799,6 +799,33 @@ async def test_head_deleted_between_the_two_reads_of_a_catch_up_is_noticed() -> 
     await first.close()
 
 
+@pytest.mark.parametrize("restored", [1, 4, 9])
+async def test_rows_of_a_restore_cut_off_do_not_outlive_their_deletion_in_a_deleted_head(
+    restored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state.partition, "RESTORE_BYTES_MAX", 1)
+    monkeypatch.setattr(state.partition, "RESTORE_META_BYTES", 1)
+    around = Surroundings()
+    first = await around.opened("first")
+    await add_all(first, range(4))
+    await first.close()
+    await killed_at(around, "restore", restored, "other")
+    await first.open()
+    await add_all(first, range(4, 9))
+    await first.close()
+    for step, count in (("restore", 2), ("adopt", 1)):  # it goes on, and is cut off again
+        await first.open()
+        await first.sweep()
+        await first.drain()
+        assert first.truncatable_to is not None
+        around.log.delete_before(first.truncatable_to)
+        await first.close()
+        await killed_at(around, step, count, "other")
+    other = await around.opened("other")
+    assert other.digest() == digest_after(8)
+    await other.close()
+
+
 async def test_flush_of_nothing_sweeps() -> None:
     around = Surroundings()
     partition = await around.opened()
