@@ -8,6 +8,7 @@ items, so that no lock and no copy is needed, and one answer never mixes two sta
 import base64
 import math
 from collections.abc import AsyncIterator
+from functools import cached_property
 from typing import Annotated, Any, Final, Protocol
 
 import msgspec
@@ -21,7 +22,7 @@ from model.profile import Profile, User, profile_of
 from model.ranker import Explanation as RankerExplanation
 from model.ranker import Ranker, Scored
 from state import rows
-from state.rows import CommentEntry, UserRow
+from state.rows import UserRow
 from streams import examples
 from streams.events import Id
 from streams.pipeline import visible_text
@@ -298,28 +299,38 @@ class Reader:
         """Topic -> (partition, last applied offset)."""
         return {topic: (self.partition, offset) for topic, offset in self.view.applied(self.partition).items()}
 
+    @cached_property
+    def behaviours(self) -> list[tuple[Any, ...]]:
+        """Of each history entry, newest first: type, ts, topic, partition, offset, weight, action, item id, text."""
+        slots = self.slots
+        columns = zip(
+            slots["ts"].astype(float).tolist(), slots["weight"].astype(float).tolist(), slots["action"].tolist(),
+            slots["key"].tolist(), self.row.history_positions(), strict=True,
+        )  # fmt: skip
+        return [
+            (EVENT_TYPES[topic], ts, USER_TOPICS[topic], self.partition, offset, weight, rows.ACTIONS[action],
+             *self.item(key))
+            for ts, weight, action, key, (topic, offset) in columns
+        ]  # fmt: skip
+
+    @cached_property
+    def words(self) -> list[tuple[Any, ...]]:
+        """Of each kept comment, newest first: as `behaviours`, without an action."""
+        return [
+            ("comment", c.ts, USER_TOPICS[c.topic], self.partition, c.offset, 1.0, UNSET, *self.item(c.item))
+            for c in self.comments
+        ]
+
     def contributions(self, explanation: RankerExplanation, with_text: bool) -> list[Contribution]:
         """One a history entry and one a kept comment's words, newest first within each."""
-        positions = self.row.history_positions()
-        out = []
-        for term in explanation.terms:
-            slot, (topic, offset) = self.slots[term.entry], positions[term.entry]
-            item_id, text = self.item(int(slot["key"]))
-            out.append(
-                Contribution(
-                    EVENT_TYPES[topic], float(slot["ts"]), USER_TOPICS[topic], self.partition, offset, term.total,
-                    rows.ACTIONS[slot["action"]], item_id, text if with_text else UNSET,
-                )
-            )  # fmt: skip
-        for comment, value in zip(self.comments, explanation.comments, strict=False):
-            item_id, text = self.item(comment.item)
-            out.append(
-                Contribution(
-                    "comment", comment.ts, USER_TOPICS[comment.topic], self.partition, comment.offset, value, UNSET,
-                    item_id, text if with_text else UNSET,
-                )
-            )  # fmt: skip
-        return out
+        done = [(self.behaviours[term.entry], term.total) for term in explanation.terms]
+        written = zip(self.words, explanation.comments, strict=False)
+        return [
+            Contribution(
+                kind, ts, topic, partition, offset, value, action, item_id, text if with_text else UNSET
+            )
+            for (kind, ts, topic, partition, offset, _, action, item_id, text), value in (*done, *written)
+        ]  # fmt: skip
 
 
 def _ranked(
@@ -452,22 +463,8 @@ def _part(
 
 
 def _last_events(reader: Reader) -> list[PastEvent]:
-    positions = reader.row.history_positions()[:LAST_EVENTS_MAX]
-    done = [
-        PastEvent(
-            EVENT_TYPES[topic], float(slot["ts"]), USER_TOPICS[topic], reader.partition, offset, float(slot["weight"]),
-            rows.ACTIONS[slot["action"]], *reader.item(int(slot["key"])),
-        )
-        for slot, (topic, offset) in zip(reader.slots[:LAST_EVENTS_MAX], positions, strict=True)
-    ]  # fmt: skip
-    return sorted(done + [_written(reader, c) for c in reader.comments], key=lambda e: -e.ts)[:LAST_EVENTS_MAX]
-
-
-def _written(reader: Reader, comment: CommentEntry) -> PastEvent:
-    return PastEvent(
-        "comment", comment.ts, USER_TOPICS[comment.topic], reader.partition, comment.offset, 1.0, UNSET,
-        *reader.item(comment.item),
-    )  # fmt: skip
+    events = [PastEvent(*event) for event in (*reader.behaviours[:LAST_EVENTS_MAX], *reader.words)]
+    return sorted(events, key=lambda e: -e.ts)[:LAST_EVENTS_MAX]
 
 
 def item(view: WorkerView, item_id: str) -> ItemView | None:

@@ -59,6 +59,7 @@ class World:
         self.delay_s = 0.0
         self.failing_after: int | None = None
         self.clock_s = START_S
+        self.hit_ratio: dict[str, float | None] = {"model": None, "popularity": None}
         self.listeners: list[asyncio.Queue[dict[str, Any]]] = []
         config = LearnerConfig(dim=16, text_dim=TEXT_DIM, negatives=32, neighbours_max=32)
         self._learner = ItemLearner(config, TEXT_DIM)
@@ -147,7 +148,7 @@ class World:
         return {
             "type": "status", "events_per_s": 12.0, "lag_records": 0, "lag_s": 0.0,
             "positives": self._replica.positives, "items": self._replica.active_count,
-            "hit_ratio": {"model": 0.24, "popularity": 0.1},
+            "hit_ratio": self.hit_ratio,
         }  # fmt: skip
 
     def add_items(self, items: list[Item]) -> None:

@@ -110,13 +110,13 @@ async def test_a_visitor_clicks_and_comments_and_the_list_changes(page: Page, wo
     assert first[0] not in second and second != first
     await expect(page.locator("#events li").first).to_contain_text("click The")
 
-    await page.get_by_label("What you look for").fill("western western western")
+    await page.get_by_label("What the user looks for").fill("western western western")
     await page.get_by_role("button", name="Send").click()
     await expect(page.locator("#news")).to_contain_text("after your comment")
     assert await shown(page) != second
     await expect(page.locator("[data-part='own_words']")).to_contain_text("what the user wrote")
     await expect(page.locator("#list")).to_contain_text("because of what you wrote")
-    assert await page.get_by_label("What you look for").input_value() == ""
+    assert await page.get_by_label("What the user looks for").input_value() == ""
     if PICTURE:
         await take_picture(page, world, Path(PICTURE))
     await page.locator("#list summary").first.click()
@@ -125,6 +125,8 @@ async def test_a_visitor_clicks_and_comments_and_the_list_changes(page: Page, wo
 
 async def test_users_of_the_stream_can_be_picked_and_the_race_is_drawn(page: Page, world: World) -> None:
     await expect(page.locator("#live-rate")).to_have_text("12")
+    await expect(page.locator("#race-model")).to_have_text("–")
+    world.hit_ratio = {"model": 0.24, "popularity": 0.1}
     world.click("western-fan-1", "western-8", "like")
     await expect(page.locator("#feed")).to_contain_text("like The Lost Canyon")
     await page.locator("#recent").get_by_role("button", name="western-fan-1").click()
@@ -159,7 +161,7 @@ async def test_a_phone_needs_no_sideways_scrolling_in_dark_and_light(page: Page)
     await page.set_viewport_size({"width": PHONE["width"], "height": PHONE["height"]})
     grounds = set()
     for scheme in ("light", "dark"):
-        await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        await page.emulate_media(color_scheme=scheme)
         await choose(page, FAN)
         assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         grounds.add(await page.evaluate("getComputedStyle(document.body).backgroundColor"))
@@ -184,10 +186,10 @@ async def test_every_control_has_a_name_and_no_id_is_doubled(page: Page) -> None
 async def test_a_failure_is_said_in_words_and_the_next_try_clears_it(page: Page, world: World) -> None:
     await choose(page, FAN)
     alert = page.get_by_role("alert")
-    await page.get_by_label("What you look for").fill("   ")
+    await page.get_by_label("What the user looks for").fill("   ")
     await page.get_by_role("button", name="Send").click()
     await expect(alert).to_contain_text("Write something first")
-    await page.get_by_label("What you look for").fill("romance")
+    await page.get_by_label("What the user looks for").fill("romance")
     await page.get_by_role("button", name="Send").click()
     await expect(page.locator("#news")).to_contain_text("after your comment")
     await expect(alert).to_be_empty()

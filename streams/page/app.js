@@ -97,7 +97,7 @@ async function choose(id) {
   user = id;
   shown = [];
   $("user").value = id;
-  $("list-panel").hidden = $("side").hidden = false;
+  for (const part of ["write-panel", "list-panel", "side"]) $(part).hidden = false;
   $("list-heading").textContent = `The list of ${id}`;
   $("news").textContent = "";
   await read();
@@ -170,7 +170,7 @@ function bar(label, share, value) {
   );
 }
 
-const PARTS = { behaviour: "what the user did", item_texts: "what those items say", own_words: "what the user wrote" };
+const PARTS = { behaviour: "what the user did", item_texts: "what those items say", own_words: "what the user wrote", cooccurrence: "what others did with it" };
 
 function showState(state) {
   const events = new Map(state.last_events.map((event) => [`${event.topic}:${event.offset}`, event]));
