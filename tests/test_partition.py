@@ -23,7 +23,7 @@ from state.changelog import (
     row_records,
 )
 from state.partition import ChangelogLostError, Fenced, Partition, PartitionFailedError, SourcesError, digest
-from state.store import Disk, RocksDisk, StoreLockedError, StoreVersionError
+from state.store import Disk, RocksDisk, Store, StoreLockedError, StoreVersionError
 from tests.doubles import MemoryDisk, MemoryLog, compacted
 
 SOURCES = ("clicks", "comments")
@@ -644,23 +644,27 @@ async def test_store_of_a_newer_build_is_refused_and_left_alone() -> None:
     assert content.rows == rows_after(0)
 
 
-async def test_locked_store_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class LockedDisk(MemoryDisk):
+    """Held by somebody else for some tries."""
+
+    def __init__(self, tries: int) -> None:
+        super().__init__()
+        self.tries = tries
+
+    def open(self, path: Path) -> Store:
+        self.tries -= 1
+        if self.tries >= 0:
+            raise StoreLockedError(f"{path} is open elsewhere")
+        return super().open(path)
+
+
+async def test_locked_store_is_waited_for_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state.partition, "LOCK_WAIT_S", 0)
-    around = Surroundings(disk=RocksDisk(), path=tmp_path)
-    held = around.disk.open(tmp_path / "p")
-    waits: list[Callable[[], None]] = [lambda: None, held.close]
-    sleep = asyncio.sleep
-
-    async def waited(delay: float) -> None:
-        (waits.pop(0) if waits else lambda: None)()
-        await sleep(0)
-
-    monkeypatch.setattr("state.partition.asyncio.sleep", waited)
-    partition = around.partition()
-    assert (await partition.open()).kind == "fresh"
-    with pytest.raises(StoreLockedError, match="stop the other worker"):
-        await around.partition().open()
+    limit = state.partition.LOCK_TRIES_MAX
+    partition = await Surroundings(disk=LockedDisk(limit - 1)).opened()
     await partition.close()
+    with pytest.raises(StoreLockedError):
+        await Surroundings(disk=LockedDisk(limit)).opened()
 
 
 async def test_changelog_that_forgot_what_we_know_stops_the_open() -> None:

@@ -1,0 +1,1 @@
+"""Worlds with faults by a seed."""
