@@ -128,34 +128,43 @@ class Ranker:
         """Why each of these items has its logit, in the order given; items without a row, or that are no candidates
         of this user, are left out."""
         profile, scores, mass, top = self._score_all(user, now, np.fromiter(exclude, np.int64))
-        rows = self.matrix.indices(np.array(keys, np.int64)).tolist()
+        rows = [int(row) for row in self.matrix.indices(np.array(keys, np.int64))]
+        rows = [row for row in rows if row >= 0 and scores[row] > kernels.CLOSED]
+        heads = self._term_heads(profile, rows)
         return [
-            self._explain(user, profile, now, row, self._scored(row, float(scores[row]), mass, top))
-            for row in rows
-            if row >= 0 and scores[row] > kernels.CLOSED
+            self._explain(user, profile, self._scored(row, float(scores[row]), mass, top), heads[:, at])
+            for at, row in enumerate(rows)
         ]
 
-    def _explain(self, user: User, profile: Profile, now: float, row: int, scored: Scored) -> Explanation:
+    def _term_heads(self, profile: Profile, rows: list[int]) -> Array:
+        """(3, n, m') float32: what each entry adds to each row through the learnt, co-occurrence and text heads."""
         m = self.matrix.arrays
-        sharp = float(m.scalar[kernels.SHARP])
-        bias = self._bias_parts(row, scored)
-        a_near, a_far, a_own = m.theta[kernels.T_TEXT : kernels.T_NEIGHBOUR].tolist()
-        phi, e = m.phi[row], m.e[row]
-        learnt = sharp * profile.wt * (m.y[profile.row] @ phi)
-        neighbour = np.zeros(len(profile.row), np.float32)
-        kernels.neighbour_terms(m, profile.row[: self.cooccurrence_history], np.int32(row), neighbour)
-        a_k = float(m.theta[kernels.T_NEIGHBOUR])
-        cooccurrence = sharp * a_k * profile.ck * neighbour * m.rec[row]["damping"]
+        sharp = np.float32(m.scalar[kernels.SHARP])
+        near = profile.row[: self.cooccurrence_history]
+        a_near, a_far, _ = m.theta[kernels.T_TEXT : kernels.T_NEIGHBOUR]
+        heads = np.zeros((3, len(rows), len(profile.row)), np.float32)
+        heads[0] = (m.phi[rows] @ m.y[profile.row].T) * profile.wt
+        for at, row in enumerate(rows):
+            kernels.neighbour_terms(m, near, np.int32(row), heads[1, at])
+        damping = m.rec["damping"][rows][:, None]
+        heads[1] *= profile.ck * (m.theta[kernels.T_NEIGHBOUR] * damping)
         weight = a_near * profile.text_coefficient[0] + a_far * profile.text_coefficient[1]
-        text = sharp * weight * ((m.e[profile.row] - m.mu) @ e)
-        total = learnt + cooccurrence + text
+        heads[2] = (m.e[rows] @ (m.e[profile.row] - m.mu).T) * weight
+        heads *= sharp
+        return heads
+
+    def _explain(self, user: User, profile: Profile, scored: Scored, heads: Array) -> Explanation:
+        """heads: (3, m') of this item."""
+        m = self.matrix.arrays
+        bias = self._bias_parts(scored.row, scored)
+        total = heads.sum(axis=0)
         terms = tuple(
-            Term(int(entry), float(learnt[q]), float(cooccurrence[q]), float(text[q]), float(total[q]))
-            for q, entry in enumerate(profile.entry)
+            Term(*values) for values in zip(profile.entry.tolist(), *heads.tolist(), total.tolist(), strict=True)
         )
-        comments = self._comment_terms(user, e, sharp * a_own)
+        own = float(m.scalar[kernels.SHARP] * m.theta[kernels.T_NEIGHBOUR - 1])
+        comments = self._comment_terms(user, m.e[scored.row], own)
         rest = scored.logit - bias.total - float(total.sum(dtype=np.float64)) - sum(comments)
-        return Explanation(scored.key, row, scored.logit, scored.score, bias, terms, comments, rest)
+        return Explanation(scored.key, scored.row, scored.logit, scored.score, bias, terms, comments, rest)
 
     def _bias_parts(self, row: int, scored: Scored) -> Bias:
         m = self.matrix.arrays

@@ -29,7 +29,8 @@ def vector_of(item: int, dim: int) -> Array:
     """(dim,) float32 unit vector of an item: its topic and something of its own."""
     rng = np.random.default_rng(item)
     vector = np.eye(dim)[item % 4] + 0.5 * rng.standard_normal(dim)
-    return (vector / np.linalg.norm(vector)).astype(np.float32)
+    unit: Array = (vector / np.linalg.norm(vector)).astype(np.float32)
+    return unit
 
 
 def enter_all(learner: Learner, items: int = ITEMS, late: int = 10) -> None:
