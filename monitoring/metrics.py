@@ -1,8 +1,11 @@
 """Every metric of a worker: name, meaning, unit and labels. Base units, classic histograms, no ids in labels."""
 
+import platform
+from importlib import metadata
 from typing import Final
 
 from prometheus_client import (
+    CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
     Gauge,
@@ -11,6 +14,7 @@ from prometheus_client import (
     Info,
     PlatformCollector,
     ProcessCollector,
+    generate_latest,
 )
 
 FAST_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -86,3 +90,8 @@ class Metrics:
         )  # fmt: skip
         self.erasures_total = Counter("headwater_erasures_total", "Users erased", registry=own)
         self.build = Info("headwater_build", "Versions of the running program", registry=own)
+        self.build.info({"version": metadata.version("headwater"), "python": platform.python_version()})
+
+    def render(self) -> tuple[bytes, str]:
+        """All metrics as Prometheus reads them, and their content type."""
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST

@@ -1,0 +1,107 @@
+"""Every metric of the public contract is there, in base units, without ids, and as promtool likes it."""
+
+import re
+import subprocess
+from typing import Any, Final
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from monitoring.metrics import Metrics
+from tests.promtool import promtool
+
+CONTRACT: Final = {  # name as exposed: its labels
+    "events_total": {"topic", "outcome"},
+    "stage_seconds": {"stage"},
+    "consumer_lag_records": {"kind"},
+    "event_time_lag_seconds": set(),
+    "freshness_seconds": {"topic"},
+    "encoder_batch_size": set(),
+    "encoder_texts_total": set(),
+    "dead_letters_total": {"topic", "reason"},
+    "state_rows": {"kind"},
+    "state_bytes": {"kind"},
+    "recommendation_seconds": set(),
+    "prequential_hit_ratio": {"model", "k"},
+    "prequential_ndcg": {"model", "k"},
+    "log_loss": set(),
+    "drift_detections_total": {"signal"},
+    "learning_rate": {"parameter"},
+    "checkpoint_info": {"encoder"},
+    "rebalances_total": set(),
+    "restore_seconds": {"kind"},
+    "erasures_total": set(),
+    "build_info": {"version", "python"},
+}
+UNITS_NOT_BASE: Final = re.compile(r"_(ms|milliseconds|minutes|hours|kb|mb|mib|percent|kilobytes|micros\w*)(_|$)")
+
+
+def exercised() -> Metrics:
+    """Every metric with a value, under some label."""
+    metrics = Metrics()
+    metrics.checkpoint.info({"encoder": "some-model:0123456789abcdef"})
+    for metric in list(vars(metrics).values()):
+        labels = getattr(metric, "_labelnames", ())
+        child: Any = metric.labels(*["some"] * len(labels)) if labels else metric
+        if hasattr(child, "observe"):
+            child.observe(0.1)
+        elif hasattr(child, "inc"):
+            child.inc()
+    return metrics
+
+
+def families() -> dict[str, Any]:
+    """The exposed metrics of ours, by name."""
+    found = text_string_to_metric_families(exercised().render()[0].decode())
+    return {family.name: family for family in found if family.name.startswith("headwater_")}
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_contract_metric_is_exposed_with_its_labels(name: str) -> None:
+    family = families()["headwater_" + name.removesuffix("_total")]
+    labels = set().union(*(sample.labels for sample in family.samples)) - {"le"}
+    assert labels == CONTRACT[name]
+    assert family.documentation
+
+
+def test_every_metric_of_ours_is_in_the_contract() -> None:
+    exposed = {name for name in families() if not name.endswith("_created")}
+    assert exposed == {"headwater_" + name.removesuffix("_total") for name in CONTRACT}
+
+
+def test_units_are_base_units_and_no_label_is_an_id() -> None:
+    for name, family in families().items():
+        assert not UNITS_NOT_BASE.search(name), name
+        for sample in family.samples:
+            assert not {label for label in sample.labels if label.endswith("id")}, name
+
+
+def test_histograms_are_classic_and_their_buckets_rise() -> None:
+    for name, family in families().items():
+        if family.type == "histogram":
+            edges = [float(s.labels["le"]) for s in family.samples if s.name.endswith("_bucket")]
+            assert edges == sorted(set(edges)), name
+            assert edges[-1] == float("inf")
+            assert len(edges) <= 16, f"{name}: each bucket is a series"
+
+
+def test_promtool_finds_nothing() -> None:
+    found = subprocess.run(
+        [promtool(), "check", "metrics"], input=exercised().render()[0], capture_output=True, check=False
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (0, b"", b"")
+
+
+def test_two_workers_in_a_process_keep_their_figures_apart() -> None:
+    one, other = Metrics(), Metrics(CollectorRegistry())
+    one.rebalances_total.inc()
+    assert one.registry.get_sample_value("headwater_rebalances_total") == 1
+    assert other.registry.get_sample_value("headwater_rebalances_total") == 0
+
+
+def test_process_and_version_are_told() -> None:
+    body, content_type = Metrics().render()
+    assert content_type.startswith("text/plain")
+    assert b"process_resident_memory_bytes" in body
+    assert re.search(rb'headwater_build_info\{.*version="\d', body)
