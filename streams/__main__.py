@@ -86,7 +86,9 @@ def worker() -> None:
     Example: `HEADWATER_BROKER=kafka:9092 HEADWATER_STATE_DIR=/var/lib/headwater headwater worker`
     """
     from streams import log
+    from streams.settings import one_thread_each
 
+    one_thread_each()
     settings = _load()
     log.set_up(settings.log_level, settings.log_format)
     with _faults():
@@ -193,6 +195,9 @@ def evaluate(
 
     Example: `headwater evaluate --items items.jsonl.gz --events events.jsonl.gz --report r.json`
     """
+    from streams.settings import one_thread_each
+
+    one_thread_each()
     settings = _load()
     with _faults():
         from model.encoder import Encoder

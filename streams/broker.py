@@ -73,8 +73,9 @@ class EmbeddedBroker:
             output = self.log_file.open("ab")
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=end_with_parent()
-            )
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=end_with_parent(),
+                start_new_session=True,  # a terminal's Ctrl-C is ours: clients stop before their broker
+            )  # fmt: skip
         finally:
             if not isinstance(output, int):
                 output.close()

@@ -34,6 +34,7 @@ READY_S_MAX: Final = 120.0  # model and kernels are loaded, and compiled at the 
 LEARNT_S_MAX: Final = 600.0  # without any progress
 STOP_S_MAX: Final = 15.0
 POLL_S: Final = 0.1
+LEARNT_POLL_S: Final = 0.3  # each look makes the worker compute its live figures
 LOG_LINES_SHOWN: Final = 15
 HTTP_TIMEOUT_S: Final = 15.0
 
@@ -112,7 +113,7 @@ class _Worker:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "streams", "worker"], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=environment({name: str(getattr(self.settings, name)) for name in names}),
-                preexec_fn=end_with_parent(),
+                preexec_fn=end_with_parent(), start_new_session=True,
             )  # fmt: skip
         self._console.print(f"worker: process {self._process.pid}, log in {self.log_file}")
         try:
@@ -276,7 +277,7 @@ class _Progress:
                     f"nothing was learnt for {LEARNT_S_MAX:.0f} s: {reached[0]} of {events} events and {reached[1]} of "
                     f"{items} items are applied; see {self._worker.log_file}"
                 )
-            time.sleep(POLL_S)
+            time.sleep(LEARNT_POLL_S)
 
 
 def _state(settings: Settings, worker: _Worker) -> Report:

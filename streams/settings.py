@@ -29,6 +29,7 @@ EMBEDDED_BROKER_PORT: Final = 9092  # where `headwater broker` listens, and a wo
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # what Kafka allows in topics and groups
 NAME_CHARS_MAX: Final = 128  # of a prefix or app id; Kafka's limit for a whole topic name is 249
 LOOPBACK_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
+THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 SASL_MECHANISMS: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
@@ -356,6 +357,14 @@ def is_default(name: str) -> bool:
 def environment(settings: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with settings (by field name) put in, for a child process."""
     return {**os.environ, **{PREFIX + name.upper(): value for name, value in settings.items()}}
+
+
+def one_thread_each() -> None:
+    """Matrix libraries of this process use one thread: the worker's own threads are the parallelism, and libraries
+    that spin beside them halve the speed. Works before numpy, scipy and torch are first imported; what is set stays.
+    """
+    for name in THREAD_VARIABLES:
+        os.environ.setdefault(name, "1")
 
 
 def kafka_test_dir() -> Path | None:
