@@ -43,12 +43,13 @@ def run(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--broker", default="embedded", help="embedded, or a running Kafka's HOST:PORT")
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder, _broker(asked.broker) as address:
+    with tempfile.TemporaryDirectory() as folder, broker_for(asked.broker) as address:
         return disturb(address, Path(folder), asked.kills, asked.seed, prefix=f"chaos-{asked.seed}-")
 
 
 @contextmanager
-def _broker(kind: str) -> Iterator[str]:
+def broker_for(kind: str) -> Iterator[str]:
+    """host:port: of an embedded broker for this block, or of the one that is named."""
     if kind != "embedded":
         yield kind
         return

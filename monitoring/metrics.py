@@ -18,7 +18,7 @@ from prometheus_client import (
 )
 
 FAST_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-FRESHNESS_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0, 600.0)
+FRESHNESS_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0, 600.0)
 RESTORE_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LOSS_BUCKETS: Final = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
@@ -49,6 +49,10 @@ class Metrics:
         )
         self.freshness_seconds = Histogram(
             "headwater_freshness_seconds", "From an event's publication to its visibility to a read", ["topic"],
+            buckets=FRESHNESS_BUCKETS_S, registry=own,
+        )  # fmt: skip
+        self.learnt_seconds = Histogram(
+            "headwater_learnt_seconds", "From an event's own time to its effect on the item matrix",
             buckets=FRESHNESS_BUCKETS_S, registry=own,
         )  # fmt: skip
         self.encoder_batch_size = Histogram(

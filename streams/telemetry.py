@@ -81,6 +81,9 @@ class Telemetry:
 
     def learnt(self, learnt: Sequence[Learnt], live: LiveMetrics, now: float) -> None:
         """Messages are in the item matrix."""
+        for one in learnt:
+            if one.examples:
+                self.metrics.learnt_seconds.observe(max(0.0, now - one.newest_ts))
         losses = [one.outcome.log_loss for one in learnt if one.outcome is not None]
         for values in losses:
             for value in values[~np.isnan(values)].tolist():

@@ -1,0 +1,72 @@
+"""The whole chain of one worker under Faust against the same chain under a plain consumer loop, draining a backlog."""
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+from bench import load
+from bench.chaos import broker_for
+from streams import topics
+from streams.broker import end_with_parent
+from streams.settings import Settings, environment
+
+DRAIN_S_MAX: Final = 900.0
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    """`python -m bench pipeline [--events N] [--items N] [--users N] [--rounds N] [--broker embedded|HOST:PORT]`"""
+    parser = argparse.ArgumentParser(prog="python -m bench pipeline")
+    parser.add_argument("--events", type=int, default=200_000)
+    parser.add_argument("--items", type=int, default=2_000)
+    parser.add_argument("--items-many", type=int, default=0, help="also with so many items, under Faust")
+    parser.add_argument("--users", type=int, default=50_000)
+    parser.add_argument("--rounds", type=int, default=1, help="of each way, in turn; the median counts")
+    parser.add_argument("--broker", default="embedded", help="embedded, or a running Kafka's HOST:PORT")
+    asked = parser.parse_args(arguments)
+    rounds: dict[str, list[dict[str, Any]]] = {"faust": [], "plain": []}
+    for n in range(asked.rounds):
+        for via in ("faust", "plain"):
+            rounds[via].append(drain(via, asked.broker, asked.events, asked.items, asked.users, f"{via}{n}-"))
+            print(json.dumps({"via": via, **rounds[via][-1]}), flush=True)
+    faust, plain = (statistics.median(r["events_per_s"] for r in rounds[via]) for via in ("faust", "plain"))
+    result: dict[str, Any] = {
+        "faust_events_per_s": faust, "plain_events_per_s": plain, "ratio": faust / plain,
+        "events": asked.events, "items": asked.items, "users": asked.users,
+        "examples": rounds["faust"][0]["examples"],
+        "stage_us_per_event": rounds["faust"][-1]["stage_us_per_event"],
+        "cpu_us_per_event": rounds["faust"][-1]["cpu_us_per_event"],
+    }  # fmt: skip
+    if asked.items_many:
+        many = drain("faust", asked.broker, asked.events, asked.items_many, asked.users, "many-")
+        print(json.dumps({"via": "faust", **many}), flush=True)
+        result |= {
+            "items_many": asked.items_many, "items_many_events_per_s": many["events_per_s"],
+            "items_many_ratio": many["events_per_s"] / faust,
+        }  # fmt: skip
+    return result
+
+
+def drain(via: str, broker: str, events: int, items: int, users: int, prefix: str) -> dict[str, Any]:
+    """One worker process from empty stores: all events are in the topics before it starts."""
+    with tempfile.TemporaryDirectory() as folder, broker_for(broker) as address:
+        told = {"broker": address, "topic_prefix": prefix, "app_id": "bench", "rank_sample": "0",
+                "state_dir": str(Path(folder) / "state"), "session_timeout_s": "10"}  # fmt: skip
+        settings = Settings(**told)
+        topics.ensure(settings)
+        asyncio.run(load.publish_items(settings, items))
+        asyncio.run(load.publish_events(settings, load.Stream(items, users), events))
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.drain", via, str(events), str(items)], env=environment(told),
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DRAIN_S_MAX,
+            check=False, preexec_fn=end_with_parent(),
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"the drain ended with {done.returncode}: {done.stderr[-2000:]}")
+        result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return result
