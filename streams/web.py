@@ -532,7 +532,8 @@ class HttpService(mode.Service):
             timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
-        self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]  # SIGTERM is Faust's
+        # SIGTERM stays Faust's.
+        self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http")
 
     async def on_stop(self) -> None:

@@ -22,6 +22,7 @@ TEXT_DIM: Final = 32
 PARTITIONS: Final = 4
 START_S: Final = 1_700_000_000.0
 TOPIC_CODES: Final = {"clicks": 0, "comments": 1}
+LIST: Final = 10  # first places that count as a hit
 GENRES: Final = {"space": "Orbit", "western": "Canyon", "romance": "Letter", "horror": "Cellar"}
 MOODS: Final = (
     "Quiet", "Last", "Golden", "Hidden", "Long", "Second", "Silver", "Burning", "Lost", "Distant", "Broken", "Blue",
@@ -59,7 +60,8 @@ class World:
         self.delay_s = 0.0
         self.failing_after: int | None = None
         self.clock_s = START_S
-        self.hit_ratio: dict[str, float | None] = {"model": None, "popularity": None}
+        self.rate = 12.0
+        self.hits: list[tuple[bool, bool]] = []  # the model's and popularity's, of each click that was ranked
         self.listeners: list[asyncio.Queue[dict[str, Any]]] = []
         config = LearnerConfig(dim=16, text_dim=TEXT_DIM, negatives=32, neighbours_max=32)
         self._learner = ItemLearner(config, TEXT_DIM)
@@ -145,10 +147,11 @@ class World:
     # -- the stream behind it
 
     def status(self) -> dict[str, Any]:
+        ratios = np.mean(self.hits or [(False, False)], axis=0).tolist()
         return {
-            "type": "status", "events_per_s": 12.0, "lag_records": 0, "lag_s": 0.0,
+            "type": "status", "events_per_s": self.rate, "lag_records": 0, "lag_s": 0.0,
             "positives": self._replica.positives, "items": self._replica.active_count,
-            "hit_ratio": self.hit_ratio,
+            "hit_ratio": dict(zip(("model", "popularity"), ratios, strict=True)),
         }  # fmt: skip
 
     def add_items(self, items: list[Item]) -> None:
@@ -167,7 +170,7 @@ class World:
             vector = encode(event.text) if isinstance(event, Comment) else None
             done = pipeline.learn_users(
                 partition, [SourceEvent(TOPIC_CODES[topic], offset, event, vector)],
-                lambda keys: [self._rows.get(key) for key in keys], EvidenceConfig(),
+                lambda keys: [self._rows.get(key) for key in keys], EvidenceConfig(rank_sample=1.0),
             )  # fmt: skip
             self._rows.update(done.rows)
             self._learn(done.messages)
@@ -185,7 +188,8 @@ class World:
     def tell(self, message: dict[str, Any]) -> None:
         """A message to every listener."""
         for queue in self.listeners:
-            queue.put_nowait(message)
+            if not queue.full():
+                queue.put_nowait(message)
 
     async def _later(self, topic: str, partition: int, offset: int, key: bytes, value: bytes) -> None:
         await asyncio.sleep(self.delay_s)
@@ -193,7 +197,11 @@ class World:
 
     def _learn(self, messages: list[bytes]) -> None:
         for message in messages:
-            self._learner.learn(self._examples_end, message)
+            outcome = self._learner.learn(self._examples_end, message).outcome
+            if outcome is not None:
+                ranked = ~np.isnan(outcome.rank)
+                model, popular = outcome.rank[ranked] <= LIST, outcome.pop_rank[ranked, -1] <= LIST
+                self.hits.extend(zip(model.tolist(), popular.tolist(), strict=True))
             self._examples_end += 1
         changed = self._learner.take_dirty()
         self._replica.apply((k, v) for k, v in changed.items() if k != pipeline.SOURCES_KEY)
