@@ -1,0 +1,189 @@
+"""The partition's promises through streams.kafka, on every broker that is here."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kafka import KafkaAdminClient
+from kafka.admin import ConfigResource, ConfigResourceType
+from kafka.structs import TopicPartition
+
+from state.changelog import Reader
+from state.partition import Fenced, Partition, PartitionFailedError, digest
+from state.store import RocksDisk
+from streams import topics
+from streams.kafka import ChangelogTopic, Producer
+from streams.settings import Settings
+from tests.kafka_node import KafkaNode
+
+MakeSettings = Callable[..., Settings]
+
+
+class KilledError(BaseException):
+    """The process ends here."""
+
+
+class Workers:
+    """Partitions over one changelog topic; each folder is a worker's disk."""
+
+    def __init__(self, settings: Settings, producer: Producer, folder: Path) -> None:
+        self.settings, self.producer, self.folder = settings, producer, folder
+        self.disk = RocksDisk()
+        self.out: list[bytes] = []
+        self.log = ChangelogTopic(settings.internal_topic("users-changelog"), 1, producer, settings.kafka_options())
+
+    def partition(self, worker: str, **more: Any) -> Partition:
+        async def publish(records: list[tuple[bytes, bytes]]) -> None:
+            await self.producer.send(self.settings.internal_topic("examples"), 0, records)
+            self.out.extend(value for _, value in records)
+
+        return Partition(
+            path=self.folder / worker, changelog=self.log, publish=publish, sources=("clicks",), disk=self.disk, **more
+        )
+
+    async def rows(self, stop: int) -> dict[bytes, bytes]:
+        """Rows that the changelog tells up to offset `stop`."""
+        reader, rows = Reader(), dict[bytes, bytes]()
+        async for batch in self.log.read(0, stop):
+            for record in batch:
+                accepted = reader.feed(record)
+                for key, row in accepted.rows.items() if accepted else ():
+                    if row is None:
+                        rows.pop(key, None)
+                    else:
+                        rows[key] = row
+        return rows
+
+
+@asynccontextmanager
+async def running(settings: Settings, folder: Path) -> AsyncIterator[Workers]:
+    """Topics and a producer for workers."""
+    topics.ensure(settings)
+    producer = Producer(settings.kafka_options())
+    await producer.start()
+    try:
+        yield Workers(settings, producer, folder)
+    finally:
+        await producer.stop()
+
+
+@pytest.fixture
+async def workers(broker: str, make_settings: MakeSettings, tmp_path: Path) -> AsyncIterator[Workers]:
+    async with running(make_settings(broker=broker), tmp_path) as started:
+        yield started
+
+
+def digest_after(last: int) -> str:
+    """Of the state after `add` of 0 to `last`."""
+    rows = {b"u%d" % (number % 7): b"%d" % number for number in range(last + 1)}
+    rows.update({b"n%d" % number: b"x" for number in range(last + 1)})
+    return digest(sorted(rows.items()), {"clicks": last})
+
+
+async def add(partition: Partition, first: int, count: int) -> None:
+    for number in range(first, first + count):
+        rows: dict[bytes, bytes | None] = {b"u%d" % (number % 7): b"%d" % number, b"gone": None, b"n%d" % number: b"x"}
+        await partition.flush(rows, [(b"k", b"%d" % number)], {"clicks": number})
+    await partition.drain()
+
+
+async def test_state_moves_between_workers_and_large_flushes_arrive(workers: Workers) -> None:
+    first = workers.partition("first")
+    assert (await first.open()).kind == "fresh"
+    await add(first, 0, 20)
+    large: dict[bytes, bytes | None] = {b"large%d" % n: bytes(3000) for n in range(1500)}
+    await first.flush(large, [], {"clicks": 20})
+    await first.drain()
+    expected = first.digest()
+    await first.close()
+    second = workers.partition("second")
+    report = await second.open()
+    assert (report.kind, report.base, report.applied) == ("fresh", (1, 22), {"clicks": 20})
+    assert second.digest() == expected
+    await add(second, 21, 5)
+    expected = second.digest()
+    while await second.sweep():
+        pass
+    await second.drain()
+    await second.close()
+    report = await first.open()
+    assert report.kind == "catchup"
+    assert first.digest() == expected
+    assert await workers.rows(await workers.log.append([(b"R" + bytes(9), None)])) == dict(first.items())
+    assert workers.out == [b"%d" % n for n in (*range(20), *range(21, 26))]
+    await first.close()
+
+
+async def test_zombie_is_fenced_and_changes_nothing(workers: Workers) -> None:
+    zombie, owner = workers.partition("zombie"), workers.partition("owner")
+    await zombie.open()
+    await add(zombie, 0, 5)
+    await owner.open()
+    with pytest.raises(Fenced):
+        await add(zombie, 5, 5)
+    await zombie.close()
+    await add(owner, 5, 10)
+    expected = owner.digest()
+    await owner.close()
+    assert (await zombie.open()).kind == "discard"
+    assert zombie.digest() == expected
+    await zombie.close()
+
+
+@pytest.mark.parametrize("step", ["write", "publish", "rows", "marker", "commit"])
+async def test_killed_worker_leaves_nothing_half_done(workers: Workers, step: str) -> None:
+    left = [4]
+
+    def crash(name: str) -> None:
+        left[0] -= name == step
+        if left[0] <= 0:
+            raise KilledError
+
+    killed = workers.partition("worker", crash=crash)
+    await killed.open()
+    with pytest.raises((KilledError, PartitionFailedError)):
+        await add(killed, 0, 20)
+    await killed.close()
+    again, other = workers.partition("worker"), workers.partition("other")
+    assert (await again.open()).kind == "same"
+    at = again.applied["clicks"]
+    assert at >= 2
+    await add(again, at + 1, 3)
+    await again.close()
+    await other.open()
+    assert other.applied == {"clicks": at + 3}
+    assert other.digest() == digest_after(at + 3)
+    assert [int(n) for n in dict.fromkeys(workers.out)] == list(range(at + 4))
+    await other.close()
+
+
+async def test_swept_head_is_deleted_from_a_real_log(
+    kafka_node: KafkaNode, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    async with running(make_settings(broker=kafka_node.address), tmp_path) as workers:
+        old, owner = workers.partition("old"), workers.partition("owner")
+        await old.open()
+        await add(old, 0, 5)
+        await old.close()
+        for first in (5, 10):
+            await owner.open()
+            await add(owner, first, 5)
+            while await owner.sweep():
+                pass
+            await owner.drain()
+            head = owner.truncatable_to
+            await owner.close()
+        assert head is not None
+        client = KafkaAdminClient(**workers.settings.kafka_options())
+        both = {"cleanup.policy": "compact,delete", "retention.ms": "-1"}  # a topic of "compact" alone refuses it
+        client.alter_configs([ConfigResource(ConfigResourceType.TOPIC, workers.log.topic, both)])
+        client.delete_records({TopicPartition(workers.log.topic, workers.log.partition): head})
+        client.close()
+        assert await workers.log.first() == head
+        for worker, kind in (("old", "discard"), ("new", "fresh"), ("owner", "catchup")):
+            partition = workers.partition(worker)
+            assert (await partition.open()).kind == kind
+            assert partition.digest() == digest_after(14)
+            await partition.close()
