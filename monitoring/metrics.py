@@ -18,7 +18,24 @@ from prometheus_client import (
 )
 
 FAST_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-FRESHNESS_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0, 600.0)
+FRESHNESS_BUCKETS_S: Final = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+    60.0,
+    600.0,
+)
 RESTORE_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LOSS_BUCKETS: Final = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
@@ -32,6 +49,13 @@ class Metrics:
         ProcessCollector(registry=own)
         PlatformCollector(registry=own)
         GCCollector(registry=own)
+        self._add_stream(own)
+        self._add_model(own)
+        self._add_state(own)
+        self.build = Info("headwater_build", "Versions of the running program", registry=own)
+        self.build.info({"version": metadata.version("headwater"), "python": platform.python_version()})
+
+    def _add_stream(self, own: CollectorRegistry) -> None:
         self.events_total = Counter(
             "headwater_events_total", "Records of the source topics, by what became of them", ["topic", "outcome"],
             registry=own,
@@ -62,11 +86,8 @@ class Metrics:
         self.dead_letters_total = Counter(
             "headwater_dead_letters_total", "Messages set aside, by reason", ["topic", "reason"], registry=own
         )
-        self.state_rows = Gauge("headwater_state_rows", "Rows of a kind of state, estimated", ["kind"], registry=own)
-        self.state_bytes = Gauge("headwater_state_bytes", "Bytes on disk of a kind of state", ["kind"], registry=own)
-        self.recommendation_seconds = Histogram(
-            "headwater_recommendation_seconds", "Time to make a list", buckets=FAST_BUCKETS_S, registry=own
-        )
+
+    def _add_model(self, own: CollectorRegistry) -> None:
         self.prequential_hit_ratio = Gauge(
             "headwater_prequential_hit_ratio", "Share of the newest targets that were in the model's first k",
             ["model", "k"], registry=own,
@@ -85,6 +106,13 @@ class Metrics:
         )  # fmt: skip
         self.learning_rate = Gauge("headwater_learning_rate", "Step sizes of the learner", ["parameter"], registry=own)
         self.checkpoint = Info("headwater_checkpoint", "The encoder in use", registry=own)
+
+    def _add_state(self, own: CollectorRegistry) -> None:
+        self.state_rows = Gauge("headwater_state_rows", "Rows of a kind of state, estimated", ["kind"], registry=own)
+        self.state_bytes = Gauge("headwater_state_bytes", "Bytes on disk of a kind of state", ["kind"], registry=own)
+        self.recommendation_seconds = Histogram(
+            "headwater_recommendation_seconds", "Time to make a list", buckets=FAST_BUCKETS_S, registry=own
+        )
         self.rebalances_total = Counter(
             "headwater_rebalances_total", "Times that partitions were shared out", registry=own
         )
@@ -93,8 +121,6 @@ class Metrics:
             registry=own,
         )  # fmt: skip
         self.erasures_total = Counter("headwater_erasures_total", "Users erased", registry=own)
-        self.build = Info("headwater_build", "Versions of the running program", registry=own)
-        self.build.info({"version": metadata.version("headwater"), "python": platform.python_version()})
 
     def render(self) -> tuple[bytes, str]:
         """All metrics as Prometheus reads them, and their content type."""
