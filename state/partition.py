@@ -147,7 +147,7 @@ class _Opened:
 
 
 class Partition:
-    """Store, outbox and changelog of one partition. One task at a time may call `flush`, `sweep`, `drain`, `close`.
+    """Store, outbox and changelog of one partition. One task at a time may call `flush`, `sweep` and `drain`.
 
     path: folder of this partition's store, its own.
     publish: appends downstream records in order and returns when all are acknowledged.
@@ -198,6 +198,7 @@ class Partition:
         self._repaired_by = 0  # the flush that carries the last repairs
         self._slot = 0  # of the next marker
         self._slot_bytes = 0  # appended since the slot began
+        self._opening = asyncio.Lock()
         self._writing: asyncio.Task[None] | None = None
         self._meta_lock = asyncio.Lock()  # held while a batch with META is on its way to disk
         self._under_way: deque[_Flush] = deque()
@@ -256,23 +257,24 @@ class Partition:
         Raises Fenced (somebody else claimed it meanwhile: try again if it is still ours), ChangelogLostError,
         SourcesError, ChangelogVersionError, StoreVersionError, StoreLockedError, StoreError, and what the log raises.
         """
-        assert self._store_or_none is None, f"{self.path} is open"
-        kind = reason = ""
-        while True:
-            try:
-                return await self._adopt(await self._find(), kind, reason)
-            except StoreCorruptError as error:
-                self._release()
-                if kind == "corrupt":
+        async with self._opening:
+            assert self._store_or_none is None, f"{self.path} is open"
+            kind = reason = ""
+            while True:
+                try:
+                    return await self._adopt(await self._find(), kind, reason)
+                except StoreCorruptError as error:
+                    self._release()
+                    if kind == "corrupt":
+                        raise
+                    kind, reason = "corrupt", str(error)
+                except _WorthlessError as error:
+                    self._release()
+                    kind, reason = kind or "discard", reason or str(error)
+                except BaseException:
+                    self._release()
                     raise
-                kind, reason = "corrupt", str(error)
-            except _WorthlessError as error:
-                self._release()
-                kind, reason = kind or "discard", reason or str(error)
-            except BaseException:
-                self._release()
-                raise
-            self._disk.wipe(self.path)
+                self._disk.wipe(self.path)
 
     async def flush(
         self,
@@ -329,9 +331,13 @@ class Partition:
         self._check_usable()
 
     async def close(self) -> None:
-        """Wait for the flushes on their way (or their failure, which is not raised), then release the disk."""
-        await self._settled()
-        self._release()
+        """Wait for the flushes on their way (or their failure, which is not raised), then release the disk.
+
+        During an `open` it waits for that to end; cancel the open to be quick.
+        """
+        async with self._opening:
+            await self._settled()
+            self._release()
 
     # -- opening
 

@@ -572,6 +572,26 @@ async def test_doubled_append_is_written_over() -> None:
 # -- failures
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_close_during_an_open_leaves_a_released_disk(cancelled: bool) -> None:
+    around = Surroundings()
+    partition = await around.opened()
+    await add_all(partition, range(9))
+    await partition.close()
+    opening = asyncio.ensure_future(partition.open())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    if cancelled:
+        opening.cancel()
+    await partition.close()
+    assert opening.done()
+    assert opening.cancelled() == cancelled
+    report = await partition.open()
+    assert report.kind == "same"
+    assert partition.digest() == digest_after(8)
+    await partition.close()
+
+
 async def test_failed_append_stops_the_partition_and_the_next_open_makes_it_good() -> None:
     around = Surroundings()
     partition = await around.opened()
