@@ -259,7 +259,7 @@ def state(user_id: UserId, as_json: Json = False) -> None:
         return
     plain = [[name, value] for name, value in told.items() if not isinstance(value, list | dict)]
     _table(["", f"user {user_id}"], [*plain, ["applied", _offsets(told["applied"])]])
-    events = told.get("events") or told.get("last_events") or []
+    events = told["last_events"]
     if events:
         names = list(dict.fromkeys(name for event in events for name in event))
         _table(names, [[event.get(name, "") for name in names] for event in events])

@@ -6,6 +6,7 @@ rate while the visitor acts, and every act is followed by a read that waits unti
 
 import asyncio
 import contextlib
+import gzip
 import json
 import signal
 import subprocess
@@ -182,23 +183,24 @@ def _learn(
     now: Callable[[], float],
 ) -> Report:  # fmt: skip
     """Replays, lets the visitor act, waits until all is learnt: the report."""
-    total = min(options.events or movielens.RATINGS, movielens.RATINGS)
+    items, ratings = _count(stream.items), _count(stream.events)
+    total = min(options.events or ratings, ratings)
     paced = min(PACED_EVENTS_MAX, total // 10)
     progress = _Progress(settings, worker)
     started = time.monotonic()
     with Bars() as bars:
         replay.replay(settings, stream.items, None, progress=bars.bytes_of)
-        progress.wait_until_learnt(0, movielens.FILMS)
+        progress.wait_until_learnt(0, items)
         full_started = time.monotonic()
         done = replay.replay(settings, None, stream.events, limit=total - paced, progress=bars.bytes_of)
-        progress.wait_until_learnt(done.events, movielens.FILMS, bars)
+        progress.wait_until_learnt(done.events, items, bars)
         full_seconds = time.monotonic() - full_started
     visitor = Visitor(settings.http_url(), stream.items, now)
     with _acting(visitor) as freshness:
         paced_done = replay.replay(
             settings, None, stream.events, skip=total - paced, limit=paced, events_per_s=PACED_EVENTS_PER_S
         )
-    progress.wait_until_learnt(total + freshness.published, movielens.FILMS)
+    progress.wait_until_learnt(total + freshness.published, items)
     seconds = time.monotonic() - started
     info = worker.get("/v1/model")  # before the visit below: the figures are the stream's
     visitor.visit(console)
@@ -213,6 +215,11 @@ def _learn(
         "freshness_ms": freshness.clicks_ms(), "comments_freshness_ms": freshness.comments_ms(),
         "state": _state(settings, worker),
     }  # fmt: skip
+
+
+def _count(path: Path) -> int:
+    with gzip.open(path) as lines:
+        return sum(1 for _ in lines)
 
 
 @contextlib.contextmanager

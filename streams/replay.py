@@ -6,6 +6,7 @@ reported by its number and skipped.
 
 import gzip
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -224,7 +225,7 @@ class _Lines:
                 stripped = line.strip()
                 if stripped:
                     yield number, stripped
-        except (OSError, EOFError) as problem:
+        except (OSError, EOFError, zlib.error) as problem:
             raise ReplayError(f"{self._path}: cannot be read to its end: {problem}") from problem
 
     def bytes_read(self) -> int:

@@ -1,0 +1,228 @@
+"""The command line: examples in every help, exit code 0 on success only, errors that say what to do."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from streams.__main__ import app
+
+COMMANDS = ("demo", "broker", "worker", "topics", "replay", "evaluate", "digest", "state", "recommend", "settings")
+APPLIED = {"clicks": [1, 41], "comments": [1, -1]}
+EXPLANATION = {
+    "bias": -2.0, "rest": 0.25,
+    "contributions": [
+        {"type": "click", "action": "like", "item_id": "i1", "ts": 1.0, "topic": "clicks", "partition": 1, "offset": 3,
+         "value": 1.5},
+    ],
+}  # fmt: skip
+ANSWERS: dict[str, Any] = {
+    "/v1/digest": {"partitions": [{"kind": "users", "partition": 1, "applied": {"clicks": 41}, "digest": "ab12"}]},
+    "/v1/users/a%2Fb%20c/state": {
+        "user_id": "a/b c", "events": 3, "positives": 2, "applied": APPLIED, "parts": [],
+        "last_events": [{"type": "click", "action": "like", "item_id": "i1", "ts": 1.0}],
+    },
+    "/v1/users/a%2Fb%20c/recommendations": {
+        "user_id": "a/b c", "applied": APPLIED,
+        "items": [{"item_id": "i7", "score": 0.125, "logit": -0.25, "text": "Seven", "explanation": EXPLANATION}],
+    },
+}  # fmt: skip
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        """The prepared answer of the path, or a problem."""
+        answer = ANSWERS.get(self.path.partition("?")[0])
+        problem = {"title": "Not ready", "detail": "partition 1 is being restored", "status": 503}
+        body = json.dumps(answer or problem).encode()
+        self.send_response(200 if answer else 503)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Silent."""
+
+
+@pytest.fixture
+def http_port() -> Iterator[int]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(clean_environment: None) -> None:
+    """Whatever the machine has set."""
+
+
+def run(*arguments: str, **settings: object) -> Any:
+    """The command's result, with settings in its environment."""
+    env = {f"HEADWATER_{name.upper()}": str(value) for name, value in settings.items()}
+    return CliRunner().invoke(app, list(arguments), env=env)
+
+
+def test_help_lists_every_command() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in COMMANDS:
+        assert f" {command} " in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_has_an_example(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.stdout
+    assert f"headwater {command}" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["topics", "digest", "worker"])
+def test_bad_settings_are_told_on_stderr(command: str) -> None:
+    result = run(command, partitions="none")
+    assert result.exit_code == 1
+    assert "HEADWATER_PARTITIONS='none'" in result.stderr
+    assert result.stdout == ""
+
+
+def test_topics_are_made_then_found_then_refused_with_other_partitions(broker: str) -> None:
+    own = {"broker": broker, "topic_prefix": f"cli-{len(broker)}-{broker[-2:]}.", "app_id": "cli"}
+    made = run("topics", "--json", **own)
+    assert made.exit_code == 0, made.output
+    assert {topic["state"] for topic in json.loads(made.stdout)} == {"created"}
+    table = run("topics", **own)
+    assert table.exit_code == 0
+    assert "as planned" in table.stdout
+    assert "720 h" in table.stdout
+    refused = run("topics", partitions=5, **own)
+    assert refused.exit_code == 1
+    assert "HEADWATER_PARTITIONS" in refused.stderr
+
+
+def test_replay_tells_bad_lines_and_exits_with_1(embedded_broker: str, tmp_path: Path) -> None:
+    items, events = tmp_path / "items.jsonl", tmp_path / "events.jsonl"
+    items.write_text('{"item_id": "a", "text": "A"}\n')
+    good = '{"type": "click", "user_id": "u", "item_id": "a", "action": "click", "ts": 1}\n'
+    events.write_text(good)
+    own = {"broker": embedded_broker, "topic_prefix": "cli-replay."}
+    assert run("topics", **own).exit_code == 0
+    files = ("--items", str(items), "--events", str(events))
+    clean = run("replay", *files, **own)
+    assert clean.exit_code == 0, clean.output
+    assert "1 items, 1 events" in clean.stdout
+    events.write_text(good + "{\n")
+    bad = run("replay", *files, "--speed", "1000", **own)
+    assert bad.exit_code == 1
+    assert f"{events}:2: not_json" in bad.stderr
+
+
+@pytest.mark.parametrize("speed", ["0", "-3", "fast"])
+def test_replay_refuses_a_speed_that_is_none(speed: str) -> None:
+    result = run("replay", "--items", "i", "--events", "e", "--speed", speed)
+    assert result.exit_code == 2
+    assert "number of events per second" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_no_broker_is_an_error_that_says_what_to_do(free_port: int) -> None:
+    result = run("topics", broker=f"127.0.0.1:{free_port}")
+    assert result.exit_code == 1
+    assert "headwater broker" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("digest",), ("state", "u"), ("recommend", "u")])
+def test_no_worker_is_an_error_that_says_what_to_do(arguments: tuple[str, ...], free_port: int) -> None:
+    result = run(*arguments, http_port=free_port)
+    assert result.exit_code == 1
+    assert "headwater worker" in result.stderr
+
+
+def test_problem_of_the_worker_is_told(http_port: int) -> None:
+    result = run("state", "someone", http_port=http_port)
+    assert result.exit_code == 1
+    assert "partition 1 is being restored" in result.stderr
+
+
+def test_digest_state_and_list_are_shown(http_port: int) -> None:
+    digest = run("digest", http_port=http_port)
+    assert digest.exit_code == 0, digest.output
+    assert "ab12" in digest.stdout
+    state = run("state", "a/b c", http_port=http_port)
+    assert state.exit_code == 0, state.output
+    assert "positives" in state.stdout
+    assert "like" in state.stdout
+    shown = run("recommend", "a/b c", "--explain", http_port=http_port)
+    assert shown.exit_code == 0, shown.output
+    assert "Seven" in shown.stdout
+    assert "like i1 +1.500" in shown.stdout
+    for command in (("digest",), ("state", "a/b c"), ("recommend", "a/b c")):
+        printed = run(*command, "--json", http_port=http_port)
+        assert json.loads(printed.stdout) in ANSWERS.values()
+
+
+def test_settings_are_listed_with_their_source(free_port: int) -> None:
+    lines = json.loads(run("settings", "--json", partitions=7).stdout)
+    assert lines["HEADWATER_PARTITIONS"]["value"] == "7"
+    assert lines["HEADWATER_PARTITIONS"]["source"] == "environment"
+    assert "HEADWATER_HTTP_PORT" in run("settings").stdout
+
+
+def test_broker_listens_until_sigterm_and_exits_with_0(free_port: int) -> None:
+    command = [sys.executable, "-m", "streams", "broker", "--port", str(free_port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert f"127.0.0.1:{free_port}" in process.stderr.readline()
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert second.returncode == 1
+        assert "--port" in second.stderr
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_broker_dies_with_a_killed_parent(free_port: int) -> None:
+    code = (
+        "import sys\nfrom streams.broker import EmbeddedBroker\n"
+        f"with EmbeddedBroker({free_port}) as broker:\n print(broker.pid, flush=True)\n sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+    ended = threading.Event()
+    for _ in range(200):
+        status = Path(f"/proc/{pid}/stat")
+        if not status.exists() or ") Z " in status.read_text():
+            return
+        ended.wait(0.05)
+    raise AssertionError(f"the broker, process {pid}, has outlived its parent")
+
+
+def test_evaluate_prints_the_figures_and_writes_the_report(tmp_path: Path) -> None:
+    items, events, report = tmp_path / "items.jsonl", tmp_path / "events.jsonl", tmp_path / "r.json"
+    items.write_text("".join(json.dumps({"item_id": f"i{n}", "text": f"Film {n}"}) + "\n" for n in range(30)))
+    clicks = (
+        {"type": "click", "user_id": f"u{n % 5}", "item_id": f"i{n % 30}", "action": "click", "ts": n}
+        for n in range(150)
+    )
+    events.write_text("".join(json.dumps(click) + "\n" for click in clicks))
+    files = ("--items", str(items), "--events", str(events))
+    result = run("evaluate", *files, "--report", str(report), "--baselines", "none")
+    assert result.exit_code == 0, result.output
+    assert "HR@10" in result.stdout
+    assert json.loads(report.read_text())["events"] == 150
+    unknown = run("evaluate", *files, "--baselines", "magic")
+    assert unknown.exit_code == 2
+    missing = run("evaluate", "--items", str(items), "--events", str(tmp_path / "none.jsonl"))
+    assert missing.exit_code == 1
+    assert "none.jsonl" in missing.stderr
