@@ -35,15 +35,17 @@ def run(args: list[str]) -> dict[str, Any]:
     """Measures with the installed weights, or with --model; --tiny for the tests."""
     parser = argparse.ArgumentParser(prog="python -m bench encode", description=__doc__)
     parser.add_argument("--texts", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="a few texts: shows that it runs, measures nothing")
     options = parser.parse_args(args)
-    return measure(12 if options.tiny else options.texts, options.model, options.seed)
+    count, rounds = (12, 1) if options.tiny else (options.texts, options.rounds)
+    return measure(count, rounds, options.model, options.seed)
 
 
-def measure(count: int, model: str, seed: int) -> dict[str, Any]:
-    """The figures of `count` texts. Raises AssertionError where the two sides disagree."""
+def measure(count: int, rounds: int, model: str, seed: int) -> dict[str, Any]:
+    """The figures of `count` texts, the best of some rounds. Raises AssertionError where the two sides disagree."""
     from sentence_transformers import SentenceTransformer
 
     from model.encoder import Encoder, EncoderConfig, locate
@@ -58,8 +60,13 @@ def measure(count: int, model: str, seed: int) -> dict[str, Any]:
 
     encoder.encode(texts[:4])
     refer(texts[:4])
-    vectors, ours_s = _timed(lambda: encoder.encode(texts))
-    expected, reference_s = _timed(lambda: refer(texts))
+    ours_s = reference_s = float("inf")
+    for _ in range(rounds):  # in turns, the best of each: a neighbour's burst of work hits either
+        vectors, seconds = _timed(lambda: encoder.encode(texts))
+        ours_s = min(ours_s, seconds)
+        expected, seconds = _timed(lambda: refer(texts))
+        reference_s = min(reference_s, seconds)
+    rows_mean = encoder.stats.rows_mean
     arrivals = texts[:ARRIVALS_MAX]
     _, arrivals_s = _timed(lambda: [refer([text]) for text in arrivals])
     singles_ms = [1e3 * _timed(lambda text=text: encoder.encode([text]))[1] for text in texts[:SINGLES_MAX]]
@@ -78,7 +85,7 @@ def measure(count: int, model: str, seed: int) -> dict[str, Any]:
             "p50": round(statistics.median(singles_ms), 2),
             "p99": round(float(np.percentile(singles_ms, 99)), 2),
         },
-        "rows_mean": round(encoder.stats.rows_mean, 1),
+        "rows_mean": round(rows_mean, 1),
         "cosine_min": round(cosine, 5),
         "result_hash": hashlib.blake2b(vectors.tobytes(), digest_size=8).hexdigest(),
     }

