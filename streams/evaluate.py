@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import json
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -111,7 +112,7 @@ def evaluate(
     run = Run(stream, encoder, evidence, config)
     if options.resume is not None:
         run.load(options.resume)
-    run.encode(options.cache, progress)
+    run.encode(options.until, options.cache, progress)
     warm_up(config)
     run.advance(options.until, progress)
     if options.checkpoint is not None:
@@ -135,7 +136,7 @@ def read_stream(items_path: Path, events_path: Path, evidence: EvidenceConfig) -
             items.append(item)
         else:
             rejects += 1
-    items.sort(key=lambda item: -np.inf if item.ts is None else item.ts)
+    items.sort(key=_entry_ts)
     events: list[Click | Comment] = []
     lines: list[int] = []
     for number, line in _lines(events_path, hasher):
@@ -169,12 +170,16 @@ def _lines(path: Path, hasher: Any) -> Iterator[tuple[int, bytes]]:
         raise StreamError(f"{path}: {problem}") from problem
 
 
+def _entry_ts(item: Item) -> float:
+    return -np.inf if item.ts is None else item.ts
+
+
 def _lay(items: Sequence[Item], events: Sequence[Click | Comment], evidence: EvidenceConfig) -> Trace:
     numbers: dict[str, int] = {}
     entered: list[float] = []
     for item in items:
         if numbers.setdefault(item.item_id, len(numbers)) == len(entered):
-            entered.append(-np.inf if item.ts is None else item.ts)
+            entered.append(_entry_ts(item))
     users: dict[str, int] = {}
     n = len(events)
     user, item_number = np.zeros(n, np.int32), np.zeros(n, np.int32)
@@ -220,20 +225,23 @@ class Run:
         self._position = 0  # in the examples log
         self._started = 0
         self._learner_rows: dict[bytes, bytes] = {}
-        self._item_vectors: list[F4 | None] = []
+        self._item_vectors: dict[int, F4 | None] = {}
         self._text_vectors: dict[int, F4] = {}
         self._timed: list[bytes] = []
+        self._clock = np.maximum.accumulate([event.ts for event in stream.events])  # (n,) highest ts so far
         self._probe = new_examples(config, 0)
         is_example = np.isin(stream.trace.kind, (SCORED, CREATED, LOW))
         ends = np.flatnonzero(np.cumsum(is_example) % examples.MESSAGE_EXAMPLES_MAX == 0)
         self._stops = np.append(ends[is_example[ends]] + 1, n)
 
-    def encode(self, cache_folder: Path | None, progress: Progress) -> None:
-        """Encodes what is still to come: texts of the items and of the events, each text once."""
-        items = self.stream.items
-        comments = [k for k in range(self.done, len(self.stream.events)) if isinstance(self.stream.events[k], Comment)]
+    def encode(self, until: int | None, cache_folder: Path | None, progress: Progress) -> None:
+        """Encodes what `advance` will need: the texts of items and events still to come, each text once."""
+        events = self.stream.events
+        stop = self._stop(until)
+        items = self.stream.items[self._entered : self._items_by(self._clock[stop - 1])]
+        comments = [k for k in range(self.done, stop) if isinstance(events[k], Comment)]
         texts = [item.text for item in items if item.text]
-        texts += [self.stream.events[k].text for k in comments]  # type: ignore[union-attr]
+        texts += [events[k].text for k in comments]  # type: ignore[union-attr]
 
         def encode(missing: list[str]) -> F4:
             return self._encoder.encode(missing)
@@ -246,7 +254,10 @@ class Run:
         else:
             vectors = VectorCache(cache_folder, self._encoder.name, self._encoder.dim).encode(texts, encode, show)
         rows = iter(vectors)
-        self._item_vectors = [self._item_vector(item, next(rows) if item.text else None) for item in items]
+        self._item_vectors = {
+            at: self._item_vector(item, next(rows) if item.text else None)
+            for at, item in enumerate(items, self._entered)
+        }
         self._text_vectors = dict(zip(comments, rows, strict=True))
 
     def _item_vector(self, item: Item, text_vector: F4 | None) -> F4 | None:
@@ -257,21 +268,20 @@ class Run:
 
     def advance(self, until: int | None, progress: Progress) -> None:
         """Tests and learns, message by message, up to the last one that ends at or before `until` events."""
-        n = len(self.stream.events)
-        until = n if until is None else min(until, n)
+        last = self._stop(until)
         self._started = self.done
-        stops = self._stops[(self._stops > self.done) & (self._stops <= until)].tolist()
+        stops = self._stops[(self._stops > self.done) & (self._stops <= last)].tolist()
         every = max(1, len(stops) // TIMED_MESSAGES)
         for number, stop in enumerate(stops):
             messages = self._step(stop)
             if number % every == 0:
                 self._timed += messages
-            progress("learn", stop, until)
+            progress("learn", stop, last)
 
     def _step(self, stop: int) -> list[bytes]:
         """Events done..stop: items that entered, then the fold, then the learner."""
         start = time.process_time()
-        entries = self._entries(self.stream.events[stop - 1].ts)
+        entries = self._entries(self._clock[stop - 1])
         catalogue = pipeline.learn_catalogue(PARTITION, entries, self._encoder.dim)
         sources = []
         for k in range(self.done, stop):
@@ -291,15 +301,19 @@ class Run:
         self.costs = Costs(self.costs.fold_s + folded - start, self.costs.learn_s + learnt_at - folded)
         return batch.messages
 
+    def _stop(self, until: int | None) -> int:
+        n = len(self.stream.events)
+        return n if until is None else max(self.done, min(until, n))
+
+    def _items_by(self, ts: float) -> int:
+        """How many item records are there by `ts`, of those in the order of entry."""
+        return bisect_right(self.stream.items, ts, key=_entry_ts)
+
     def _entries(self, ts: float) -> list[tuple[int, Any, F4 | None]]:
         """The next items whose records are there by `ts`; their offsets are their places in the order of entry."""
-        first, items = self._entered, self.stream.items
-        while self._entered < len(items):
-            entered = items[self._entered].ts
-            if entered is not None and entered > ts:
-                break
-            self._entered += 1
-        return [(at, items[at], self._item_vectors[at]) for at in range(first, self._entered)]
+        first = self._entered
+        self._entered = max(first, self._items_by(ts))
+        return [(at, self.stream.items[at], self._item_vectors[at]) for at in range(first, self._entered)]
 
     def _get_users(self, keys: list[bytes]) -> list[bytes | None]:
         return [self.users.get(key) for key in keys]

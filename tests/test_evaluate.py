@@ -129,7 +129,7 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def learnt(files: Files, encoder: FakeEncoder | None = None, config: LearnerConfig = CONFIG) -> tool.Run:
     """A run over the whole stream, before its report."""
     run = tool.Run(tool.read_stream(files.items, files.events, EVIDENCE), encoder or FakeEncoder(), EVIDENCE, config)
-    run.encode(None, lambda stage, done, total: None)
+    run.encode(None, None, lambda stage, done, total: None)
     run.advance(None, lambda stage, done, total: None)
     return run
 
@@ -378,6 +378,19 @@ def test_learner_ranks_every_test_among_the_protocols_candidates(tmp_path: Path)
     assert report["candidates_differ"] == 0
 
 
+def test_late_events_see_the_catalogue_of_the_newest_one(tmp_path: Path) -> None:
+    items, events = synthetic()
+    entered = {item["item_id"]: item.get("ts", 0.0) for item in items}
+    events = [event for event in events if entered.get(event.get("item_id", "i0"), np.inf) < event["ts"]]
+    for k, event in enumerate(events):
+        event["ts"] += 0.25
+        if k % 20 == 19:
+            event["ts"] -= 60.0
+    files = write(tmp_path, items, events)
+    assert files.run()["candidates_differ"] == 0
+    assert files.run(until=300)["events"] > 200
+
+
 def test_report_and_ranks_tell_the_same_figures(stream: Files, tmp_path: Path) -> None:
     report = stream.run(report=tmp_path / "r.json", ranks=tmp_path / "ranks.jsonl", baselines=("popularity",))
     assert json.loads((tmp_path / "r.json").read_text()) == report
@@ -486,6 +499,16 @@ def test_second_evaluation_encodes_nothing(stream: Files, tmp_path: Path) -> Non
     assert first.texts > 0
     assert second.texts == 0
     assert reports[0]["digest"] == reports[1]["digest"] == stream.run()["digest"]
+
+
+def test_stopped_run_encodes_only_what_it_reaches(stream: Files, tmp_path: Path) -> None:
+    whole, first, rest = FakeEncoder(), FakeEncoder(), FakeEncoder()
+    folder = tmp_path / "saved"
+    evaluate(stream.options(), whole, EVIDENCE, CONFIG)
+    evaluate(stream.options(until=200, checkpoint=folder), first, EVIDENCE, CONFIG)
+    evaluate(stream.options(resume=folder), rest, EVIDENCE, CONFIG)
+    assert 0 < first.texts < whole.texts
+    assert 0 < rest.texts < whole.texts
 
 
 def test_cache_keeps_encoders_apart_and_encodes_each_text_once(tmp_path: Path) -> None:
