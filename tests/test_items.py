@@ -1,3 +1,5 @@
+"""The item matrix: rows out, rows in, replicas, digest."""
+
 import struct
 from dataclasses import replace
 

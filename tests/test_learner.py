@@ -1,3 +1,5 @@
+"""The learner against slow float64 equations, and as a state machine: same log, same bytes."""
+
 import math
 from dataclasses import replace
 from typing import Any

@@ -1,3 +1,5 @@
+"""The user-side vectors against their definitions."""
+
 import numpy as np
 import pytest
 

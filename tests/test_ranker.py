@@ -1,3 +1,5 @@
+"""Lists against brute force, and explanations that add up."""
+
 from dataclasses import replace
 
 import numpy as np
