@@ -177,7 +177,7 @@ class Ranker:
         popularity, age, recency = (
             float(parts[list(group)].sum()) for group in (POPULARITY_FEATURES, AGE_FEATURES, RECENCY_FEATURES)
         )
-        calibration = scored.logit - sharp * float(self._raw[row])
+        calibration = scored.logit - sharp * float(self._score[row])
         total = constant + popularity + age + recency + calibration
         return Bias(constant, popularity, age, recency, calibration, total)
 
@@ -196,7 +196,7 @@ class Ranker:
         self._refresh(now)
         profile = profile_of(self.matrix, user, now, self.cooccurrence_history)
         rows = len(self.matrix)
-        self._raw = scores = self._score[:rows]
+        scores = self._score[:rows]
         near = self.cooccurrence_history
         mass, top = kernels.score_rows(
             self.matrix.arrays, rows, profile.row[:near], profile.ck[:near], profile.z, profile.v,
