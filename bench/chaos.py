@@ -248,4 +248,3 @@ async def _replay(settings: Settings) -> tuple[str, int]:
         learnt = learner.learn(record.offset, record.value)
         repeats += not learnt.examples and not learnt.entries
     return learner.learner.digest(), repeats
-

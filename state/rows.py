@@ -43,9 +43,7 @@ ACTIONS: Final = (
 )  # fmt: skip
 ACTION_CODES: Final = {name: code for code, name in enumerate(ACTIONS)}
 
-SLOT_DTYPE: Final = np.dtype(
-    [("key", "<i8"), ("ts", "<u4"), ("weight", "<f2"), ("action", "u1"), ("flags", "u1")]
-)
+SLOT_DTYPE: Final = np.dtype([("key", "<i8"), ("ts", "<u4"), ("weight", "<f2"), ("action", "u1"), ("flags", "u1")])
 
 assert HEADER.size == 32 and SLOT.size == SLOT_DTYPE.itemsize == 16
 assert len(ACTIONS) <= 256 and HISTORY_MAX <= 255, "both are stored in one byte"

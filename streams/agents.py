@@ -303,7 +303,7 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
     def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, Any]]:
         """Decodes, and starts the encoding of texts at once, ahead of their turn."""
         name = self.topics[topic]
-        decoded = codec.decode_batch("clicks" if name == "clicks" else "comments", records)
+        decoded: codec.Decoded[Any] = codec.decode_batch("clicks" if name == "clicks" else "comments", records)
         self.around.metrics.consumed(name, len(decoded.events), len(decoded.rejects))
         work: list[tuple[float, int, Any]] = []
         for event, record in zip(decoded.events, decoded.records, strict=True):
@@ -489,5 +489,3 @@ class LearnerKeeper(Keeper[bytes]):
         """As every keeper's, and the learner's thread ends."""
         await super().close()
         self._executor.shutdown()
-
-

@@ -19,7 +19,7 @@ _decode_member = msgspec.json.Decoder(dict[str, Any]).decode
 _decode_owners = msgspec.json.Decoder(dict[str, dict[str, str]]).decode
 
 
-class CopartitionedAssignor(AbstractPartitionAssignor):  # type: ignore[misc]
+class CopartitionedAssignor(AbstractPartitionAssignor):
     """Sticky by partition number: a member keeps what it had as far as the shares stay even.
 
     `owners` is {topic: {partition: url}} as of the last assignment, for all members of the group.

@@ -177,7 +177,7 @@ def _load_u32(typing: Any, address: Any) -> Any:
 
 
 @nb.njit(nogil=True, cache=True)
-def _half(bits: int) -> float:
+def _half(bits: int) -> np.float32:
     """The float of IEEE half-precision bits (no infinities or NaN: weights are finite)."""
     exponent = (bits >> 10) & 0x1F
     fraction = bits & 0x3FF
@@ -190,10 +190,10 @@ def _half(bits: int) -> float:
 
 
 @nb.njit(nogil=True, cache=True)
-def _unpack(
+def _unpack(  # type: ignore[no-untyped-def]
     buffer, address, at, count, partition, applied, item, label, ts, source, history_count, history_item, history_ts,
     history_weight, text_on, text, text_weight, ranked, seen_start, seen,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Bounds are checked before each section: returns (kept, bytes used), used = -1 when a section does not fit."""
     size = len(buffer)
     text_dim = text.shape[1]

@@ -58,9 +58,7 @@ class UserBatch(NamedTuple):
     unknown_actions: int
 
 
-def learn_users(
-    partition: int, events: Sequence[SourceEvent], get_many: GetMany, config: EvidenceConfig
-) -> UserBatch:
+def learn_users(partition: int, events: Sequence[SourceEvent], get_many: GetMany, config: EvidenceConfig) -> UserBatch:
     """Folds events, in order, into their users' rows: one example a behaviour that is new, its history as of before.
 
     A repeat of a (user, item) pair is counted, not learnt; a low rating is an example of label 0. A comment that
@@ -234,12 +232,11 @@ def learn_catalogue(
             continue
         unit = np.zeros(text_dim, np.float32) if vector is None else vector
         half = unit.astype("<f2").tobytes()
+        attributes = {name: value for name, value in (item.attributes or {}).items() if value is not None}
         changed[key] = rows.pack_catalogue(
-            rows.CatalogueRow(rows.CATALOGUE_VERSION, offset, item.text, dict(item.attributes or {}), item.ts, half)
+            rows.CatalogueRow(rows.CATALOGUE_VERSION, offset, item.text, attributes, item.ts, half)
         )
-        packed.append(
-            examples.ItemEntry(number, item.item_id, offset, item.text[:SNIPPET_CHARS_MAX], item.ts, half)
-        )
+        packed.append(examples.ItemEntry(number, item.item_id, offset, item.text[:SNIPPET_CHARS_MAX], item.ts, half))
     step = examples.MESSAGE_EXAMPLES_MAX
     return CatalogueBatch(
         changed, [examples.pack_items(partition, packed[a : a + step]) for a in range(0, len(packed), step)]

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from streams.assignor import CopartitionedAssignor, share
 
-MEMBERS = st.dictionaries(st.text("abcdefgh", min_size=1, max_size=3), st.lists(st.integers(0, 15)), min_size=1, max_size=6)
+MEMBERS = st.dictionaries(
+    st.text("abcdefgh", min_size=1, max_size=3), st.lists(st.integers(0, 15)), min_size=1, max_size=6
+)
 
 
 @given(st.integers(0, 12), MEMBERS)
