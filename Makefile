@@ -6,7 +6,6 @@ ARGS ?=
 NAME ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHON ?= python3
-export PIP_EXTRA_INDEX_URL
 
 .PHONY: help demo test check fix bench docs pins clean
 
