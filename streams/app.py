@@ -17,7 +17,7 @@ from aiokafka import TopicPartition
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer
 from faust.transport.utils import DefaultSchedulingStrategy
 
-from model.learner import warm_up
+from model import learner, ranker
 from streams import kafka
 from streams.assignor import CopartitionedAssignor
 from streams.settings import Settings
@@ -183,7 +183,8 @@ def build(settings: Settings, worker: Worker, source: FaustSource, assignor: Cop
         settings.app_id, broker=[f"kafka://{b}" for b in settings.bootstrap()], datadir=str(faust_dir),
         broker_credentials=_credentials(settings), topic_partitions=settings.partitions,
         topic_replication_factor=settings.replication, broker_session_timeout=settings.session_timeout_s,
-        broker_heartbeat_interval=settings.session_timeout_s / 3, broker_request_timeout=REQUEST_TIMEOUT_S,
+        broker_heartbeat_interval=settings.session_timeout_s / 3,
+        broker_request_timeout=max(REQUEST_TIMEOUT_S, 2 * settings.session_timeout_s),
         consumer_auto_offset_reset="earliest", consumer_max_fetch_size=kafka.FETCH_BYTES_MAX, web_enabled=False,
         topic_disable_leader=True, topic_allow_declare=False, stream_wait_empty=False,
         stream_buffer_maxsize=STREAM_SLICES_MAX, ConsumerScheduler=BatchScheduler,
@@ -233,10 +234,11 @@ def run(settings: Settings, now: Callable[[], float]) -> None:
     from streams.web import HttpService
 
     encoder = Encoder(settings.encoder, device=settings.device)
-    warm_up(settings.learner_config(encoder.dim))
+    learner.warm_up(settings.learner_config(encoder.dim))
     source = FaustSource()
     assignor = CopartitionedAssignor(settings.http_url())
     worker = Worker(settings, now, encoder, source, assignor.owner_of)
+    ranker.warm_up(worker.replica)
     app = build(settings, worker, source, assignor)
     http = HttpService(View(worker), settings)
     gc.collect()

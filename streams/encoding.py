@@ -12,7 +12,7 @@ from streams.events import Item
 
 F4: TypeAlias = npt.NDArray[np.float32]
 
-BATCH_TEXTS_MAX: Final = 256  # bounds how long the next text waits for the batch under way
+BATCH_TEXTS_MAX: Final = 64  # bounds how long the next text waits for the batch under way: some .3 s on one core
 
 
 class Encoder(Protocol):

@@ -27,7 +27,7 @@ class View:
         self.worker = worker
         self.partitions = worker.settings.partitions
         self.metrics: ServingMetrics = worker.metrics
-        self.ranker = Ranker(worker.replica)
+        self.ranker = Ranker(worker.replica, cooccurrence_history=worker.learner_config.cooccurrence_history)
         self._listeners: set[asyncio.Queue[dict[str, Any]]] = set()
         self._status_task: asyncio.Task[None] | None = None
         worker.watchers.append(self._watch)

@@ -66,10 +66,14 @@ class Worker:
         self.owner_of = owner_of
         self.metrics = Metrics()
         self.telemetry = Telemetry(self.metrics)
+        self.metrics.checkpoint.info({"encoder": encoder.name})
         self.options = settings.kafka_options()
         self.producer = kafka.Producer(self.options)
         self.encoding = Encoding(encoder, self.telemetry.encoded, now)
         self.learner_config = settings.learner_config(encoder.dim)
+        for parameter in ("phi", "y", "beta", "scale", "decay", "sharp"):
+            step = float(getattr(self.learner_config, f"lr_{parameter}"))
+            self.metrics.learning_rate.labels(parameter).set(step)
         self.replica = _matrix(self.learner_config)
         self.replica_applied = -1
         self.disk = RocksDisk(
@@ -108,8 +112,8 @@ class Worker:
         wanted = {self.kind_of(tp) for tp in tps if tp.topic in self.topic_kinds}
         self.telemetry.rebalanced()
         for key in [k for k in self.keepers if k not in wanted]:
-            self.opening.pop(key, None)
-            self._spawn(self.keepers.pop(key).close(), f"close-{key[0]}-{key[1]}")
+            closing = self._close(self.keepers.pop(key), self.opening.pop(key, None))
+            self._spawn(closing, f"close-{key[0]}-{key[1]}")
         for key in sorted(wanted):
             if key in self.keepers:
                 self.keepers[key].resume()
@@ -125,6 +129,12 @@ class Worker:
             await keeper.open()
         except Fenced:  # another claimant came in between: claim again, if it is still ours
             await self._reopen(keeper)
+
+    async def _close(self, keeper: Keeper[Any], opening: asyncio.Task[None] | None) -> None:
+        if opening is not None and not opening.done():
+            opening.cancel()
+            await asyncio.wait({opening})
+        await keeper.close()
 
     async def revoked(self) -> None:
         """Everything durable and committed; what stays ours is resumed by `assigned`."""
@@ -333,8 +343,8 @@ class Worker:
         self.stopping = True
         if self.keepers:
             await self.revoked()
-        for keeper in list(self.keepers.values()):
-            await keeper.close()
+        for key, keeper in list(self.keepers.items()):
+            await self._close(keeper, self.opening.get(key))
         self.keepers.clear()
         for task in list(self._tasks):
             task.cancel()
