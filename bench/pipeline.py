@@ -56,7 +56,7 @@ def drain(via: str, broker: str, events: int, items: int, users: int, prefix: st
     with tempfile.TemporaryDirectory() as folder, broker_for(broker) as address:
         told = {"broker": address, "topic_prefix": prefix, "app_id": "bench", "rank_sample": "0",
                 "state_dir": str(Path(folder) / "state"), "session_timeout_s": "60"}  # fmt: skip
-        settings = Settings(**told)
+        settings = Settings.model_validate(told)
         topics.ensure(settings)
         asyncio.run(load.publish_items(settings, items))
         with subprocess.Popen(

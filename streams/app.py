@@ -191,6 +191,16 @@ def build(settings: Settings, worker: Worker, source: FaustSource, assignor: Cop
     )  # fmt: skip
     app.transport.Consumer = SeekConsumer
     source.app = app
+    _add_agents(app, settings, worker)
+
+    @app.on_partitions_revoked.connect
+    async def revoked(sender: Any, tps: set[TP], **_: Any) -> None:
+        await worker.revoked()
+
+    return app
+
+
+def _add_agents(app: Any, settings: Settings, worker: Worker) -> None:
     schema = RawSchema(key_type=bytes, value_type=bytes)
 
     def agent(name: str, *topics: str) -> None:
@@ -206,12 +216,6 @@ def build(settings: Settings, worker: Worker, source: FaustSource, assignor: Cop
     agent("learn_users", settings.topic("clicks"), settings.topic("comments"))
     agent("catalogue", settings.topic("items"))
     agent("learn_items", settings.internal_topic("examples"))
-
-    @app.on_partitions_revoked.connect
-    async def revoked(sender: Any, tps: set[TP], **_: Any) -> None:
-        await worker.revoked()
-
-    return app
 
 
 class FaustWorker(faust.Worker):
