@@ -27,6 +27,7 @@ SLICE_RECORDS_MAX: Final = 1000  # records handed to an agent at once
 STREAM_SLICES_MAX: Final = 64  # slices that wait between the consumer and an agent
 FETCH_WAIT_MS: Final = 20  # Faust fixes 1,500; the embedded broker waits it out
 STOP_MAX_S: Final = 4.5  # then the process ends as by kill -9, which loses nothing
+LEAVE_MAX_S: Final = 2.0  # for what is left when all is durable: connections
 REQUEST_TIMEOUT_S: Final = 30.0
 assert SEEK_WAIT_MAX_S < REQUEST_TIMEOUT_S, "a seek that outlasts a request reads as a stop"
 
@@ -134,6 +135,14 @@ def _credentials(settings: Settings) -> Any:
     return None if context is None else faust.SSLCredentials(context=context)
 
 
+def _exit_after(seconds: float, code: int) -> threading.Timer:
+    """Ends the process then, unless it is cancelled or has ended by itself."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
 def build(settings: Settings, worker: Worker, source: FaustSource, assignor: CopartitionedAssignor) -> Any:
     """The Faust app whose three agents feed the worker."""
 
@@ -169,13 +178,12 @@ def build(settings: Settings, worker: Worker, source: FaustSource, assignor: Cop
             await super().on_start()
 
         async def on_stop(self) -> None:
-            watchdog = threading.Timer(STOP_MAX_S, lambda: os._exit(3))
-            watchdog.daemon = True
-            watchdog.start()
+            watchdog = _exit_after(STOP_MAX_S, 3)
             await worker.stop()
             await super().on_stop()
             await worker.producer.stop()
             watchdog.cancel()
+            _exit_after(LEAVE_MAX_S, int(self.crashed))  # a consumer whose broker is gone may never come back
 
     faust_dir = settings.state_dir / "faust"  # Faust keeps nothing there for an app without tables, but wants it
     faust_dir.mkdir(parents=True, exist_ok=True)
