@@ -36,6 +36,7 @@ BLOCK_TOKENS: Final = (
     8  # lengths of buckets are multiples of it, over 64 tokens of twice as many: padding against passes
 )
 BLOCK_SHORT_TOKENS_MAX: Final = 64
+WINDOW_DECAY: Final = 0.2  # of a window's weight, to the one before: a text says first what it is about
 WINDOWS_MAX: Final = 256  # of a text, 25,000 tokens: a longer one is read at so many places, evenly spread
 DIGEST_BYTES: Final = 16
 PROJECTIONS_MAX: Final = 8  # matrices kept: one a dimension of the items' own vectors
@@ -74,7 +75,7 @@ class EncoderStats:
 class _Window(NamedTuple):
     text: int  # its place among the texts of the call
     ids: list[int]
-    weight: int  # tokens that are not special
+    weight: float  # tokens that are not special, less by WINDOW_DECAY a window
 
 
 class Encoder:
@@ -117,7 +118,7 @@ class Encoder:
     def encode(self, texts: Sequence[str]) -> F4:
         """(n, dim) float32: unit vectors; zeros for a text without a token (empty, white space).
 
-        Text over a window's length is read in overlapping windows, pooled by their numbers of tokens.
+        Text over a window's length is read in overlapping windows, pooled by their numbers of tokens, the first ones most.
         """
         out = np.zeros((len(texts), self.dim), np.float32)
         with self._lock:
@@ -173,7 +174,7 @@ class Encoder:
         for window in self._windows(texts):
             buckets.setdefault(_padded(len(window.ids)), []).append(window)
         sums = np.zeros((len(texts), self.dim), np.float64)
-        parts: list[list[tuple[int, F4]]] = [[] for _ in texts]
+        parts: list[list[tuple[float, F4]]] = [[] for _ in texts]
         for length in sorted(buckets):
             rows_max = max(1, self.config.encode_tokens_max // length)
             windows = buckets[length]
@@ -194,10 +195,10 @@ class Encoder:
             pieces = [whole, *whole.overflowing]
             if len(pieces) > WINDOWS_MAX:
                 pieces = [pieces[i] for i in np.linspace(0, len(pieces) - 1, WINDOWS_MAX).round().astype(int)]
-            for piece in pieces:
-                weight = len(piece.ids) - sum(piece.special_tokens_mask)
-                if weight:
-                    yield _Window(at, piece.ids, weight)
+            for number, piece in enumerate(pieces):
+                tokens = len(piece.ids) - sum(piece.special_tokens_mask)
+                if tokens:
+                    yield _Window(at, piece.ids, tokens * WINDOW_DECAY**number)
 
     def _forward(self, windows: list[_Window], length: int, rows_max: int) -> F4:
         """(rows, dim): pooled, not normalised, of windows padded to `length` tokens."""
@@ -227,7 +228,15 @@ class Encoder:
         digest = hashlib.blake2b(digest_size=8)
         how = asdict(self.config)
         lengths = sorted({_padded(tokens) for tokens in range(1, self._window_tokens + 1)})
-        facts = [self._window_tokens, how["overlap_tokens"], WINDOWS_MAX, lengths, self._pooling, self.precision]
+        facts = [
+            self._window_tokens,
+            how["overlap_tokens"],
+            WINDOWS_MAX,
+            WINDOW_DECAY,
+            lengths,
+            self._pooling,
+            self.precision,
+        ]
         digest.update(json.dumps(facts).encode())
         digest.update(self._tokenizer.to_str().encode())
         for name, tensor in sorted(self._model.state_dict().items()):

@@ -175,8 +175,9 @@ class _UserFold:
         row.comments = rows.COMMENT.pack(position, ts, item, scale) + quantized.tobytes() + row.comments
         if len(row.comments) > size * rows.COMMENTS_MAX:
             oldest = row.comment_entries()[-1]
-            tail, row.tail_weight = texts.push_tail(row.tail_vector(), row.tail_weight, oldest.scale, oldest.vector)
-            row.tail = tail.tobytes()
+            if oldest.ts < ts:  # else it is not visible yet, as the tail always is: more texts at once than are kept
+                tail, row.tail_weight = texts.push_tail(row.tail_vector(), row.tail_weight, oldest.scale, oldest.vector)
+                row.tail = tail.tobytes()
             row.comments = row.comments[: size * rows.COMMENTS_MAX]
         self.text_visible_from = float("nan")
 

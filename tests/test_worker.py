@@ -1,0 +1,237 @@
+"""A real worker against a real broker: what outside clients publish ends in rows, lists and dead letters."""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from kafka import KafkaConsumer, KafkaProducer
+from kafka.structs import TopicPartition
+
+from bench import chaos
+from bench.deployment import Deployment, WorkerProcess
+from bench.load import partition_of
+from tests.kafka_node import KafkaNode
+
+FILMS = {
+    "alien": "Alien. A crew in deep space meets a creature that hunts them. horror, science fiction",
+    "blade": "Blade Runner. A detective hunts artificial humans in a dark future city. science fiction",
+    "amelie": "Amelie. A shy waitress in Paris mends the lives of others. romance, comedy",
+    "notebook": "The Notebook. A poor man and a rich woman fall in love one summer. romance, drama",
+}
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def deployment(broker: str, tmp_path: Path) -> Iterator[Deployment]:
+    made = Deployment(broker, tmp_path, topic_prefix=f"worker{next(_numbers)}-", partitions=2, rank_sample=1.0)
+    made.create_topics()
+    yield made
+    made.close()
+
+
+class Outside:
+    """kafka-python as somebody else's program: its own partitioner, its own consumer."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.settings = deployment.settings
+        self.producer = KafkaProducer(**self.settings.kafka_options())
+
+    def send(self, topic: str, key: str | None, value: Any) -> tuple[int, int]:
+        raw = value if isinstance(value, bytes) or value is None else json.dumps(value).encode()
+        sent = self.producer.send(self.settings.topic(topic), raw, key=key.encode() if key else None).get(timeout=10)
+        return sent.partition, sent.offset
+
+    def films(self) -> None:
+        for item_id, text in FILMS.items():
+            self.send("items", item_id, {"item_id": item_id, "text": text})
+
+    def read(self, topic: str, count: int) -> list[Any]:
+        """The first `count` records of a topic with one partition."""
+        options = {"enable_auto_commit": False, "auto_offset_reset": "earliest"}
+        consumer = KafkaConsumer(**self.settings.kafka_options(), **options)
+        try:
+            consumer.assign([TopicPartition(self.settings.topic(topic), 0)])
+            consumer.seek_to_beginning()
+            found: list[Any] = []
+            deadline = time.monotonic() + 30
+            while len(found) < count and time.monotonic() < deadline:
+                for records in consumer.poll(timeout_ms=500).values():
+                    found += records
+            return found
+        finally:
+            consumer.close()
+
+    def close(self) -> None:
+        self.producer.close()
+
+
+@pytest.fixture
+def outside(deployment: Deployment) -> Iterator[Outside]:
+    client = Outside(deployment)
+    yield client
+    client.close()
+
+
+def catalogue_known(worker: WorkerProcess, count: int) -> None:
+    worker.wait_until("the catalogue", lambda: worker.get("/v1/model")["replica"]["active"] >= count)
+
+
+def recommended(worker: WorkerProcess, user: str, **params: Any) -> list[str]:
+    answer = worker.get(f"/v1/users/{user}/recommendations", **params)
+    return [item["item_id"] for item in answer["items"]]
+
+
+def test_the_way_of_events_of_an_outside_producer(deployment: Deployment, outside: Outside) -> None:
+    """Clicks, a comment, items and poison: state, list, explanation and dead letters; then SIGTERM."""
+    worker = deployment.start_worker()
+    outside.films()
+    poison = {
+        "not_json": ("u", b"{broken"),
+        "key_mismatch": ("somebody", b'{"user_id": "u", "item_id": "alien", "action": "click"}'),
+        "missing_field": ("u", b'{"user_id": "u", "action": "click"}'),
+    }
+    at = {reason: outside.send("clicks", key, value) for reason, (key, value) in poison.items()}
+    outside.send("clicks", "u", {"user_id": "u", "item_id": "alien", "action": "click", "ts": time.time()})
+    partition, offset = outside.send("comments", "u", {"user_id": "u", "text": "more dark science fiction please"})
+    worker.wait_ready()
+    catalogue_known(worker, len(FILMS))
+
+    state = worker.get("/v1/users/u/state", at_least=f"comments:{partition}:{offset}")
+    assert {e["type"] for e in state["last_events"]} == {"click", "comment"}
+    answer = worker.get("/v1/users/u/recommendations", explain=True)
+    assert answer["items"][0]["item_id"] == "blade"
+    assert "alien" not in [item["item_id"] for item in answer["items"]]
+    for item in answer["items"]:
+        told = item["explanation"]
+        total = told["bias"] + sum(c["value"] for c in told["contributions"]) + told["rest"]
+        assert total == pytest.approx(item["logit"], abs=1e-4)
+        assert {c["offset"] for c in told["contributions"]} >= {offset}
+
+    letters = outside.read("clicks.dlq", len(poison))
+    found = {}
+    for letter in letters:
+        headers = dict(letter.headers)
+        assert headers["__streams.errors.topic"].decode() == outside.settings.topic("clicks")
+        place = (int(headers["__streams.errors.partition"]), int(headers["__streams.errors.offset"]))
+        reason = headers["__streams.errors.exception"].decode()
+        found[reason] = (place, letter.key.decode(), letter.value)
+    assert found == {reason: (at[reason], *poison[reason]) for reason in poison}
+
+    code, seconds = worker.stop()
+    assert code == 0, worker.tail()
+    assert seconds < 5
+
+
+def test_a_click_moves_the_list_and_a_withdrawn_item_leaves_it(deployment: Deployment, outside: Outside) -> None:
+    worker = deployment.start_worker()
+    outside.films()
+    worker.wait_ready()
+    catalogue_known(worker, len(FILMS))
+    before = recommended(worker, "v")
+    sent = worker.http.post(
+        "/v1/events", json=[{"type": "click", "user_id": "v", "item_id": "amelie", "action": "like"}]
+    )
+    assert sent.status_code == 202
+    (position,) = sent.json()["positions"]
+    after = recommended(worker, "v", at_least=position)
+    assert set(before) - set(after) == {"amelie"}
+    assert after[0] == "notebook"
+    outside.send("items", "notebook", None)
+    worker.wait_until("withdrawn", lambda: "notebook" not in recommended(worker, "v"))
+
+
+def test_a_killed_worker_goes_on_where_it_was(broker: str, tmp_path: Path) -> None:
+    """kill -9 in mid-stream, once with the disk deleted: rows, examples and item matrix as if nothing had been."""
+    found = chaos.disturb(broker, tmp_path, kills=3, seed=next(_numbers), prefix=f"kills{next(_numbers)}-")
+    assert found["rows_different"] == 0
+    assert found["examples"] > 100
+    assert found["examples_missing"] == found["examples_wrong"] == found["examples_doubled"] == 0
+    assert found["item_state_equal"]
+    assert found["exit_codes"] == [0, 0]
+
+
+def test_two_workers_share_users_and_answer_for_each_other(deployment: Deployment, outside: Outside) -> None:
+    """Any worker answers for any user; when one is killed, the other takes all its users over."""
+    outside.films()
+    one = deployment.start_worker("one")
+    one.wait_ready()
+    two = deployment.start_worker("two")
+    users = [f"user{n}" for n in range(12)]
+    places = {}
+    for user in users:
+        partition, offset = outside.send("clicks", user, {"user_id": user, "item_id": "alien", "action": "click"})
+        places[user] = f"clicks:{partition}:{offset}"
+    assert {partition_of(u.encode(), 2) for u in users} == {0, 1}
+
+    def shared() -> bool:
+        held = [set(w.applied("users")) for w in (one, two)]
+        return sorted(map(len, held)) == [1, 1] and held[0] | held[1] == {0, 1}
+
+    one.wait_until("two workers with one partition each", shared)
+
+    def answers(worker: WorkerProcess) -> bool:
+        return all(worker.get(f"/v1/users/{user}/state", at_least=places[user])["events"] == 1 for user in users)
+
+    for worker in (one, two):
+        worker.wait_until("all users from one worker", lambda w=worker: answers(w))  # type: ignore[misc]
+    two.kill()
+    one.wait_until("takeover", lambda: len(one.applied("users")) == 2 and answers(one))
+
+
+def test_a_request_is_answered_or_told_to_come_back_while_nothing_is_assigned(deployment: Deployment) -> None:
+    worker = deployment.start_worker()
+    seen: set[int] = set()
+
+    def ready() -> bool:
+        answer = worker.http.get("/v1/users/u/recommendations")
+        seen.add(answer.status_code)
+        if answer.status_code == 503:
+            assert int(answer.headers["retry-after"]) >= 1
+        return answer.status_code == 200
+
+    worker.wait_until("an answer", ready)
+    assert seen <= {200, 503}
+
+
+def test_what_kafkas_console_types_ends_in_state_list_and_dead_letters(kafka_node: KafkaNode, tmp_path: Path) -> None:
+    made = Deployment(kafka_node.address, tmp_path, topic_prefix="console-", partitions=2, rank_sample=1.0)
+    made.create_topics()
+    worker = made.start_worker()
+    try:
+        films = [f"{i}\t" + json.dumps({"item_id": i, "text": text}) for i, text in FILMS.items()]
+        kafka_node.type_records("console-items", films)
+        clicks = ['u\t{"user_id": "u", "item_id": "alien", "action": "click"}', "u\tthis is not an event"]
+        kafka_node.type_records("console-clicks", clicks)
+        kafka_node.type_records("console-comments", ['u\t{"user_id": "u", "text": "dark science fiction"}'])
+        worker.wait_ready()
+        catalogue_known(worker, len(FILMS))
+
+        def both() -> bool:
+            return bool(worker.get("/v1/users/u/state")["events"] == 2)
+
+        worker.wait_until("the click and the comment", both)
+        assert recommended(worker, "u")[0] == "blade"
+        (letter,) = kafka_node.read_records("console-clicks.dlq", 1)
+        assert "this is not an event" in letter
+        assert "__streams.errors.exception:not_json" in letter
+        assert worker.stop()[0] == 0
+    finally:
+        made.close()
+
+
+def test_metrics_and_health_of_a_running_worker(deployment: Deployment, outside: Outside) -> None:
+    worker = deployment.start_worker()
+    outside.films()
+    outside.send("clicks", "u", {"user_id": "u", "item_id": "alien", "action": "click", "ts": time.time()})
+    outside.send("clicks", "u", b"poison")
+    worker.wait_ready()
+    name = 'headwater_dead_letters_total{reason="not_json",topic="clicks"} 1.0'
+    worker.wait_until("the dead letter is counted", lambda: name in worker.http.get("/metrics").text)
+    text = worker.http.get("/metrics").text
+    assert 'headwater_events_total{outcome="accepted",topic="items"} 4.0' in text
+    assert httpx.get(f"{worker.settings.http_url()}/healthz", trust_env=False).json() == {"status": "ok"}
