@@ -16,6 +16,7 @@ from streams.settings import Fault, Settings
 UNKNOWN_TOPIC: Final = 3  # Kafka's error codes
 NO_ERROR: Final = 0
 BOOTSTRAP_WAIT_MS: Final = 5000
+KNOWN_WAIT_MS: Final = 20_000
 HOUR_MS: Final = 3_600_000
 REPLICATION_SAFE: Final = 3  # from this many copies on, an acknowledged record is on at least two brokers
 
@@ -98,6 +99,7 @@ def ensure(settings: Settings) -> list[Report]:
         found = _describe(client, topics)
         missing = [topic for topic in topics if topic.name not in found]
         created = _create(client, missing)
+        _wait_until_known(client, missing)
         found |= _describe(client, [topic for topic in missing if topic.name not in created])
         configs = _configs(client, [topic for topic in topics if topic.name not in created])
     finally:
@@ -173,6 +175,16 @@ def _create(client: KafkaAdminClient, topics: Sequence[Topic]) -> set[str]:
             ) from problem
         created.add(topic.name)
     return created
+
+
+def _wait_until_known(client: KafkaAdminClient, topics: Sequence[Topic]) -> None:
+    """A broker takes a topic before it knows it: until then clients, and the next `ensure`, do not find it."""
+    try:
+        client.wait_for_topics([topic.name for topic in topics], timeout_ms=KNOWN_WAIT_MS)
+    except KafkaError as problem:
+        raise TopicsError(
+            f"topics were made, but the broker does not show them: {problem}; run this again"
+        ) from problem
 
 
 def _configs(client: KafkaAdminClient, topics: Sequence[Topic]) -> dict[str, dict[str, str]]:
