@@ -118,7 +118,7 @@ class Encoder:
     def encode(self, texts: Sequence[str]) -> F4:
         """(n, dim) float32: unit vectors; zeros for a text without a token (empty, white space).
 
-        Text over a window's length is read in overlapping windows, pooled by their numbers of tokens, the first ones most.
+        Text over a window's length is read in overlapping windows, pooled by their numbers of tokens, the first most.
         """
         out = np.zeros((len(texts), self.dim), np.float32)
         with self._lock:

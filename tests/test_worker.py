@@ -1,5 +1,6 @@
 """A real worker against a real broker: what outside clients publish ends in rows, lists and dead letters."""
 
+import asyncio
 import itertools
 import json
 import time
@@ -9,12 +10,14 @@ from typing import Any
 
 import httpx
 import pytest
+from aiokafka import AIOKafkaProducer
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.structs import TopicPartition
 
 from bench import chaos
 from bench.deployment import Deployment, WorkerProcess
 from bench.load import partition_of
+from streams.settings import Settings
 from tests.kafka_node import KafkaNode
 
 FILMS = {
@@ -23,6 +26,7 @@ FILMS = {
     "amelie": "Amelie. A shy waitress in Paris mends the lives of others. romance, comedy",
     "notebook": "The Notebook. A poor man and a rich woman fall in love one summer. romance, drama",
 }
+TRANSACTIONS = 12
 _numbers = itertools.count()
 
 
@@ -222,6 +226,47 @@ def test_what_kafkas_console_types_ends_in_state_list_and_dead_letters(kafka_nod
         assert worker.stop()[0] == 0
     finally:
         made.close()
+
+
+def test_transactions_leave_legal_gaps_and_aborted_events_are_never_seen(kafka_node: KafkaNode, tmp_path: Path) -> None:
+    """One transaction in four is aborted, each is followed by a control record: offsets have gaps, no event is lost."""
+    made = Deployment(kafka_node.address, tmp_path, topic_prefix="transactions-", partitions=1, rank_sample=0.0)
+    made.create_topics()
+    worker = made.start_worker()
+    try:
+        asyncio.run(_transactions(made.settings))
+        worker.wait_ready()
+        committed = [n for n in range(TRANSACTIONS) if n % 4]
+        worker.wait_until("the last event", lambda: worker.get("/v1/users/last/state")["events"] == 1)
+        for n in range(TRANSACTIONS):
+            assert worker.get(f"/v1/users/user{n}/state")["events"] == (2 if n in committed else 0)
+        worker.kill()
+        again = made.start_worker()  # seeks into the middle of gaps
+        again.wait_ready()
+        asyncio.run(_transactions(made.settings, first=TRANSACTIONS))
+        again.wait_until("the last event again", lambda: again.get("/v1/users/last/state")["events"] == 2)
+        for n in range(2 * TRANSACTIONS):
+            assert again.get(f"/v1/users/user{n}/state")["events"] == (2 if n % 4 else 0)
+    finally:
+        made.close()
+
+
+async def _transactions(settings: Settings, first: int = 0) -> None:
+    producer = AIOKafkaProducer(**settings.kafka_options(), transactional_id=f"outside-{first}")
+    await producer.start()
+    try:
+        for n in range(first, first + TRANSACTIONS):
+            await producer.begin_transaction()
+            for item in ("alien", "blade"):
+                event = {"user_id": f"user{n}", "item_id": item, "action": "click"}
+                await producer.send_and_wait(settings.topic("clicks"), json.dumps(event).encode(), b"user%d" % n)
+            await (producer.commit_transaction() if n % 4 else producer.abort_transaction())
+        await producer.begin_transaction()
+        event = {"user_id": "last", "item_id": f"item{first}", "action": "click"}
+        await producer.send_and_wait(settings.topic("clicks"), json.dumps(event).encode(), b"last")
+        await producer.commit_transaction()
+    finally:
+        await producer.stop()
 
 
 def test_metrics_and_health_of_a_running_worker(deployment: Deployment, outside: Outside) -> None:
