@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from bench.deployment import Deployment, WorkerProcess
-from bench.load import partition_of
+from bench.load import publish
 from model.examples import new_examples
 from streams import examples, kafka
 from streams.broker import EmbeddedBroker
@@ -28,7 +28,7 @@ PARTITIONS: Final = 2
 USERS: Final = 60
 ITEMS: Final = 120
 EVENTS_PER_S: Final = 200.0
-TICK_S: Final = 0.02
+TICK_S: Final = 0.25  # the embedded broker slows down with the number of batches in a log, so few are laid
 SETTLED_S_MAX: Final = 180.0
 FIRST_TS: Final = 1.7e9
 
@@ -79,31 +79,28 @@ class Feed(threading.Thread):
         producer = kafka.Producer(self.settings.kafka_options())
         await producer.start()
         try:
-            for n in range(ITEMS):
-                text = " ".join(self.rng.sample(WORDS, 4))
-                await self._send(producer, "items", f"i{n}", {"item_id": f"i{n}", "text": text})
+            items = [{"item_id": f"i{n}", "text": " ".join(self.rng.sample(WORDS, 4))} for n in range(ITEMS)]
+            laid = [(item["item_id"].encode(), json.dumps(item).encode()) for item in items]
+            await publish(producer, self.settings, "items", laid)
             started = time.monotonic()
             while not self.enough.is_set():
                 due = int((time.monotonic() - started) * EVENTS_PER_S)
-                while self.published < due:
-                    await self._send(producer, *self._event(self.published))
-                    self.published += 1
+                batch = [self._event(n) for n in range(self.published, due)]
+                for topic in ("clicks", "comments"):
+                    of_topic = [(key, json.dumps(value).encode()) for t, key, value in batch if t == topic]
+                    await publish(producer, self.settings, topic, of_topic)
+                self.published = due
                 await asyncio.sleep(TICK_S)
         finally:
             await producer.stop()
 
-    def _event(self, n: int) -> tuple[str, str, dict[str, Any]]:
+    def _event(self, n: int) -> tuple[str, bytes, dict[str, Any]]:
         user, item, ts = f"u{self.rng.randrange(USERS)}", f"i{int(ITEMS * self.rng.random() ** 2)}", FIRST_TS + n
         if self.rng.random() < 0.03:
             text = " ".join(self.rng.choices(WORDS, k=5))
-            return "comments", user, {"user_id": user, "item_id": item, "text": text, "ts": ts}
+            return "comments", user.encode(), {"user_id": user, "item_id": item, "text": text, "ts": ts}
         action = "rating" if self.rng.random() < 0.2 else "click"
-        return "clicks", user, {"user_id": user, "item_id": item, "action": action, "value": 2, "ts": ts}
-
-    async def _send(self, producer: kafka.Producer, topic: str, key: str, value: dict[str, Any]) -> None:
-        number = partition_of(key.encode(), self.settings.partitions)
-        record = (key.encode(), json.dumps(value).encode())
-        await producer.send(self.settings.topic(topic), number, [record])
+        return "clicks", user.encode(), {"user_id": user, "item_id": item, "action": action, "value": 2, "ts": ts}
 
 
 def disturb(broker: str, folder: Path, kills: int, seed: int, prefix: str) -> dict[str, Any]:
@@ -179,7 +176,11 @@ def _settled(worker: WorkerProcess, ends: dict[tuple[str, int], int]) -> list[di
         end = asyncio.run(kafka.log_end(worker.settings.kafka_options(), topic, 0))
         return bool(learner["applied"]["examples"] + 1 >= end)
 
-    worker.wait_until("all applied and learnt", settled, SETTLED_S_MAX)
+    try:
+        worker.wait_until("all applied and learnt", settled, SETTLED_S_MAX)
+    except TimeoutError as late:
+        reached = {(d["kind"], d["partition"]): d["applied"] for d in told}
+        raise TimeoutError(f"the worker stands at {reached}, the logs end at {ends}: {late}") from late
     return worker.digests()
 
 

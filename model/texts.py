@@ -1,4 +1,4 @@
-"""What a user wrote, as a decayed sum of unit vectors (QUALITY: zX = .9-per-text decayed mean).
+"""What a user wrote, as a decayed sum of unit vectors (z's text part: .9-per-text decayed mean).
 
 With v_0 the newest visible text, S = sum_k g^k v_k and its weight q = sum_k g^k: the example carries S / q and q.
 Vectors are kept as int8 with one scale each; cosine to the float vector is above .9999.

@@ -32,7 +32,7 @@ from state import rows
 MESSAGE_VERSION: Final = 1
 KIND_EXAMPLES: Final = 1
 KIND_ITEMS: Final = 2
-MESSAGE_EXAMPLES_MAX: Final = 64  # examples a message: the micro-batch (QUALITY: 64 costs 1 % against 1)
+MESSAGE_EXAMPLES_MAX: Final = 64  # examples a message: the micro-batch; 64 costs 1 % of the hits against 1
 
 FLAG_TEXT: Final = 1
 FLAG_RANKED: Final = 2

@@ -170,7 +170,7 @@ class consumer:  # noqa: N801  (a context manager, used as one)
 async def first_at_or_after(options: Mapping[str, Any], topic: str, partition: int, offset: int) -> tuple[int, int]:
     """(offset of the first committed record at or after `offset`, where the log begins).
 
-    Tells a legal gap (control records, aborted transactions, compaction) from a hole: see DESIGN in ARCHITECTURE.md.
+    Tells a legal gap (control records, aborted transactions, compaction) from a hole: see ARCHITECTURE.md.
     Waits until there is such a record.
     """
     tp = TopicPartition(topic, partition)

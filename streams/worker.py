@@ -115,10 +115,10 @@ class Worker:
             closing = self._close(self.keepers.pop(key), self.opening.pop(key, None))
             self._spawn(closing, f"close-{key[0]}-{key[1]}")
         for key in sorted(wanted):
-            if key in self.keepers:
-                self.keepers[key].resume()
-            else:
+            if key not in self.keepers:
                 self._open(key)
+            elif self.open_keeper(*key) is not None:  # else it opens still, and resumes by itself
+                self.keepers[key].resume()
 
     def _open(self, key: tuple[str, int]) -> None:
         keeper = self.keepers[key] = self._new_keeper(*key)
