@@ -16,6 +16,7 @@ import mode
 from aiokafka import TopicPartition
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer
 from faust.transport.utils import DefaultSchedulingStrategy
+from faust.types import tuples as faust_tuples
 
 from model import learner, ranker
 from streams import kafka
@@ -79,7 +80,10 @@ class RawSchema(faust.Schema):
 
 
 class FaustSource:
-    """Faust's consumer, as the worker sees it. Faust's private parts are used here and nowhere else."""
+    """Faust's consumer, as the worker sees it. Faust's private parts are used here and nowhere else.
+
+    Its TP is equal to ours, but Faust asserts its own class.
+    """
 
     def __init__(self) -> None:
         self.app: Any = None
@@ -95,19 +99,19 @@ class FaustSource:
 
     async def seek(self, targets: Mapping[TP, int]) -> None:
         """Reads on from these offsets."""
-        await self.app.consumer.seek_wait(targets)
+        await self.app.consumer.seek_wait({faust_tuples.TP(*tp): offset for tp, offset in targets.items()})
 
     def pause(self, tps: Iterable[TP]) -> None:
         """No more of these for now."""
-        self.app.consumer.pause_partitions(tps)
+        self.app.consumer.pause_partitions({faust_tuples.TP(*tp) for tp in tps})
 
     def resume(self, tps: Iterable[TP]) -> None:
         """More of these again."""
-        self.app.consumer.resume_partitions(tps)
+        self.app.consumer.resume_partitions({faust_tuples.TP(*tp) for tp in tps})
 
     async def commit(self, offsets: Mapping[TP, int]) -> None:
         """Exact offsets, of partitions that are ours. Never call with none: an empty commit crashes Faust."""
-        await self.app.consumer._commit(offsets)
+        await self.app.consumer._commit({faust_tuples.TP(*tp): offset for tp, offset in offsets.items()})
 
     def end_of(self, topic: str, partition: int) -> int | None:
         """Where the log ends for us (its last stable offset), as the last fetch told; None: not known yet."""

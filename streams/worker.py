@@ -92,6 +92,7 @@ class Worker:
         }
         self._commits: dict[TP, int] = {}
         self._paused: set[TP] = set()
+        self._reading_again: set[TP] = set()  # sought back: what comes from beyond is dropped until then
         self._tasks: set[asyncio.Task[Any]] = set()
         self.source: Source = source
         self.around = Surroundings(
@@ -111,6 +112,7 @@ class Worker:
         """Opens what is new, resumes what stays, closes what has gone to another worker."""
         wanted = {self.kind_of(tp) for tp in tps if tp.topic in self.topic_kinds}
         self.telemetry.rebalanced()
+        self._reading_again.clear()
         for key in [k for k in self.keepers if k not in wanted]:
             closing = self._close(self.keepers.pop(key), self.opening.pop(key, None))
             self._spawn(closing, f"close-{key[0]}-{key[1]}")
@@ -206,13 +208,21 @@ class Worker:
         if keeper is None or opening is None or not opening.done():
             return
         opening.result()
+        if tp in self._reading_again:
+            if records[0].offset > keeper.inbox.sources[topic].expected:
+                return  # on its way when we sought back
+            self._reading_again.discard(tp)
         back = await keeper.offer(topic, records)
         if back is not None:
             log.warning("hole in a source log; reading again", topic=topic, partition=partition, offset=back)
-            await self.source.seek({tp: back})
+            await self._read_again(tp, back)
         elif keeper.is_full(topic):
             self.source.pause({tp})
             self._paused.add(tp)
+
+    async def _read_again(self, tp: TP, offset: int) -> None:
+        self._reading_again.add(tp)
+        await self.source.seek({tp: offset})
 
     async def seek(self, tps: set[TP]) -> None:
         """Reads each from just after what its keeper has applied; those that still open follow by themselves."""
@@ -326,8 +336,12 @@ class Worker:
             keeper = self.keepers.get(self.kind_of(tp))
             if keeper is None or tp.topic not in keeper.inbox.sources or keeper.is_low(tp.topic):
                 self._paused.discard(tp)
-                if tp in self.source.assignment():
-                    self.source.resume({tp})
+                if tp not in self.source.assignment():
+                    continue
+                if keeper is not None and tp.topic in keeper.inbox.sources:
+                    # Faust drops what it has fetched of a paused partition.
+                    await self._read_again(tp, keeper.inbox.sources[tp.topic].expected)
+                self.source.resume({tp})
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         try:

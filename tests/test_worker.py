@@ -14,9 +14,10 @@ from aiokafka import AIOKafkaProducer
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.structs import TopicPartition
 
-from bench import chaos
+from bench import chaos, load
 from bench.deployment import Deployment, WorkerProcess
 from bench.load import partition_of
+from streams.agents import INBOX_RECORDS_MAX
 from streams.settings import Settings
 from tests.kafka_node import KafkaNode
 
@@ -267,6 +268,21 @@ async def _transactions(settings: Settings, first: int = 0) -> None:
         await producer.commit_transaction()
     finally:
         await producer.stop()
+
+
+def test_a_backlog_above_the_inbox_pauses_the_partition_and_is_worked_off(broker: str, tmp_path: Path) -> None:
+    made = Deployment(broker, tmp_path, topic_prefix=f"backlog{next(_numbers)}-", partitions=1, rank_sample=0.0)
+    made.create_topics()
+    count = INBOX_RECORDS_MAX + 5_000
+    asyncio.run(load.publish_items(made.settings, 50))
+    asyncio.run(load.publish_events(made.settings, load.Stream(50, 500), count))
+    worker = made.start_worker()
+    try:
+        worker.wait_ready()
+        worker.wait_until("the backlog", lambda: worker.applied("users")[0].get("clicks", -1) == count - 1)
+        assert worker.stop()[0] == 0
+    finally:
+        made.close()
 
 
 def test_metrics_and_health_of_a_running_worker(deployment: Deployment, outside: Outside) -> None:
