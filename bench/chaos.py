@@ -106,7 +106,8 @@ class Feed(threading.Thread):
 def disturb(broker: str, folder: Path, kills: int, seed: int, prefix: str) -> dict[str, Any]:
     """Kills the worker `kills` times at random moments, every third time with its state folder deleted."""
     rng = random.Random(seed)
-    settings = {"topic_prefix": prefix, "partitions": PARTITIONS, "rank_sample": 0.1}
+    # The feed lays a batch a topic: a comment may come a quarter of a second after later clicks. The hold covers it.
+    settings = {"topic_prefix": prefix, "partitions": PARTITIONS, "rank_sample": 0.1, "merge_hold_ms": 1000.0}
     chaos = Deployment(broker, folder / "chaos", app_id="chaos", **settings)
     calm = Deployment(broker, folder / "calm", app_id="calm", **settings)
     started = time.monotonic()
