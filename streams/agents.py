@@ -335,8 +335,8 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
             batch = pipeline.learn_users(self.number, events, self.cache.get_many, self.around.evidence)
         with metrics.stage("user_flush"):
             downstream = [(b"%d" % self.number, message) for message in batch.messages]
+            self.cache.put_many(batch.rows)  # first: `applied` moves inside the flush, and no read may lag behind it
             await self.partition.flush(dict(batch.rows), downstream, self._advanced(entries))
-            self.cache.put_many(batch.rows)
         now = self.around.now()
         metrics.users_learnt(events, stamps, batch, now)
         for event in events[-SHOWN_EVENTS_MAX:]:
