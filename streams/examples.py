@@ -33,6 +33,7 @@ MESSAGE_VERSION: Final = 1
 KIND_EXAMPLES: Final = 1
 KIND_ITEMS: Final = 2
 MESSAGE_EXAMPLES_MAX: Final = 64  # examples a message: the micro-batch; 64 costs 1 % of the hits against 1
+MESSAGE_BYTES_MAX: Final = 400_000  # of examples in a message: ranked ones of heavy users are large; a batch is 512 KiB
 
 FLAG_TEXT: Final = 1
 FLAG_RANKED: Final = 2
@@ -88,6 +89,20 @@ def pack_examples(partition: int, examples: list[bytes]) -> bytes:
     """One message of up to MESSAGE_EXAMPLES_MAX packed examples."""
     assert 0 < len(examples) <= MESSAGE_EXAMPLES_MAX
     return HEADER.pack(MESSAGE_VERSION, KIND_EXAMPLES, partition, len(examples), 0) + b"".join(examples)
+
+
+def pack_messages(partition: int, packed: list[bytes]) -> list[bytes]:
+    """Messages of packed examples, in order: MESSAGE_EXAMPLES_MAX each at most, and MESSAGE_BYTES_MAX."""
+    messages: list[bytes] = []
+    start = size = 0
+    for at, example in enumerate(packed):
+        if at - start == MESSAGE_EXAMPLES_MAX or (at > start and size + len(example) > MESSAGE_BYTES_MAX):
+            messages.append(pack_examples(partition, packed[start:at]))
+            start, size = at, 0
+        size += len(example)
+    if packed:
+        messages.append(pack_examples(partition, packed[start:]))
+    return messages
 
 
 def pack_items(partition: int, entries: list[ItemEntry]) -> bytes:

@@ -98,8 +98,7 @@ def learn_users(partition: int, events: Sequence[SourceEvent], get_many: GetMany
         if example:
             packed.append(example)
             positives += example[24]
-    step = examples.MESSAGE_EXAMPLES_MAX
-    messages = [examples.pack_examples(partition, packed[a : a + step]) for a in range(0, len(packed), step)]
+    messages = examples.pack_messages(partition, packed)
     changed = {key: rows.pack(folds[user].row) for user, key in zip(users, keys, strict=True)}
     return UserBatch(changed, messages, len(packed), positives, unknown)
 

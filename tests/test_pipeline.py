@@ -15,6 +15,7 @@ from state import rows
 from streams import examples, pipeline
 from streams.events import Click, Comment, Item, Withdrawn
 from streams.examples import CLICKS, COMMENTS, item_key
+from streams.kafka import BATCH_BYTES_MAX
 from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
 
 DIM = 24
@@ -210,6 +211,15 @@ def test_torn_messages_raise_and_touch_nothing_outside(noise: bytes, count: int)
     except ValueError:
         return
     assert batch.count <= count
+
+
+def test_messages_are_bounded_in_examples_and_in_bytes() -> None:
+    small = examples.pack_messages(0, [b"x" * 40] * (2 * examples.MESSAGE_EXAMPLES_MAX + 1))
+    assert [examples.read_header(m)[2] for m in small] == [64, 64, 1]
+    large = examples.pack_messages(0, [b"x" * 35_000] * 30)
+    assert sum(examples.read_header(m)[2] for m in large) == 30
+    assert max(map(len, large)) <= examples.MESSAGE_BYTES_MAX + examples.HEADER.size < BATCH_BYTES_MAX
+    assert examples.pack_messages(0, []) == []
 
 
 def test_every_cut_of_a_message_is_refused() -> None:
