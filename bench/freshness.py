@@ -91,7 +91,7 @@ async def _probe(
     event |= {"text": f"what a river, number {n}"} if text else {"action": "click"}
     topic = worker.settings.topic("comments" if text else "clicks")
     started = time.monotonic()
-    partition = load.partition_of(user.encode(), worker.settings.partitions)
+    partition = kafka.partition_of(user.encode(), worker.settings.partitions)
     offset = await producer.send(topic, partition, [(user.encode(), json.dumps(event).encode())])
     wait = f"{'comments' if text else 'clicks'}:{partition}:{offset}"
     answer = await http.get(f"/v1/users/{user}/state", params={"at_least": wait})

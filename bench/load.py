@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from aiokafka.partitioner import murmur2
 
 from streams import kafka
 from streams.settings import Settings
@@ -61,16 +60,11 @@ def item_records(count: int) -> Iterator[tuple[bytes, bytes]]:
         yield b"i%d" % n, json.dumps({"item_id": f"i{n}", "text": "", "vector": vector}).encode()
 
 
-def partition_of(key: bytes, partitions: int) -> int:
-    """Kafka's default: murmur2 of the key."""
-    return int((murmur2(key) & 0x7FFFFFFF) % partitions)
-
-
 async def publish(producer: kafka.Producer, settings: Settings, topic: str, records: list[tuple[bytes, bytes]]) -> None:
     """Appends records to their keys' partitions, all acknowledged."""
     parts: dict[int, list[tuple[bytes | None, bytes | None]]] = {}
     for record in records:
-        parts.setdefault(partition_of(record[0], settings.partitions), []).append(record)
+        parts.setdefault(kafka.partition_of(record[0], settings.partitions), []).append(record)
     await asyncio.gather(*(producer.send(settings.topic(topic), p, part) for p, part in parts.items()))
 
 

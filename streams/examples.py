@@ -27,7 +27,6 @@ from numba import types
 from numba.extending import intrinsic
 
 from model.examples import Examples
-from state import rows
 
 MESSAGE_VERSION: Final = 1
 KIND_EXAMPLES: Final = 1
@@ -264,8 +263,3 @@ def _unpack(  # type: ignore[no-untyped-def]
         seen_start[kept + 1] = seen_start[kept] + room
         kept += 1
     return kept, at
-
-
-def position_of(topic: int, offset: int) -> int:
-    """The source position that an example carries."""
-    return rows.position(topic, offset)

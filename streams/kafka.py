@@ -8,6 +8,7 @@ from typing import Any, Final
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError, OffsetOutOfRangeError, UnknownError
+from aiokafka.partitioner import murmur2
 
 from state.changelog import LogRecord
 
@@ -19,6 +20,11 @@ READ_RECORDS_MAX: Final = 20_000
 FETCH_BYTES_MAX: Final = 1 << 22
 FETCH_WAIT_MS: Final = 50
 assert BATCH_BYTES_MAX <= REQUEST_BYTES_MAX, "a batch must fit into a request"
+
+
+def partition_of(key: bytes, partitions: int) -> int:
+    """The partition that Kafka's default partitioner (murmur2) puts a key in."""
+    return int((murmur2(key) & 0x7FFFFFFF) % partitions)
 
 
 class Producer:

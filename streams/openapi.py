@@ -72,7 +72,7 @@ _STATE = {
 }  # fmt: skip
 _ITEM = {
     "item_id": "50", "text": "Star Wars (1977) | Action Adventure", "bias": 0.61, "norm": 1.9, "candidate": True,
-    "positives": 583, "evidence": 590.5, "positives_recent": {"10": 0.2, "100": 1.4, "1000": 9.7},
+    "positives": 583, "evidence": 590.5,
     "entered_ts": None, "last_ts": 881251000.0,
 }  # fmt: skip
 

@@ -5,10 +5,9 @@ from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any, Final
 
-from aiokafka.partitioner import murmur2
-
 from model.ranker import Ranker
 from state import partition as state_partition
+from streams import kafka
 from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, UserKeeper
 from streams.events import Click, Comment
 from streams.serving import NotReady, ServingMetrics, stream_event
@@ -48,7 +47,7 @@ class View:
 
     def partition_of(self, user_id: str) -> int:
         """As any Kafka client's default partitioner."""
-        return int((murmur2(user_id.encode()) & 0x7FFFFFFF) % self.partitions)
+        return kafka.partition_of(user_id.encode(), self.partitions)
 
     def owner_url(self, partition: int) -> str | None:
         """None: this worker's. Raises NotReady while nobody is known to have it."""

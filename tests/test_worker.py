@@ -16,8 +16,8 @@ from kafka.structs import TopicPartition
 
 from bench import chaos, load
 from bench.deployment import Deployment, WorkerProcess
-from bench.load import partition_of
 from streams.agents import INBOX_RECORDS_MAX
+from streams.kafka import partition_of
 from streams.settings import Settings
 from tests.kafka_node import KafkaNode
 
