@@ -13,7 +13,8 @@ Another layout is another version: a reader refuses what is newer than itself (`
 """
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Final
 
 import msgspec
@@ -118,6 +119,33 @@ class CommentEntry:
     item: int
     scale: float
     vector: npt.NDArray[np.int8]
+
+
+def without(row: UserRow, positions: Collection[int]) -> tuple[UserRow, bool]:
+    """The row without the events at these positions, and whether it is, to the byte of what is listed from it, the row
+    of a stream that never held them. It may differ where the row does not hold all of the user's events: what was a
+    repeat of a removed event would have taken its place, and what fell out of the history would still be in it.
+
+    Raises KeyError, with the position, for one that the row does not keep.
+    """
+    kept = np.frombuffer(row.positions, "<u8")
+    comments = row.comment_entries()
+    written = {position(c.topic, c.offset): c for c in comments}
+    accounted = written.keys() | set(kept.tolist())
+    for missing in set(positions) - accounted:
+        raise KeyError(missing)
+    stays = ~np.isin(kept, np.fromiter(positions, np.uint64, len(positions)))
+    size = COMMENT.size + row.text_dim
+    parts = [row.comments[at : at + size] for at in range(0, len(row.comments), size)]
+    left = [part for at, part in zip(written, parts, strict=True) if at not in positions]
+    removed_items = set(row.slots()["key"][~stays].tolist())
+    named = {c.item for at, c in written.items() if at not in positions}
+    is_exact = not positions or (row.events == len(accounted) and not removed_items & named)
+    changed = replace(
+        row, events=row.events - len(set(positions)), history=row.slots()[stays].tobytes(),
+        positions=kept[stays].tobytes(), comments=b"".join(left),
+    )  # fmt: skip
+    return changed, is_exact
 
 
 def position(topic: int, offset: int) -> int:

@@ -93,6 +93,14 @@ OPERATIONS: Final[dict[str, Operation]] = {
         (*USER_READ, "not-understood", "too-large", "unsupported-media-type"), serving.Recommendations, _LIST,
         serving.RankRequest, {"user_id": "196", "item_ids": ["50", "172"], "explain": False},
     ),
+    "whatIf": Operation(
+        "A list as it would be", "The list without events of the user's kept history (`without`), and with events that "
+        "had come next (`with`), in their order. The item state stays as it is. Takes the same parameters as "
+        "recommendations.", "users",
+        (*USER_READ, "not-understood", "invalid-event", "unknown-position", "too-large", "unsupported-media-type"),
+        serving.WhatIf, {**_LIST, "exact": True}, serving.WhatIfRequest,
+        {"without": ["clicks:3:1041"], "with": [{"type": "comment", "user_id": "196", "text": "no more westerns"}]},
+    ),
     "postEvents": Operation(
         "Send events", "One event or a list, each with its `type`. All are validated, as the stream does, before the "
         "first is sent: one bad event, and none is accepted. A position in `at_least` makes a read wait for its event.",
@@ -133,8 +141,8 @@ OPERATIONS: Final[dict[str, Operation]] = {
 }  # fmt: skip
 
 _SHAPES: Final = (
-    serving.UserState, serving.Recommendations, serving.RankRequest, serving.Accepted, serving.ItemView,
-    serving.Similar, ProblemDetails, Click, Comment,
+    serving.UserState, serving.Recommendations, serving.RankRequest, serving.WhatIf, serving.WhatIfRequest,
+    serving.Accepted, serving.ItemView, serving.Similar, ProblemDetails, Click, Comment,
 )  # fmt: skip
 
 
@@ -157,6 +165,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
         schemas[name]["required"] = ["type", *schemas[name]["required"]]
     event = {"oneOf": [{"$ref": REF.format(name=name)} for name in ("Click", "Comment")]}
     schemas["Event"] = event
+    schemas["WhatIfRequest"]["properties"]["with"]["items"] = {"$ref": REF.format(name="Event")}
     document["components"] = {"schemas": dict(sorted(schemas.items()))}
     for methods in document["paths"].values():
         for operation in methods.values():
@@ -170,10 +179,10 @@ def _complete(operation: dict[str, Any], known: Operation) -> None:
     operation["tags"] = [known.tag]
     operation["responses"] = {known.status: _answer(known)}
     if known.body is not None:
-        schema: dict[str, Any] = {"$ref": REF.format(name="RankRequest")}
-        if known.body == "events":
-            one = {"$ref": REF.format(name="Event")}
-            schema = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+        one = {"$ref": REF.format(name="Event")}
+        schema: dict[str, Any] = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+        if known.body != "events":
+            schema = {"$ref": REF.format(name=known.body.__name__)}
         content = {"application/json": {"schema": schema, "example": known.body_example}}
         operation["requestBody"] = {"required": True, "content": content}
     by_status: dict[int, list[str]] = {}

@@ -30,6 +30,7 @@ KINDS: Final[dict[str, Kind]] = {
     "misdirected": Kind(421, "Not for this host", "Ask by the address that the worker is bound to."),
     "invalid-parameter": Kind(422, "Invalid parameter", "`errors` names each parameter and what it has to be."),
     "invalid-event": Kind(422, "Invalid event", "`index`, `reason`: the fault. Nothing was accepted: send all again."),
+    "unknown-position": Kind(422, "Not a kept event", "Take positions from the user's state or an explanation."),
     "internal": Kind(500, "Internal error", "Report it with its request id; the worker's log has the cause."),
     "not-ready": Kind(503, "Not ready", "The user's partition opens or moves: ask again after Retry-After seconds."),
     "not-applied": Kind(503, "Not applied yet", "The offset of `at_least` was not reached in time: ask again."),

@@ -5,11 +5,12 @@ Everything runs in the worker's loop on the replica of the item matrix: a list c
 items, so that no lock and no copy is needed, and one answer never mixes two states.
 """
 
+import asyncio
 import base64
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Final, Protocol
+from typing import Annotated, Any, Final, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -24,12 +25,14 @@ from model.ranker import Ranker, Scored
 from state import rows
 from state.rows import UserRow
 from streams import examples
-from streams.events import Id
-from streams.pipeline import visible_text
+from streams.events import Click, Comment, Id
+from streams.pipeline import EvidenceConfig, SourceEvent, learn_users, visible_text
 
 USER_TOPICS: Final = ("clicks", "comments")
 EVENT_TYPES: Final = ("click", "comment")  # of the topic code
 RANK_ITEMS_MAX: Final = 1_000  # a rank request
+WITHOUT_MAX: Final = rows.HISTORY_MAX + rows.COMMENTS_MAX  # all that a row keeps one by one
+WITH_MAX: Final = 20  # events of a what-if: each comment waits for the encoder
 LAST_EVENTS_MAX: Final = 50  # of a state
 TOKEN_PREFIX: Final = "v1."
 
@@ -87,6 +90,13 @@ class WorkerView(Protocol):
     async def wait_applied(self, topic: str, partition: int, offset: int, timeout_s: float) -> bool:
         """Whether the offset is applied, at the latest after the timeout. Raises NotReady."""
 
+    def encode(self, text: str) -> Awaitable[npt.NDArray[np.float32]]:
+        """The text's unit vector, (T,) float32, by the worker's encoder, beside the loop."""
+
+    @property
+    def evidence(self) -> EvidenceConfig:
+        """What behaviours weigh, as the stream's pipeline has it."""
+
     async def publish(self, topic: str, key: bytes, value: bytes) -> tuple[int, int]:
         """Appends to "clicks" or "comments": (partition, offset) once acknowledged. Raises on any failure."""
 
@@ -125,6 +135,32 @@ class RankRequest(msgspec.Struct):
     item_ids: Annotated[list[Id], Meta(min_length=1, max_length=RANK_ITEMS_MAX)]
     explain: bool = False
     texts: bool = False
+
+
+Position = Annotated[
+    str,
+    Meta(
+        pattern="^(clicks|comments):[0-9]{1,9}:[0-9]{1,16}$",
+        description="topic:partition:offset",
+        examples=["clicks:3:1041"],
+    ),
+]
+
+
+class WhatIfRequest(msgspec.Struct, rename={"with_events": "with"}):
+    """What is to be different: events of the user's kept history that had not been, events that had come next."""
+
+    without: Annotated[list[Position], Meta(max_length=WITHOUT_MAX)] = []
+    with_events: Annotated[list[msgspec.Raw], Meta(max_length=WITH_MAX)] = []
+
+
+class ListOptions(NamedTuple):
+    """How a list is wanted."""
+
+    limit: int = 10
+    explain: bool = False
+    exclude_seen: bool = True
+    texts: bool = False  # each item's
 
 
 class Contribution(msgspec.Struct):
@@ -169,6 +205,14 @@ class Recommendations(msgspec.Struct):
     model_version: str
     applied: dict[str, tuple[int, int]]
     items: list[RankedItem]
+
+
+class WhatIf(Recommendations):
+    """The list that it would be, from the item state as it is. exact: to the byte that of a stream with these events
+    alone; false where the user's row does not hold every event, so that a repeat or an older event might have taken
+    a removed one's place. An event of `with` has the offset that would come next."""
+
+    exact: bool
 
 
 class Vectors(msgspec.Struct):
@@ -263,11 +307,11 @@ class Similar(msgspec.Struct):
 class Reader:
     """One user's row, taken apart for one answer."""
 
-    def __init__(self, view: WorkerView, user_id: str) -> None:
-        value = view.user_row(user_id)
+    def __init__(self, view: WorkerView, user_id: str, row: UserRow | None = None) -> None:
+        """row: instead of the user's own."""
         self.view = view
         self.partition = view.partition_of(user_id)
-        self.row = rows.unpack(value) if value is not None else UserRow()
+        self.row = row if row is not None else user_row(view, user_id)
         # Just after the user's last event: what was written a moment ago counts, whatever the clocks say.
         self.at = max(view.now(), math.nextafter(self.row.last_ts, math.inf))
         self.slots = self.row.slots()
@@ -333,6 +377,12 @@ class Reader:
         ]  # fmt: skip
 
 
+def user_row(view: WorkerView, user_id: str) -> UserRow:
+    """The user's row as it is now; an empty one where nothing is known. Raises NotReady."""
+    value = view.user_row(user_id)
+    return rows.unpack(value) if value is not None else UserRow()
+
+
 def _ranked(
     reader: Reader, scored: list[Scored], exclude: npt.NDArray[np.int64], explain: bool, with_text: bool
 ) -> list[RankedItem]:
@@ -382,19 +432,68 @@ def read_token(given: str) -> tuple[str, float, dict[str, tuple[int, int]]]:
 # -- answers
 
 
-def recommend(
-    view: WorkerView,
-    user_id: str,
-    limit: int,
-    explain: bool = False,
-    exclude_seen: bool = True,
-    with_text: bool = False,
-) -> Recommendations:
-    """The `limit` best candidates for the user. Raises NotReady."""
+def recommend(view: WorkerView, user_id: str, options: ListOptions) -> Recommendations:
+    """The best candidates for the user. Raises NotReady."""
     reader = Reader(view, user_id)
-    exclude = reader.consumed() if exclude_seen else np.zeros(0, np.int64)
-    scored = view.ranker.top_k(reader.user, reader.at, limit, exclude)
-    return _list(reader, user_id, _ranked(reader, scored, exclude, explain, with_text))
+    return _list(reader, user_id, _best(reader, options))
+
+
+def _best(reader: Reader, options: ListOptions) -> list[RankedItem]:
+    exclude = reader.consumed() if options.exclude_seen else np.zeros(0, np.int64)
+    scored = reader.view.ranker.top_k(reader.user, reader.at, options.limit, exclude)
+    return _ranked(reader, scored, exclude, options.explain, options.texts)
+
+
+class UnknownPosition(ValueError):
+    """An event that is to be left out is none of those that the user's row keeps."""
+
+
+async def vectors(view: WorkerView, events: Sequence[Click | Comment]) -> list[npt.NDArray[np.float32] | None]:
+    """The text vector of each comment, None of each click: what `what_if` needs, encoded beside the loop."""
+    comments = [event for event in events if isinstance(event, Comment)]
+    found = iter(await asyncio.gather(*(view.encode(comment.text) for comment in comments)))
+    return [next(found) if isinstance(event, Comment) else None for event in events]
+
+
+def what_if(
+    view: WorkerView, user_id: str, without: Sequence[str], events: Sequence[Click | Comment],
+    encoded: Sequence[npt.NDArray[np.float32] | None], options: ListOptions,
+) -> WhatIf:  # fmt: skip
+    """The list as it would be without the events at these positions and with those events, in their order, after.
+
+    The model stays as it is: only the user's evidence changes, by the same fold as the stream's. Raises NotReady,
+    UnknownPosition.
+    """
+    partition, applied = view.partition_of(user_id), view.applied(view.partition_of(user_id))
+    row, exact = _row_without(user_row(view, user_id), partition, without)
+    offsets = dict(applied)
+    told: list[SourceEvent] = []
+    for event, vector in zip(events, encoded, strict=True):
+        code = int(isinstance(event, Comment))
+        offsets[USER_TOPICS[code]] += 1
+        told.append(SourceEvent(code, offsets[USER_TOPICS[code]], event, vector))
+    if told:
+        folded = learn_users(partition, told, lambda _: [rows.pack(row)], view.evidence)
+        row = rows.unpack(folded.rows[user_id.encode()])
+    reader = Reader(view, user_id, row)
+    found = _list(reader, user_id, _best(reader, options))
+    return WhatIf(found.user_id, found.token, found.model_version, found.applied, found.items, exact)
+
+
+def _row_without(row: UserRow, partition: int, without: Sequence[str]) -> tuple[UserRow, bool]:
+    wanted = {}
+    for text in without:
+        topic, of, offset = text.split(":")
+        wanted[rows.position(USER_TOPICS.index(topic), int(offset))] = text
+        if int(of) != partition:
+            raise UnknownPosition(f"{text}: this user's events are in partition {partition}.")
+    try:
+        return rows.without(row, wanted.keys())
+    except KeyError as missing:
+        raise UnknownPosition(
+            f"{wanted[missing.args[0]]} is none of the user's kept events: a repeat, one that has left the history, "
+            "or somebody else's. The user's state and an explanation name those that are kept."
+        ) from None
 
 
 def rank(view: WorkerView, asked: RankRequest) -> Recommendations:

@@ -1,15 +1,19 @@
 """The running worker as HTTP sees it (streams.serving.WorkerView)."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from importlib.metadata import version
 from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from model.ranker import Ranker
 from state import partition as state_partition
 from streams import kafka
 from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, UserKeeper
 from streams.events import Click, Comment
+from streams.pipeline import EvidenceConfig
 from streams.serving import NotReady, ServingMetrics, stream_event
 from streams.worker import LEARNER_PARTITION, Worker
 
@@ -87,6 +91,15 @@ class View:
     async def publish(self, topic: str, key: bytes, value: bytes) -> tuple[int, int]:
         """Appends to a source topic: (partition, offset)."""
         return await self.worker.producer.send_one(self.worker.settings.topic(topic), key, value)
+
+    def encode(self, text: str) -> Awaitable[npt.NDArray[np.float32]]:
+        """The text's unit vector, after what already waits for the encoder."""
+        return self.worker.encoding.submit(text)
+
+    @property
+    def evidence(self) -> EvidenceConfig:
+        """As the worker's own pipeline has it."""
+        return self.worker.around.evidence
 
     def digest(self) -> dict[str, Any]:
         """{"url", "partitions": [{"kind", "partition", "applied", "digest"}]}, each of one moment."""

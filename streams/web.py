@@ -9,13 +9,14 @@ problem of `streams.problems`.
 import asyncio
 import contextlib
 import hashlib
+import inspect
 import re
 import socket
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import httpx
@@ -23,7 +24,7 @@ import mode
 import msgspec
 import structlog
 import uvicorn
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -33,7 +34,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from streams import codec, serving
-from streams.events import ID_CHARS_MAX, MESSAGE_BYTES_MAX, Comment
+from streams.events import ID_CHARS_MAX, MESSAGE_BYTES_MAX, Click, Comment
 from streams.openapi import describe, documentation_page
 from streams.problems import KINDS, MEDIA_TYPE, Problem
 from streams.serving import NotReady, WorkerView
@@ -44,10 +45,12 @@ log = structlog.get_logger(__name__)
 EVENTS_MAX: Final = 500  # a request: all of it is validated before the first is sent
 EVENTS_BYTES_MAX: Final = 4_000_000  # a request's body
 RANK_BYTES_MAX: Final = 1_000_000  # RANK_ITEMS_MAX ids of full length, as JSON
+WHAT_IF_BYTES_MAX: Final = 200_000  # a what-if's body: its comments keep the stream's encoder for a second at most
+ENCODE_WAIT_S: Final = 5.0  # a what-if's comments wait this long for the encoder
 LIST_MAX: Final = 200  # recommendations or similar items a request
 AT_LEAST_MAX: Final = 8  # offsets a read may wait for
 AT_LEAST_WAIT_S: Final = 5.0  # a read waits this long for its offsets, then asks the client to come again
-FORWARD_TIMEOUT_S: Final = AT_LEAST_WAIT_S + 5.0
+FORWARD_TIMEOUT_S: Final = AT_LEAST_WAIT_S + 10.0
 FORWARD_CONNECT_TIMEOUT_S: Final = 2.0
 FORWARD_CONNECTIONS_MAX: Final = 64
 STREAMS_MAX: Final = 64  # open /v1/stream connections
@@ -76,7 +79,7 @@ SECURITY_HEADERS: Final = {
 }
 
 assert MESSAGE_BYTES_MAX < EVENTS_BYTES_MAX, "one event of the greatest size fits a request"
-assert AT_LEAST_WAIT_S < FORWARD_TIMEOUT_S, "the owner's wait ends before the forwarder's"
+assert AT_LEAST_WAIT_S + ENCODE_WAIT_S < FORWARD_TIMEOUT_S, "the owner's waits end before the forwarder's"
 
 Limit = Annotated[int, Query(ge=1, le=LIST_MAX, description="How many items.")]
 Flag = Annotated[bool, Query()]
@@ -89,7 +92,17 @@ AtLeast = Annotated[
         examples=[["clicks:3:1041"]],
     ),
 ]
-Answer = Callable[[], Awaitable[Response]]
+Answer = Callable[[], Response | Awaitable[Response]]
+S = TypeVar("S")
+
+
+def _options(
+    limit: Limit = 10, explain: Flag = False, exclude_seen: Flag = True, texts: Flag = False
+) -> serving.ListOptions:
+    return serving.ListOptions(limit, explain, exclude_seen, texts)
+
+
+Options = Annotated[serving.ListOptions, Depends(_options)]
 
 
 # -- the edge: what every request and response passes
@@ -235,8 +248,8 @@ def _positions(given: list[str], user_partition: int) -> list[tuple[str, int]]:
     return out
 
 
-def _events(body: bytes, now_s: float) -> list[tuple[str, bytes, bytes]]:
-    """(topic, key, value) of each event of a request's body, all valid. Raises Problem."""
+def _events(body: bytes, now_s: float) -> list[tuple[Click | Comment, bytes]]:
+    """Each event of a request's body, all valid, and its bytes. Raises Problem."""
     is_list = body.lstrip(b" \t\r\n")[:1] == b"["
     try:
         raws = msgspec.json.decode(body, type=list[msgspec.Raw]) if is_list else [msgspec.Raw(body)]
@@ -245,14 +258,34 @@ def _events(body: bytes, now_s: float) -> list[tuple[str, bytes, bytes]]:
     if not 1 <= len(raws) <= EVENTS_MAX:
         kind = "too-large" if raws else "not-understood"
         raise Problem(kind, f"{len(raws)} events; a request takes 1 to {EVENTS_MAX}.")
-    out = []
-    for index, raw in enumerate(raws):
-        event = codec.validate_event(bytes(raw), now_s)
-        if isinstance(event, codec.Reject):
-            where = f"event {index}: " if is_list else ""
-            raise Problem("invalid-event", f"{where}{event.message}", index=index, reason=str(event.reason))
-        out.append(("comments" if isinstance(event, Comment) else "clicks", event.user_id.encode(), bytes(raw)))
-    return out
+    return [(_event(raw, index if is_list else None, now_s), bytes(raw)) for index, raw in enumerate(raws)]
+
+
+def _event(raw: msgspec.Raw, index: int | None, now_s: float) -> Click | Comment:
+    """One event, validated as the stream does. index: in a list. Raises Problem."""
+    event = codec.validate_event(bytes(raw), now_s)
+    if isinstance(event, codec.Reject):
+        where = "" if index is None else f"event {index}: "
+        raise Problem("invalid-event", f"{where}{event.message}", index=index or 0, reason=str(event.reason))
+    return event
+
+
+def _supposed_events(raws: list[msgspec.Raw], user_id: str, now_s: float) -> list[Click | Comment]:
+    """The events of a what-if's `with`, all of the user asked for. Raises Problem."""
+    events = [_event(raw, index, now_s) for index, raw in enumerate(raws)]
+    for index, event in enumerate(events):
+        if event.user_id != user_id:
+            detail = f"event {index}: its user_id has to be that of the path"
+            raise Problem("invalid-event", detail, index=index, reason="key_mismatch")
+    return events
+
+
+def _request(body: bytes, shape: type[S], name: str) -> S:
+    """A body of this shape. Raises Problem."""
+    try:
+        return msgspec.json.decode(body, type=shape)
+    except (msgspec.DecodeError, ValueError) as fault:
+        raise Problem("not-understood", f"The body is not a {name} request: {fault}.") from None
 
 
 # -- work behind the routes
@@ -267,8 +300,9 @@ class Http:
         self.streams = 0
         self.closing = asyncio.Event()
 
-    async def for_user(self, request: Request, user_id: str, answer: Callable[[], Response], at_least: list[str],
-                       body: bytes = b"") -> Response:  # fmt: skip
+    async def for_user(
+        self, request: Request, user_id: str, answer: Answer, at_least: list[str], body: bytes = b""
+    ) -> Response:
         """The answer from the user's own worker: here, when its offsets are applied, or forwarded."""
         partition = self.view.partition_of(user_id)
         wanted = _positions(at_least, partition)
@@ -282,7 +316,8 @@ class Http:
                 applied = self.view.applied(partition).get(topic, -1)
                 detail = f"{topic}:{partition}:{offset} is not applied yet; this worker is at {applied}."
                 raise Problem("not-applied", detail, retry_after_s=RETRY_AFTER_S)
-        return answer()
+        given = answer()
+        return await given if inspect.isawaitable(given) else given
 
     async def _forward(self, request: Request, owner: str, body: bytes) -> Response:
         if FORWARDED_HEADER in request.headers:
@@ -391,30 +426,49 @@ def _user_routes(app: FastAPI, http: Http) -> None:
 
     @app.get("/v1/users/{user_id:path}/recommendations", operation_id="getRecommendations", response_model=None)
     async def recommendations(
-        request: Request, user_id: str, limit: Limit = 10, explain: Flag = False, exclude_seen: Flag = True,
-        texts: Flag = False, at_least: AtLeast = [],  # noqa: B006
+        request: Request, user_id: str, options: Options, at_least: AtLeast = []  # noqa: B006
     ) -> Response:  # fmt: skip
         user = _id(user_id, "user_id")
 
         def answer() -> Response:
             with view.metrics.recommendation_seconds.time():
-                return _json(serving.recommend(view, user, limit, explain, exclude_seen, texts))
+                return _json(serving.recommend(view, user, options))
 
         return await http.for_user(request, user, answer, at_least)
+
+    @app.post("/v1/users/{user_id:path}/what-if", operation_id="whatIf", response_model=None)
+    async def what_if(
+        request: Request, user_id: str, options: Options, at_least: AtLeast = []  # noqa: B006
+    ) -> Response:  # fmt: skip
+        user = _id(user_id, "user_id")
+        body = await _body(request, WHAT_IF_BYTES_MAX)
+        asked = _request(body, serving.WhatIfRequest, "what-if")
+        events = _supposed_events(asked.with_events, user, view.now())
+
+        async def answer() -> Response:
+            try:
+                encoded = await asyncio.wait_for(serving.vectors(view, events), ENCODE_WAIT_S)
+                return _json(serving.what_if(view, user, asked.without, events, encoded, options))
+            except TimeoutError:
+                detail = "The encoder has too much to do for these comments."
+                raise Problem("not-ready", detail, retry_after_s=RETRY_AFTER_S) from None
+            except serving.UnknownPosition as fault:
+                raise Problem("unknown-position", str(fault)) from None
+
+        return await http.for_user(request, user, answer, at_least, body)
 
     @app.post("/v1/rank", operation_id="rank", response_model=None)
     async def rank(request: Request, at_least: AtLeast = []) -> Response:  # noqa: B006
         body = await _body(request, RANK_BYTES_MAX)
-        try:
-            asked = msgspec.json.decode(body, type=serving.RankRequest)
-        except (msgspec.DecodeError, ValueError) as fault:
-            raise Problem("not-understood", f"The body is not a rank request: {fault}.") from None
+        asked = _request(body, serving.RankRequest, "rank")
         return await http.for_user(request, asked.user_id, lambda: _json(serving.rank(view, asked)), at_least, body)
 
     @app.post("/v1/events", operation_id="postEvents", response_model=None, status_code=202)
-    async def events(request: Request) -> Response:
+    async def post_events(request: Request) -> Response:
         body = await _body(request, EVENTS_BYTES_MAX)
-        positions = await http.publish(_events(body, view.now()))
+        events = _events(body, view.now())
+        told = [("comments" if isinstance(e, Comment) else "clicks", e.user_id.encode(), raw) for e, raw in events]
+        positions = await http.publish(told)
         return Response(msgspec.json.encode(serving.Accepted(len(positions), positions)), 202, None, "application/json")
 
 

@@ -21,6 +21,7 @@ from tests.records import record
 TEXT_DIM: Final = 32
 PARTITIONS: Final = 4
 START_S: Final = 1_700_000_000.0
+EVIDENCE: Final = EvidenceConfig(rank_sample=1.0)
 TOPIC_CODES: Final = {"clicks": 0, "comments": 1}
 LIST: Final = 10  # first places that count as a hit
 GENRES: Final = {"space": "Orbit", "western": "Canyon", "romance": "Letter", "horror": "Cellar"}
@@ -87,6 +88,10 @@ class World:
     def encoder(self) -> str:
         return "test-encoder"
 
+    @property
+    def evidence(self) -> EvidenceConfig:
+        return EVIDENCE
+
     def now(self) -> float:
         self.clock_s += 0.001
         return self.clock_s
@@ -112,6 +117,9 @@ class World:
                 return False
             await asyncio.sleep(0.002)
         return True
+
+    async def encode(self, text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        return encode(text)
 
     async def publish(self, topic: str, key: bytes, value: bytes) -> tuple[int, int]:
         if self.failing_after is not None:
@@ -170,7 +178,7 @@ class World:
             vector = encode(event.text) if isinstance(event, Comment) else None
             done = pipeline.learn_users(
                 partition, [SourceEvent(TOPIC_CODES[topic], offset, event, vector)],
-                lambda keys: [self._rows.get(key) for key in keys], EvidenceConfig(rank_sample=1.0),
+                lambda keys: [self._rows.get(key) for key in keys], EVIDENCE,
             )  # fmt: skip
             self._rows.update(done.rows)
             self._learn(done.messages)
