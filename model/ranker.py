@@ -69,7 +69,7 @@ class Explanation:
     bias: Bias
     terms: tuple[Term, ...]
     comments: tuple[float, ...]  # one a kept comment of the user
-    rest: float  # older texts, and rounding
+    rest: float  # the texts older than the kept ones, together
 
 
 class Ranker:
@@ -162,8 +162,7 @@ class Ranker:
             Term(*values) for values in zip(profile.entry.tolist(), *heads.tolist(), total.tolist(), strict=True)
         )
         own = float(m.scalar[kernels.SHARP] * m.theta[kernels.T_NEIGHBOUR - 1])
-        comments = self._comment_terms(user, m.e[scored.row], own)
-        rest = scored.logit - bias.total - float(total.sum(dtype=np.float64)) - sum(comments)
+        comments, rest = self._own_terms(user, m.e[scored.row], own)
         return Explanation(scored.key, scored.row, scored.logit, scored.score, bias, terms, comments, rest)
 
     def _bias_parts(self, row: int, scored: Scored) -> Bias:
@@ -181,13 +180,18 @@ class Ranker:
         total = constant + popularity + age + recency + calibration
         return Bias(constant, popularity, age, recency, calibration, total)
 
-    def _comment_terms(self, user: User, e: Array, gain: float) -> tuple[float, ...]:
-        """aX (w_c / W) <x_c - mu, e_j> sqrt(min(W, 4)) of each kept comment."""
-        if user.comment is None or user.text is None or user.text_weight <= 0:
-            return ()
+    def _own_terms(self, user: User, e: Array, gain: float) -> tuple[tuple[float, ...], float]:
+        """aX (w_c / W) <x_c - mu, e_j> sqrt(min(W, 4)) of each kept comment x_c, and of all older texts together."""
+        if user.text is None or user.text_weight <= 0:
+            return (), 0.0
+        mu = self.matrix.arrays.mu
         root = float(np.sqrt(min(user.text_weight, kernels.TEXT_WEIGHT_MAX)))
-        share = user.comment_weight * (gain * root / user.text_weight)
-        return tuple((share * ((user.comment - self.matrix.arrays.mu) @ e)).tolist())
+        whole = gain * root * float((user.text - mu) @ e)
+        if user.comment is None:
+            return (), whole
+        share = user.comment_weight.astype(np.float64) * (gain * root / user.text_weight)
+        comments = tuple((share * ((user.comment - mu) @ e)).tolist())
+        return comments, whole - sum(comments)
 
     # --- scores ---
 

@@ -19,6 +19,7 @@ REQUEST_BYTES_MAX: Final = 1 << 20
 READ_RECORDS_MAX: Final = 20_000
 FETCH_BYTES_MAX: Final = 1 << 22
 FETCH_WAIT_MS: Final = 50
+ONE_FETCH_BYTES_MAX: Final = 1 << 16  # where one record is wanted: its batch, which comes whole however large
 assert BATCH_BYTES_MAX <= REQUEST_BYTES_MAX, "a batch must fit into a request"
 
 
@@ -162,7 +163,7 @@ class consumer:  # noqa: N801  (a context manager, used as one)
     def __init__(self, options: Mapping[str, Any], **more: Any) -> None:
         self._consumer = AIOKafkaConsumer(
             **options, group_id=None, enable_auto_commit=False, fetch_max_wait_ms=FETCH_WAIT_MS,
-            max_partition_fetch_bytes=FETCH_BYTES_MAX, auto_offset_reset="earliest", **more,
+            auto_offset_reset="earliest", **{"max_partition_fetch_bytes": FETCH_BYTES_MAX, **more},
         )  # fmt: skip
 
     async def __aenter__(self) -> AIOKafkaConsumer:
@@ -171,6 +172,24 @@ class consumer:  # noqa: N801  (a context manager, used as one)
 
     async def __aexit__(self, *_: object) -> None:
         await self._consumer.stop()
+
+
+async def records_at(
+    options: Mapping[str, Any], topic: str, partition: int, offsets: Sequence[int]
+) -> AsyncIterator[tuple[int, bytes | None]]:
+    """(offset, value) of the records at these offsets, in order; those that the log has no more are passed over."""
+    tp = TopicPartition(topic, partition)
+    async with consumer(options, max_partition_fetch_bytes=ONE_FETCH_BYTES_MAX) as reader:
+        reader.assign([tp])
+        beginning = (await reader.beginning_offsets([tp]))[tp]
+        for offset in sorted(offsets):
+            if offset < beginning:
+                continue
+            reader.seek(tp, offset)
+            fetched = await reader.getmany(tp, timeout_ms=1000, max_records=1)
+            for message in fetched.get(tp, ()):
+                if message.offset == offset:
+                    yield offset, message.value
 
 
 async def first_at_or_after(options: Mapping[str, Any], topic: str, partition: int, offset: int) -> tuple[int, int]:

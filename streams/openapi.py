@@ -40,8 +40,17 @@ class Operation(msgspec.Struct, frozen=True):
 _POSITION = {"topic": "clicks", "partition": 3, "offset": 1041}
 _EXPLANATION = {
     "bias": -0.31,
+    "bias_parts": {"constant": 0.2, "popularity": 1.4, "age": -0.1, "recency": 0.3, "calibration": -2.11},
     "contributions": [
-        {"type": "click", "ts": 881250949.0, **_POSITION, "value": 0.42, "action": "click", "item_id": "50"},
+        {
+            "type": "click",
+            "ts": 881250949.0,
+            **_POSITION,
+            "value": 0.42,
+            "action": "click",
+            "item_id": "50",
+            "parts": {"learnt": 0.3, "cooccurrence": 0.1, "text": 0.02},
+        },
         {"type": "comment", "ts": 881251000.0, "topic": "comments", "partition": 3, "offset": 7, "value": 0.1},
     ],
     "rest": 0.02,
@@ -83,7 +92,8 @@ OPERATIONS: Final[dict[str, Operation]] = {
     ),
     "getRecommendations": Operation(
         "A list for a user", "The best items, exactly ranked over the whole catalogue. With `explain`, bias + the "
-        "contributions' values + rest = logit, within 1e-4. `score` is the probability among all candidates. The "
+        "contributions' values + rest = logit, within 1e-4; with `parts`, each in its parts too. `score` is the "
+        "probability among all candidates. The "
         "`token` names the state that answered: `v1.` and, base64url without padding, a MessagePack array of model "
         "version, ranking time and applied offsets.", "users", USER_READ, serving.Recommendations, _LIST,
     ),

@@ -93,6 +93,9 @@ class WorkerView(Protocol):
     def encode(self, text: str) -> Awaitable[npt.NDArray[np.float32]]:
         """The text's unit vector, (T,) float32, by the worker's encoder, beside the loop."""
 
+    async def words(self, user_id: str, offsets: Sequence[int]) -> dict[int, str]:
+        """The texts of the user's comments at these offsets of their partition, as far as they are found in time."""
+
     @property
     def evidence(self) -> EvidenceConfig:
         """What behaviours weigh, as the stream's pipeline has it."""
@@ -135,6 +138,8 @@ class RankRequest(msgspec.Struct):
     item_ids: Annotated[list[Id], Meta(min_length=1, max_length=RANK_ITEMS_MAX)]
     explain: bool = False
     texts: bool = False
+    parts: bool = False
+    words: bool = False
 
 
 Position = Annotated[
@@ -161,11 +166,23 @@ class ListOptions(NamedTuple):
     explain: bool = False
     exclude_seen: bool = True
     texts: bool = False  # each item's
+    parts: bool = False  # of every bias and contribution
+    words: bool = False  # what the user wrote, with each of their comments
+
+
+class Heads(msgspec.Struct):
+    """What makes the value of a behaviour: what was learnt of its item, how often the two items went together, how
+    alike their texts are. Of a comment's words the text alone."""
+
+    learnt: float
+    cooccurrence: float
+    text: float
 
 
 class Contribution(msgspec.Struct):
     """What one past event adds to a logit. A comment about an item adds twice: as what was done with the item (its
-    action is "comment"), and by its words (no action)."""
+    action is "comment"), and by its words (no action). text: the item's; words: what the user wrote, where it was
+    asked for and the log still has it."""
 
     type: str
     ts: float
@@ -176,6 +193,19 @@ class Contribution(msgspec.Struct):
     action: str | UnsetType = UNSET
     item_id: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
+    words: str | UnsetType = UNSET
+    parts: Heads | UnsetType = UNSET
+
+
+class BiasParts(msgspec.Struct):
+    """What makes the bias. constant: the item's learnt b_j; popularity, age, recency: of the item as of now;
+    calibration: minus the logarithm of what the user's other candidates sum up to."""
+
+    constant: float
+    popularity: float
+    age: float
+    recency: float
+    calibration: float
 
 
 class Explanation(msgspec.Struct):
@@ -185,6 +215,7 @@ class Explanation(msgspec.Struct):
     bias: float
     contributions: list[Contribution]
     rest: float
+    bias_parts: BiasParts | UnsetType = UNSET
 
 
 class RankedItem(msgspec.Struct):
@@ -365,16 +396,21 @@ class Reader:
             for c in self.comments
         ]
 
-    def contributions(self, explanation: RankerExplanation, with_text: bool) -> list[Contribution]:
+    def contributions(self, explanation: RankerExplanation, with_text: bool, in_parts: bool) -> list[Contribution]:
         """One a history entry and one a kept comment's words, newest first within each."""
-        done = [(self.behaviours[term.entry], term.total) for term in explanation.terms]
-        written = zip(self.words, explanation.comments, strict=False)
-        return [
-            Contribution(
-                kind, ts, topic, partition, offset, value, action, item_id, text if with_text else UNSET
+        found = [
+            Contribution(kind, ts, topic, partition, offset, value, action, item_id, text if with_text else UNSET)
+            for (kind, ts, topic, partition, offset, _, action, item_id, text), value in (
+                *((self.behaviours[term.entry], term.total) for term in explanation.terms),
+                *zip(self.words, explanation.comments, strict=False),
             )
-            for (kind, ts, topic, partition, offset, _, action, item_id, text), value in (*done, *written)
-        ]  # fmt: skip
+        ]
+        if in_parts:
+            heads = [Heads(term.learnt, term.cooccurrence, term.text) for term in explanation.terms]
+            heads += [Heads(0.0, 0.0, value) for value in explanation.comments]
+            for contribution, parts in zip(found, heads, strict=True):
+                contribution.parts = parts
+        return found
 
 
 def user_row(view: WorkerView, user_id: str) -> UserRow:
@@ -384,25 +420,31 @@ def user_row(view: WorkerView, user_id: str) -> UserRow:
 
 
 def _ranked(
-    reader: Reader, scored: list[Scored], exclude: npt.NDArray[np.int64], explain: bool, with_text: bool
+    reader: Reader, scored: list[Scored], exclude: npt.NDArray[np.int64], options: ListOptions
 ) -> list[RankedItem]:
     matrix = reader.view.ranker.matrix
     reasons: dict[int, RankerExplanation] = {}
-    if explain:
+    if options.explain:
         keys = [s.key for s in scored]
         reasons = {e.row: e for e in reader.view.ranker.explain(reader.user, reader.at, keys, exclude)}
     return [
         RankedItem(
             s.item_id, s.score, s.logit,
-            _explanation(reader, reasons[s.row], with_text) if explain else UNSET,
-            matrix.texts[s.row] if with_text else UNSET,
+            _explanation(reader, reasons[s.row], options) if options.explain else UNSET,
+            matrix.texts[s.row] if options.texts else UNSET,
         )
         for s in scored
     ]  # fmt: skip
 
 
-def _explanation(reader: Reader, given: RankerExplanation, with_text: bool) -> Explanation:
-    return Explanation(given.bias.total, reader.contributions(given, with_text), given.rest)
+def _explanation(reader: Reader, given: RankerExplanation, options: ListOptions) -> Explanation:
+    told = Explanation(
+        given.bias.total, reader.contributions(given, options.texts, options.parts), given.rest
+    )  # fmt: skip
+    if options.parts:
+        b = given.bias
+        told.bias_parts = BiasParts(b.constant, b.popularity, b.age, b.recency, b.calibration)
+    return told
 
 
 def _list(reader: Reader, user_id: str, items: list[RankedItem]) -> Recommendations:
@@ -441,7 +483,20 @@ def recommend(view: WorkerView, user_id: str, options: ListOptions) -> Recommend
 def _best(reader: Reader, options: ListOptions) -> list[RankedItem]:
     exclude = reader.consumed() if options.exclude_seen else np.zeros(0, np.int64)
     scored = reader.view.ranker.top_k(reader.user, reader.at, options.limit, exclude)
-    return _ranked(reader, scored, exclude, options.explain, options.texts)
+    return _ranked(reader, scored, exclude, options)
+
+
+async def add_words(view: WorkerView, told: Recommendations) -> None:
+    """Puts what the user wrote into the comments' contributions, as far as the log still has it, in bounded time."""
+    found: dict[int, list[Contribution]] = {}
+    for ranked in told.items:
+        if ranked.explanation is not UNSET:
+            for contribution in ranked.explanation.contributions:
+                if contribution.type == "comment" and contribution.action is UNSET:
+                    found.setdefault(contribution.offset, []).append(contribution)
+    for offset, words in (await view.words(told.user_id, list(found))).items() if found else ():
+        for contribution in found[offset]:
+            contribution.words = words
 
 
 class UnknownPosition(ValueError):
@@ -502,7 +557,8 @@ def rank(view: WorkerView, asked: RankRequest) -> Recommendations:
     none = np.zeros(0, np.int64)
     keys = [examples.item_key(item_id) for item_id in asked.item_ids]
     scored = view.ranker.rank_items(reader.user, reader.at, keys)
-    return _list(reader, asked.user_id, _ranked(reader, scored, none, asked.explain, asked.texts))
+    options = ListOptions(explain=asked.explain, texts=asked.texts, parts=asked.parts, words=asked.words)
+    return _list(reader, asked.user_id, _ranked(reader, scored, none, options))
 
 
 def state(view: WorkerView, user_id: str) -> UserState:

@@ -1,7 +1,9 @@
 """The running worker as HTTP sees it (streams.serving.WorkerView)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+import contextlib
+import math
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -10,7 +12,7 @@ import numpy.typing as npt
 
 from model.ranker import Ranker
 from state import partition as state_partition
-from streams import kafka
+from streams import codec, kafka
 from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, UserKeeper
 from streams.events import Click, Comment
 from streams.pipeline import EvidenceConfig
@@ -21,6 +23,8 @@ WAIT_POLL_S: Final = 0.005
 STATUS_INTERVAL_S: Final = 1.0
 LISTENER_MESSAGES_MAX: Final = 100  # a slow listener misses what does not fit
 RETRY_AFTER_S: Final = 1.0
+WORDS_WAIT_S: Final = 2.0  # an explanation waits this long for the user's own words
+WORDS_READERS_MAX: Final = 4  # consumers at a time
 
 
 class View:
@@ -31,6 +35,7 @@ class View:
         self.partitions = worker.settings.partitions
         self.metrics: ServingMetrics = worker.metrics
         self.ranker = Ranker(worker.replica, cooccurrence_history=worker.learner_config.cooccurrence_history)
+        self._words_readers = asyncio.Semaphore(WORDS_READERS_MAX)
         self._listeners: set[asyncio.Queue[dict[str, Any]]] = set()
         self._status_task: asyncio.Task[None] | None = None
         worker.watchers.append(self._watch)
@@ -95,6 +100,18 @@ class View:
     def encode(self, text: str) -> Awaitable[npt.NDArray[np.float32]]:
         """The text's unit vector, after what already waits for the encoder."""
         return self.worker.encoding.submit(text)
+
+    async def words(self, user_id: str, offsets: Sequence[int]) -> dict[int, str]:
+        """Read from the log, which alone has them: what its retention has passed is absent, what is late too."""
+        found: dict[int, str] = {}
+        topic, partition = self.worker.settings.topic("comments"), self.partition_of(user_id)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WORDS_WAIT_S), self._words_readers:
+                async for offset, value in kafka.records_at(self.worker.options, topic, partition, offsets):
+                    comment = codec.validate("comments", value or b"", math.inf)
+                    if isinstance(comment, Comment) and comment.user_id == user_id:
+                        found[offset] = comment.text
+        return found
 
     @property
     def evidence(self) -> EvidenceConfig:

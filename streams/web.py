@@ -82,7 +82,6 @@ assert MESSAGE_BYTES_MAX < EVENTS_BYTES_MAX, "one event of the greatest size fit
 assert AT_LEAST_WAIT_S + ENCODE_WAIT_S < FORWARD_TIMEOUT_S, "the owner's waits end before the forwarder's"
 
 Limit = Annotated[int, Query(ge=1, le=LIST_MAX, description="How many items.")]
-Flag = Annotated[bool, Query()]
 AtLeast = Annotated[
     list[str],
     Query(
@@ -97,9 +96,14 @@ S = TypeVar("S")
 
 
 def _options(
-    limit: Limit = 10, explain: Flag = False, exclude_seen: Flag = True, texts: Flag = False
+    limit: Limit = 10,
+    explain: Annotated[bool, Query(description="Each item with the events that speak for and against it.")] = False,
+    exclude_seen: Annotated[bool, Query(description="Leave out what the user has consumed.")] = True,
+    texts: Annotated[bool, Query(description="Each item with its text.")] = False,
+    parts: Annotated[bool, Query(description="With explain: what the bias and each value are made of.")] = False,
+    words: Annotated[bool, Query(description="With explain: what the user wrote, as far as the log has it.")] = False,
 ) -> serving.ListOptions:
-    return serving.ListOptions(limit, explain, exclude_seen, texts)
+    return serving.ListOptions(limit, explain, exclude_seen, texts, parts, words)
 
 
 Options = Annotated[serving.ListOptions, Depends(_options)]
@@ -430,9 +434,10 @@ def _user_routes(app: FastAPI, http: Http) -> None:
     ) -> Response:  # fmt: skip
         user = _id(user_id, "user_id")
 
-        def answer() -> Response:
+        async def answer() -> Response:
             with view.metrics.recommendation_seconds.time():
-                return _json(serving.recommend(view, user, options))
+                told = serving.recommend(view, user, options)
+            return await _told(view, told, options.words)
 
         return await http.for_user(request, user, answer, at_least)
 
@@ -448,7 +453,8 @@ def _user_routes(app: FastAPI, http: Http) -> None:
         async def answer() -> Response:
             try:
                 encoded = await asyncio.wait_for(serving.vectors(view, events), ENCODE_WAIT_S)
-                return _json(serving.what_if(view, user, asked.without, events, encoded, options))
+                told = serving.what_if(view, user, asked.without, events, encoded, options)
+                return await _told(view, told, options.words)
             except TimeoutError:
                 detail = "The encoder has too much to do for these comments."
                 raise Problem("not-ready", detail, retry_after_s=RETRY_AFTER_S) from None
@@ -461,7 +467,11 @@ def _user_routes(app: FastAPI, http: Http) -> None:
     async def rank(request: Request, at_least: AtLeast = []) -> Response:  # noqa: B006
         body = await _body(request, RANK_BYTES_MAX)
         asked = _request(body, serving.RankRequest, "rank")
-        return await http.for_user(request, asked.user_id, lambda: _json(serving.rank(view, asked)), at_least, body)
+
+        async def answer() -> Response:
+            return await _told(view, serving.rank(view, asked), asked.words)
+
+        return await http.for_user(request, asked.user_id, answer, at_least, body)
 
     @app.post("/v1/events", operation_id="postEvents", response_model=None, status_code=202)
     async def post_events(request: Request) -> Response:
@@ -470,6 +480,12 @@ def _user_routes(app: FastAPI, http: Http) -> None:
         told = [("comments" if isinstance(e, Comment) else "clicks", e.user_id.encode(), raw) for e, raw in events]
         positions = await http.publish(told)
         return Response(msgspec.json.encode(serving.Accepted(len(positions), positions)), 202, None, "application/json")
+
+
+async def _told(view: WorkerView, told: serving.Recommendations, with_words: bool) -> Response:
+    if with_words:
+        await serving.add_words(view, told)
+    return _json(told)
 
 
 def _item_routes(app: FastAPI, http: Http) -> None:

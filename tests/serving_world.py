@@ -2,11 +2,11 @@
 
 import asyncio
 import hashlib
-import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from itertools import pairwise
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 from prometheus_client import CollectorRegistry, Histogram
 
@@ -14,7 +14,7 @@ from model.items import ItemMatrix
 from model.learner import LearnerConfig
 from model.ranker import Ranker
 from streams import codec, pipeline, serving
-from streams.events import Comment, Item
+from streams.events import Click, Comment, Item
 from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
 from tests.records import record
 
@@ -59,6 +59,7 @@ class World:
         self.closed: set[int] = set()
         self.waits_for: list[str] = []
         self.delay_s = 0.0
+        self.written: dict[tuple[int, int], str] = {}  # comments, by partition and offset
         self.failing_after: int | None = None
         self.clock_s = START_S
         self.rate = 12.0
@@ -121,6 +122,10 @@ class World:
     async def encode(self, text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         return encode(text)
 
+    async def words(self, user_id: str, offsets: Sequence[int]) -> dict[int, str]:
+        partition = self.partition_of(user_id)
+        return {o: self.written[partition, o] for o in offsets if (partition, o) in self.written}
+
     async def publish(self, topic: str, key: bytes, value: bytes) -> tuple[int, int]:
         if self.failing_after is not None:
             self.failing_after -= 1
@@ -175,6 +180,8 @@ class World:
             [record(topic, value, key, offset=offset, partition=partition, timestamp_ms=stamp_ms)],
         )
         for event in decoded.events:
+            if isinstance(event, Comment):
+                self.written[partition, offset] = event.text
             vector = encode(event.text) if isinstance(event, Comment) else None
             done = pipeline.learn_users(
                 partition, [SourceEvent(TOPIC_CODES[topic], offset, event, vector)],
@@ -188,10 +195,14 @@ class World:
 
     def click(self, user_id: str, item_id: str, action: str = "click") -> None:
         """One click is published and applied."""
-        partition = self.partition_of(user_id)
-        offset = self._ends["clicks", partition] = self._ends.get(("clicks", partition), -1) + 1
-        value = json.dumps({"user_id": user_id, "item_id": item_id, "action": action}).encode()
-        self.apply("clicks", partition, offset, user_id.encode(), value)
+        self.take(Click(user_id, item_id, action))
+
+    def take(self, event: Click | Comment) -> None:
+        """One event is published and applied."""
+        topic = "clicks" if isinstance(event, Click) else "comments"
+        partition = self.partition_of(event.user_id)
+        offset = self._ends[topic, partition] = self._ends.get((topic, partition), -1) + 1
+        self.apply(topic, partition, offset, event.user_id.encode(), msgspec.json.encode(event))
 
     def tell(self, message: dict[str, Any]) -> None:
         """A message to every listener."""

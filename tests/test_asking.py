@@ -1,0 +1,120 @@
+"""What is asked of a real worker beside a real broker: what-if, the user's own words."""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+from kafka import KafkaProducer
+
+from bench.deployment import Deployment, WorkerProcess
+
+FILMS = {
+    "alien": "Alien. A crew in deep space meets a creature that hunts them. horror, science fiction",
+    "blade": "Blade Runner. A detective hunts artificial humans in a dark future city. science fiction",
+    "amelie": "Amelie. A shy waitress in Paris mends the lives of others. romance, comedy",
+    "notebook": "The Notebook. A poor man and a rich woman fall in love one summer. romance, drama",
+    "unforgiven": "Unforgiven. An old gunman takes one last job in the west. western, drama",
+    "heat": "Heat. A detective and a thief hunt each other through Los Angeles. crime, drama",
+    "up": "Up. An old man flies his house to South America with balloons. animation, comedy",
+}
+READERS = 6
+START_S = time.time() - 1000
+
+
+class Asked(NamedTuple):
+    """A worker with a quiet model, and where each reader's events are in the log."""
+
+    worker: WorkerProcess
+    positions: dict[str, list[str]]
+
+
+@pytest.fixture(scope="module")
+def asked(embedded_broker: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
+    deployment = Deployment(
+        embedded_broker, tmp_path_factory.mktemp("asking"), topic_prefix="asking-", partitions=2, rank_sample=1.0
+    )
+    try:
+        deployment.create_topics()
+        producer = KafkaProducer(**deployment.settings.kafka_options())
+        for item_id, text in FILMS.items():
+            value = json.dumps({"item_id": item_id, "text": text}).encode()
+            producer.send(deployment.settings.topic("items"), value, key=item_id.encode()).get(timeout=10)
+        producer.close()
+        worker = deployment.start_worker()
+        worker.wait_ready()
+        worker.wait_until("the catalogue", lambda: worker.get("/v1/model")["replica"]["active"] == len(FILMS))
+        positions = {}
+        for n in range(READERS):
+            positions[f"reader-{n}"] = send(worker, story(f"reader-{n}", n))
+            positions[f"double-{n}"] = send(worker, story(f"double-{n}", n, without=n, with_more=True))
+        for user, own in positions.items():
+            worker.get(f"/v1/users/{user}/state", at_least=own)
+        settled(worker)
+        yield Asked(worker, positions)
+    finally:
+        deployment.close()
+
+
+def story(user: str, n: int, without: int | None = None, with_more: bool = False) -> list[dict[str, Any]]:
+    """Four clicks and two comments of a user; with one of them left out, and with one more."""
+    films = list(FILMS)
+    events: list[dict[str, Any]] = [
+        {"type": "click", "user_id": user, "item_id": films[(n + 2 * k) % len(films)], "action": "like",
+         "ts": START_S + k} for k in range(4)
+    ]  # fmt: skip
+    events.insert(2, {"type": "comment", "user_id": user, "text": f"deep space, number {n}", "ts": START_S + 1.5})
+    events.append({"type": "comment", "user_id": user, "text": "no romance, please", "ts": START_S + 9})
+    left = [event for at, event in enumerate(events) if at != without]
+    return [*left, *more(user)] if with_more else left
+
+
+def more(user: str) -> list[dict[str, Any]]:
+    return [
+        {"type": "comment", "user_id": user, "text": "a detective in a dark city", "ts": START_S + 50},
+        {"type": "click", "user_id": user, "item_id": "up", "action": "view", "ts": START_S + 60},
+    ]
+
+
+def send(worker: WorkerProcess, events: list[dict[str, Any]]) -> list[str]:
+    answer = worker.http.post("/v1/events", json=events)
+    assert answer.status_code == 202, answer.text
+    positions: list[str] = answer.json()["positions"]
+    return positions
+
+
+def settled(worker: WorkerProcess) -> None:
+    """Until what was read has been learnt, and is in the replica."""
+    seen: list[Any] = []
+
+    def is_quiet() -> bool:
+        told = worker.get("/v1/model")
+        seen.append((told["learner"]["applied"], told["replica"]["applied"]))
+        return len(seen) > 5 and seen[-6:] == seen[-1:] * 6 and seen[-1][0] == seen[-1][1]
+
+    worker.wait_until("a quiet model", is_quiet)
+
+
+def test_a_what_if_is_what_really_publishing_those_events_gives(asked: Asked) -> None:
+    worker = asked.worker
+    for n in range(READERS):
+        body = {"without": [asked.positions[f"reader-{n}"][n]], "with": more(f"reader-{n}")}
+        answer = worker.http.post(f"/v1/users/reader-{n}/what-if", params={"exclude_seen": False}, json=body)
+        told = answer.json()
+        real = worker.get(f"/v1/users/double-{n}/recommendations", exclude_seen=False)
+        as_it_is = worker.get(f"/v1/users/reader-{n}/recommendations", exclude_seen=False)
+        assert told["exact"] and told["model_version"] == real["model_version"]
+        assert [i["item_id"] for i in told["items"]] == [i["item_id"] for i in real["items"]]
+        logits, theirs, before = ([i["logit"] for i in a["items"]] for a in (told, real, as_it_is))
+        assert logits == pytest.approx(theirs, abs=1e-5)
+        assert logits != pytest.approx(before, abs=1e-3), "another list than the user's own"
+
+
+def test_a_users_own_words_come_from_the_log(asked: Asked) -> None:
+    query = {"explain": True, "words": True, "parts": True}
+    told = asked.worker.get("/v1/users/reader-3/recommendations", **query)
+    for item in told["items"]:
+        words = [c["words"] for c in item["explanation"]["contributions"] if c["type"] == "comment"]
+        assert words == ["no romance, please", "deep space, number 3"]
+        assert not any("words" in c for c in item["explanation"]["contributions"] if c["type"] == "click")
