@@ -3,17 +3,17 @@
 A keeper owns one partition's state (state.partition) and its inbox. Faust's agents only put record batches into the
 inbox; the keeper's own task takes all that is there, so that a backlog is worked off in large batches.
 
-    UserKeeper       clicks, comments -> user rows           -> examples
+    UserKeeper       clicks, comments, erasures -> user rows -> examples
     CatalogueKeeper  items            -> catalogue rows      -> item entries in the examples log
     LearnerKeeper    examples         -> item matrix, rows by a byte budget
 """
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar, cast
 
 import numpy as np
 import structlog
@@ -24,7 +24,7 @@ from state.partition import OpenReport, Partition
 from streams import codec, examples, pipeline
 from streams.codec import Record, Reject
 from streams.encoding import Encoding
-from streams.events import Click, Comment, Item, Withdrawn
+from streams.events import Click, Comment, Erasure, Item, Withdrawn
 from streams.inbox import Entry, Inbox
 from streams.pipeline import EvidenceConfig, ItemLearner, Learnt, SourceEvent
 from streams.telemetry import Telemetry
@@ -45,6 +45,8 @@ assert INBOX_RECORDS_LOW >= BATCH_EVENTS_MAX, "a resumed partition must not run 
 POPULARITIES: Final = tuple(
     "popularity" if half_life is None else f"popularity_{half_life}" for half_life in HALF_LIVES_POSITIVES
 )
+
+USER_CODES: Final = {name: code for code, name in examples.USER_SOURCES.items()}
 
 T = TypeVar("T")
 
@@ -266,12 +268,14 @@ class RowCache:
                 found[at] = value
         return found
 
-    def put_many(self, changed: dict[bytes, bytes]) -> None:
-        """Takes what a flush has written."""
+    def put_many(self, changed: Mapping[bytes, bytes | None]) -> None:
+        """Takes what a flush writes; of a row that it deletes nothing is kept."""
         for key, value in changed.items():
             old = self._rows.pop(key, None)
             if old is not None:
                 self._bytes -= len(old) + len(key)
+            if value is None:
+                continue
             self._rows[key] = value
             self._bytes += len(value) + len(key)
         while self._bytes > self._bytes_max:
@@ -281,13 +285,13 @@ class RowCache:
 
 @dataclass(slots=True)
 class _UserWork:
-    event: Click | Comment
+    event: Click | Comment | Erasure
     record_s: float
     vector: asyncio.Future[np.ndarray[Any, np.dtype[np.float32]]] | None
 
 
 class UserKeeper(Keeper["_UserWork | Reject"]):
-    """clicks and comments of one partition -> user rows and examples."""
+    """clicks, comments and erasures of one partition -> user rows and examples."""
 
     kind = "users"
     batch_max = BATCH_EVENTS_MAX
@@ -303,7 +307,7 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
     def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, Any]]:
         """Decodes, and starts the encoding of texts at once, ahead of their turn."""
         name = self.topics[topic]
-        decoded: codec.Decoded[Any] = codec.decode_batch("clicks" if name == "clicks" else "comments", records)
+        decoded = codec.decode_batch(cast(codec.Topic, name), records)
         self.around.metrics.consumed(name, len(decoded.events), len(decoded.rejects))
         work: list[tuple[float, int, Any]] = []
         for event, record in zip(decoded.events, decoded.records, strict=True):
@@ -325,7 +329,7 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
                 rejects.append(item)
                 continue
             assert item is not None
-            code = examples.TOPICS.index(self.topics[topic])
+            code = USER_CODES[self.topics[topic]]
             vector = await item.vector if item.vector is not None else None
             events.append(SourceEvent(code, entry.offset, item.event, vector))
             stamps.append(item.record_s)
@@ -336,11 +340,12 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
         with metrics.stage("user_flush"):
             downstream = [(b"%d" % self.number, message) for message in batch.messages]
             self.cache.put_many(batch.rows)  # first: `applied` moves inside the flush, and no read may lag behind it
-            await self.partition.flush(dict(batch.rows), downstream, self._advanced(entries))
+            await self.partition.flush(batch.rows, downstream, self._advanced(entries))
         now = self.around.now()
         metrics.users_learnt(events, stamps, batch, now)
-        for event in events[-SHOWN_EVENTS_MAX:]:
-            self.around.changed(event.event)
+        for source in events[-SHOWN_EVENTS_MAX:]:
+            if not isinstance(source.event, Erasure):
+                self.around.changed(source.event)
 
     def row(self, user_id: str) -> bytes | None:
         """The user's row as of now."""

@@ -225,7 +225,7 @@ def _add_agents(app: Any, settings: Settings, worker: Worker) -> None:
         channel = app.topic(*topics, schema=schema, acks=False)  # with Faust's acks a commit moves by one batch only
         app.agent(channel, name=name, supervisor_strategy=mode.CrashingSupervisor)(feed)
 
-    agent("learn_users", settings.topic("clicks"), settings.topic("comments"))
+    agent("learn_users", *map(settings.topic, ("clicks", "comments", "erasures")))
     agent("catalogue", settings.topic("items"))
     agent("learn_items", settings.internal_topic("examples"))
 

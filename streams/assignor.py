@@ -1,7 +1,7 @@
 """Who gets which partitions: the same partition number of every co-partitioned topic goes to the same worker.
 
-A user's clicks and comments meet in one row, so `clicks:p` and `comments:p` must meet in one process. Each member
-tells its HTTP address when it joins; the leader's answer tells every member who has which partition, so that any
+A user's clicks, comments and erasures meet in one row, so their partitions of one number must meet in one process. Each
+member tells its HTTP address when it joins; the leader's answer tells every member who has which partition, so that any
 worker can forward a request to the one that holds a user.
 """
 

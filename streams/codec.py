@@ -123,6 +123,8 @@ def decode_batch(topic: Literal["comments"], records: Sequence[Record]) -> Decod
 def decode_batch(topic: Literal["items"], records: Sequence[Record]) -> Decoded[Item | Withdrawn]: ...
 @overload
 def decode_batch(topic: Literal["erasures"], records: Sequence[Record]) -> Decoded[Erasure]: ...
+@overload
+def decode_batch(topic: Topic, records: Sequence[Record]) -> Decoded[Any]: ...
 def decode_batch(topic: Topic, records: Sequence[Record]) -> Decoded[Any]:
     """Decode the records of one topic (its name without the prefix): events, their records, and the rejects.
 
@@ -434,6 +436,7 @@ _KINDS_OF_FIELD: Final = {
     "text": ("string",),
     "value": ("number",),
     "ts": ("number", "string"),
+    "unlearn": ("boolean",),
     "attributes": ("object",),
 }
 

@@ -144,10 +144,13 @@ class Item(msgspec.Struct, gc=False, omit_defaults=True):
 
 
 class Erasure(msgspec.Struct, gc=False, omit_defaults=True):
-    """Forget this user. Record key: user_id."""
+    """Forget this user: what came before, in the order of the partition's events. Record key: user_id."""
 
     user_id: Id
     ts: EventTs = _ABSENT
+    unlearn: Annotated[
+        bool, Meta(description="Also take back what the item model has learnt from this user's events.")
+    ] = False
 
 
 class Withdrawn(msgspec.Struct, gc=False):

@@ -44,6 +44,8 @@ COUNT: Final = struct.Struct("<I")
 
 TOPICS: Final = ("clicks", "comments", "items")  # topic codes: the index is stored, so append only
 CLICKS, COMMENTS, ITEMS = range(3)
+ERASURES: Final = 3  # a source of the user state that no example comes from
+USER_SOURCES: Final = {CLICKS: "clicks", COMMENTS: "comments", ERASURES: "erasures"}  # the user state's sources
 
 assert EXAMPLE.size == 32 and HEADER.size == 8
 

@@ -1,7 +1,7 @@
 """What waits for one partition of the user state: the merge of its source topics into one order.
 
-A user's state depends on the order of their clicks and comments, and these come by two topics. The order is a
-function of the logs: by event time (never later than the record's own time), made monotone within each topic, then
+A user's state depends on the order of their clicks, comments and erasures, and these come by three topics. The order
+is a function of the logs: by event time (never later than the record's own time), made monotone within each topic, then
 by topic, then by offset. While a topic is behind, the others wait for it; once it is at its end, an event is held for
 `hold_s` after it came, since a record with an earlier time may still be on its way.
 """

@@ -18,7 +18,7 @@ from model.learner import Learner, LearnerConfig, Outcome
 from state import rows
 from state.rows import UserRow
 from streams import examples
-from streams.events import Click, Comment, Item, Withdrawn
+from streams.events import Click, Comment, Erasure, Item, Withdrawn
 
 F4: TypeAlias = npt.NDArray[np.float32]
 GetMany: TypeAlias = Callable[[list[bytes]], list[bytes | None]]
@@ -44,18 +44,31 @@ class SourceEvent(NamedTuple):
 
     topic: int
     offset: int
-    event: Click | Comment
+    event: Click | Comment | Erasure
     vector: F4 | None = None
 
 
-class UserBatch(NamedTuple):
-    """What a batch of events makes of its users."""
+class Erased(NamedTuple):
+    """An erasure that was applied, and what its user's row had held."""
 
-    rows: dict[bytes, bytes]
+    offset: int  # of its record in `erasures`
+    user_id: str
+    unlearn: bool
+    events: int  # counted in the row; 0: there was no row
+    behaviours: int  # of these kept one by one
+    seen: int  # items kept as consumed beyond the behaviours
+    comments: int  # kept one by one; older ones lived on in the tail
+
+
+class UserBatch(NamedTuple):
+    """What a batch of events makes of its users; a row of None is a user erased."""
+
+    rows: dict[bytes, bytes | None]
     messages: list[bytes]
     examples: int
     positives: int
     unknown_actions: int
+    erased: list[Erased]
 
 
 def learn_users(partition: int, events: Sequence[SourceEvent], get_many: GetMany, config: EvidenceConfig) -> UserBatch:
@@ -63,18 +76,24 @@ def learn_users(partition: int, events: Sequence[SourceEvent], get_many: GetMany
 
     A repeat of a (user, item) pair is counted, not learnt; a low rating is an example of label 0. A comment that
     names an item is the pair's positive when nothing came before; its text is seen by the user's later examples,
-    once the user's time has strictly advanced.
+    once the user's time has strictly advanced. An erasure ends the user's row; events after it begin another.
     """
     users = list(dict.fromkeys(e.event.user_id for e in events))
     keys = [u.encode() for u in users]
+    before = get_many(keys)
     folds = {
         user: _UserFold(rows.unpack(value) if value is not None else UserRow())
-        for user, value in zip(users, get_many(keys), strict=True)
+        for user, value in zip(users, before, strict=True)
     }
     packed: list[bytes] = []
+    erased: list[Erased] = []
     positives = unknown = 0
     for topic, offset, event, vector in events:
         fold = folds[event.user_id]
+        if isinstance(event, Erasure):
+            erased.append(_erased(offset, event, fold.row))
+            folds[event.user_id] = _UserFold(UserRow())
+            continue
         position = rows.position(topic, offset)
         if isinstance(event, Click):
             low = is_low(event, config)
@@ -99,8 +118,20 @@ def learn_users(partition: int, events: Sequence[SourceEvent], get_many: GetMany
             packed.append(example)
             positives += example[24]
     messages = examples.pack_messages(partition, packed)
-    changed = {key: rows.pack(folds[user].row) for user, key in zip(users, keys, strict=True)}
-    return UserBatch(changed, messages, len(packed), positives, unknown)
+    changed: dict[bytes, bytes | None] = {}
+    for user, key, value in zip(users, keys, before, strict=True):
+        row = folds[user].row
+        if row.events:
+            changed[key] = rows.pack(row)
+        elif value is not None:  # where there was no row, not even its deletion is written: it would name the user
+            changed[key] = None
+    return UserBatch(changed, messages, len(packed), positives, unknown, erased)
+
+
+def _erased(offset: int, erasure: Erasure, row: UserRow) -> Erased:
+    return Erased(
+        offset, erasure.user_id, erasure.unlearn, row.events, row.history_count, len(row.seen) // 8, row.comment_count
+    )
 
 
 def is_low(event: Click, config: EvidenceConfig) -> bool:

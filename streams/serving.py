@@ -529,7 +529,7 @@ def what_if(
         told.append(SourceEvent(code, offsets[USER_TOPICS[code]], event, vector))
     if told:
         folded = learn_users(partition, told, lambda _: [rows.pack(row)], view.evidence)
-        row = rows.unpack(folded.rows[user_id.encode()])
+        row = rows.unpack(folded.rows[user_id.encode()] or b"")
     reader = Reader(view, user_id, row)
     found = _list(reader, user_id, _best(reader, options))
     return WhatIf(found.user_id, found.token, found.model_version, found.applied, found.items, exact)

@@ -9,7 +9,7 @@ import numpy as np
 
 from model.evaluate import LiveMetrics
 from monitoring.metrics import Metrics
-from streams.events import Click
+from streams import examples
 from streams.pipeline import Learnt, SourceEvent, UserBatch
 
 SAMPLE_EVERY: Final = 16  # freshness is observed for every so many events of a batch, and for its first
@@ -72,8 +72,10 @@ class Telemetry:
         self.events += len(events)
         if batch.unknown_actions:
             self.metrics.events_total.labels("clicks", "unknown_action").inc(batch.unknown_actions)
+        if batch.erased:
+            self.metrics.erasures_total.inc(len(batch.erased))
         for at in range(0, len(events), SAMPLE_EVERY):
-            kind = "clicks" if isinstance(events[at].event, Click) else "comments"
+            kind = examples.USER_SOURCES[events[at].topic]
             self.metrics.freshness_seconds.labels(kind).observe(max(0.0, now - stamps_s[at]))
         if events:
             self.event_lag_s = max(0.0, now - events[-1].event.ts)

@@ -72,7 +72,7 @@ def planned(settings: Settings) -> list[Topic]:
         (settings.topic("erasures"), many, kept, "users to forget"),
         *(
             (settings.topic(f"{name}.dlq"), 1, kept, f"rejected messages of {name}")
-            for name in ("clicks", "comments", "items")
+            for name in ("clicks", "comments", "items", "erasures")
         ),
         (settings.topic("encoder-checkpoints"), 1, lag, "published encoders"),
         (settings.internal_topic("examples"), 1, examples, "training examples and catalogue entries"),

@@ -33,7 +33,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from streams import codec, serving
+from streams import codec, examples, serving
 from streams.events import ID_CHARS_MAX, MESSAGE_BYTES_MAX, Click, Comment
 from streams.openapi import describe, documentation_page
 from streams.problems import KINDS, MEDIA_TYPE, Problem
@@ -244,8 +244,9 @@ def _positions(given: list[str], user_partition: int) -> list[tuple[str, int]]:
     for text in given:
         topic, _, rest = text.partition(":")
         numbers = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,16})", rest)
-        if topic not in serving.USER_TOPICS or numbers is None:
-            raise _invalid("at_least", f"{text[:80]!r} has to be clicks:PARTITION:OFFSET or comments:PARTITION:OFFSET")
+        if topic not in examples.USER_SOURCES.values() or numbers is None:
+            topics = ", ".join(examples.USER_SOURCES.values())
+            raise _invalid("at_least", f"{text[:80]!r} has to be TOPIC:PARTITION:OFFSET, the topic one of {topics}")
         if int(numbers[1]) != user_partition:
             raise _invalid("at_least", f"{text!r}: this user's events are in partition {user_partition}")
         out.append((topic, int(numbers[2])))

@@ -87,6 +87,7 @@ class Worker:
         self.topic_kinds = {
             settings.topic("clicks"): ("users", "clicks"),
             settings.topic("comments"): ("users", "comments"),
+            settings.topic("erasures"): ("users", "erasures"),
             settings.topic("items"): ("catalogue", "items"),
             settings.internal_topic("examples"): ("learner", "examples"),
         }
@@ -324,7 +325,7 @@ class Worker:
     async def _check_partitions(self) -> None:
         counts = {t: await self.producer.partitions(t) for t, (kind, _) in self.topic_kinds.items() if kind == "users"}
         if len(set(counts.values())) != 1:
-            raise RuntimeError(f"clicks and comments must have as many partitions as each other: {counts}")
+            raise RuntimeError(f"clicks, comments and erasures must have as many partitions as each other: {counts}")
 
     async def _every(self, interval_s: float, work: Any) -> None:
         while not self.stopping:

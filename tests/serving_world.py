@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, Histogram
 from model.items import ItemMatrix
 from model.learner import LearnerConfig
 from model.ranker import Ranker
-from streams import codec, pipeline, serving
-from streams.events import Click, Comment, Item
+from streams import codec, examples, pipeline, serving
+from streams.events import Click, Comment, Erasure, Item
 from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
 from tests.records import record
 
@@ -22,7 +22,7 @@ TEXT_DIM: Final = 32
 PARTITIONS: Final = 4
 START_S: Final = 1_700_000_000.0
 EVIDENCE: Final = EvidenceConfig(rank_sample=1.0)
-TOPIC_CODES: Final = {"clicks": 0, "comments": 1}
+TOPIC_CODES: Final = {name: code for code, name in examples.USER_SOURCES.items()}
 LIST: Final = 10  # first places that count as a hit
 GENRES: Final = {"space": "Orbit", "western": "Canyon", "romance": "Letter", "horror": "Cellar"}
 MOODS: Final = (
@@ -187,9 +187,14 @@ class World:
                 partition, [SourceEvent(TOPIC_CODES[topic], offset, event, vector)],
                 lambda keys: [self._rows.get(key) for key in keys], EVIDENCE,
             )  # fmt: skip
-            self._rows.update(done.rows)
+            for user, row in done.rows.items():
+                if row is None:
+                    del self._rows[user]
+                else:
+                    self._rows[user] = row
             self._learn(done.messages)
-            self.tell(serving.stream_event(event, event.ts))
+            if not isinstance(event, Erasure):
+                self.tell(serving.stream_event(event, event.ts))
         self._applied[topic, partition] = offset
         self.tell(self.status())
 

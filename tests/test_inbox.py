@@ -25,6 +25,16 @@ def test_entries_leave_by_time_then_topic_then_offset() -> None:
     assert drain(box, 11, {"clicks": 3, "comments": 2}) == ["a0", "a1", "b0", "b1", "a2"]
 
 
+def test_a_silent_third_topic_delays_nothing_and_its_entry_goes_after_those_of_its_time() -> None:
+    box = Inbox[str]({"clicks": 0, "comments": 0, "erasures": 0}, HOLD_S)
+    ends = {"clicks": 1, "comments": 0, "erasures": 0}
+    box.put("clicks", [(5.0, 0, "a0")], 1, now=10)
+    assert drain(box, 10 + HOLD_S + 0.001, ends) == ["a0"]
+    box.put("erasures", [(6.0, 0, "x0")], 1, now=11)
+    box.put("clicks", [(6.0, 1, "a1"), (7.0, 2, "a2")], 3, now=11)
+    assert drain(box, 12, {"clicks": 3, "comments": 0, "erasures": 1}) == ["a1", "x0", "a2"]
+
+
 def test_a_topic_never_goes_backwards() -> None:
     box = inbox()
     box.put("clicks", [(5.0, 0, "a0"), (1.0, 1, "a1")], 2, now=10)

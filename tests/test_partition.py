@@ -117,6 +117,25 @@ def log_rows(records: Sequence[LogRecord]) -> dict[bytes, bytes]:
 # -- a quiet life
 
 
+async def test_a_source_that_is_new_to_a_state_begins_before_its_first_record() -> None:
+    around = Surroundings()
+    partition = await around.opened()
+    await add_all(partition, range(3))
+    await partition.close()
+    wider = around.partition(sources=(*SOURCES, "erasures"))
+    report = await wider.open()
+    assert report.kind == "same"
+    assert report.applied == {"clicks": 2, "comments": -1, "erasures": -1}
+    await wider.flush({b"hot": None}, [], {"erasures": 0})
+    await wider.close()
+    restored = around.partition("elsewhere", sources=(*SOURCES, "erasures"))
+    assert (await restored.open()).applied == {"clicks": 2, "comments": -1, "erasures": 0}
+    assert restored.get_many([b"hot"]) == [None]
+    await restored.close()
+    with pytest.raises(SourcesError, match="erasures"):
+        await around.partition("elsewhere").open()
+
+
 async def test_flushed_rows_are_read_back_and_survive_a_close() -> None:
     around = Surroundings()
     partition = around.partition()

@@ -13,8 +13,8 @@ from model.examples import new_examples
 from model.learner import LearnerConfig
 from state import rows
 from streams import examples, pipeline
-from streams.events import Click, Comment, Item, Withdrawn
-from streams.examples import CLICKS, COMMENTS, item_key
+from streams.events import Click, Comment, Erasure, Item, Withdrawn
+from streams.examples import CLICKS, COMMENTS, ERASURES, item_key
 from streams.kafka import BATCH_BYTES_MAX
 from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
 
@@ -33,7 +33,11 @@ class Users:
 
     def learn(self, events: list[SourceEvent], partition: int = 0) -> pipeline.UserBatch:
         batch = pipeline.learn_users(partition, events, lambda keys: [self.rows.get(k) for k in keys], self.config)
-        self.rows.update(batch.rows)
+        for key, row in batch.rows.items():
+            if row is None:
+                del self.rows[key]
+            else:
+                self.rows[key] = row
         self.messages += batch.messages
         return batch
 
@@ -48,6 +52,10 @@ def click(offset: int, user: str, item: str, ts: float = 0.0, action: str = "cli
 def comment(offset: int, user: str, item: str | None, ts: float, seed: int = 0) -> SourceEvent:
     vector = np.random.default_rng(seed).standard_normal(DIM).astype(np.float32)
     return SourceEvent(COMMENTS, offset, Comment(user, "words", item, ts), vector / np.linalg.norm(vector))
+
+
+def erasure(offset: int, user: str, ts: float = 0.0) -> SourceEvent:
+    return SourceEvent(ERASURES, offset, Erasure(user, ts))
 
 
 def decode(messages: list[bytes], topics: int = 3) -> list[dict[str, Any]]:
@@ -166,7 +174,36 @@ def test_the_rank_sample_is_a_function_of_the_position() -> None:
     assert set(quarter) <= set(sampled(0.5))
 
 
-KINDS = st.sampled_from(["click", "low", "text"])
+def test_an_erasure_ends_the_row_and_tells_what_it_held() -> None:
+    users = Users()
+    users.learn([click(0, "u", "a"), comment(0, "u", None, 1.0), click(1, "v", "a")])
+    other = users.rows[b"v"]
+    batch = users.learn([erasure(7, "u", 2.0)])
+    assert batch.rows == {b"u": None}
+    assert batch.erased == [pipeline.Erased(7, "u", False, events=2, behaviours=1, seen=0, comments=1)]
+    assert users.rows == {b"v": other}
+
+
+def test_an_erasure_of_nobody_and_of_this_batchs_events_alone_writes_no_row_that_would_name_the_user() -> None:
+    users = Users()
+    assert users.learn([erasure(0, "u")]).rows == {}
+    batch = users.learn([click(0, "u", "a"), erasure(1, "u")])
+    assert batch.rows == {}
+    assert [e.events for e in batch.erased] == [1]
+    assert len(decode(batch.messages)) == 1
+
+
+def test_who_comes_back_after_an_erasure_begins_anew() -> None:
+    users, fresh = Users(), Users()
+    users.learn([click(0, "u", "a"), comment(0, "u", "b", 1.0)])
+    users.messages = []
+    users.learn([erasure(0, "u", 2.0), click(1, "u", "a", 3.0), click(2, "u", "c", 4.0)])
+    fresh.learn([click(1, "u", "a", 3.0), click(2, "u", "c", 4.0)])
+    assert users.rows == fresh.rows
+    assert users.messages == fresh.messages
+
+
+KINDS = st.sampled_from(["click", "low", "text", "erasure"])
 EVENTS = st.lists(st.tuples(st.sampled_from("uvw"), st.sampled_from("abcdefg"), st.integers(0, 9), KINDS), max_size=60)
 
 
@@ -175,7 +212,9 @@ EVENTS = st.lists(st.tuples(st.sampled_from("uvw"), st.sampled_from("abcdefg"), 
 def test_rows_and_examples_do_not_depend_on_the_batch_cuts(events: list[Any], seed: int) -> None:
     stream = []
     for n, (user, item, ts, kind) in enumerate(events):
-        if kind == "text":
+        if kind == "erasure":
+            stream.append(erasure(n, user, float(ts)))
+        elif kind == "text":
             stream.append(comment(n, user, item, float(ts), seed=n))
         else:
             stream.append(click(n, user, item, float(ts), "rating" if kind == "low" else "click"))
