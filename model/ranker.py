@@ -90,6 +90,15 @@ class Ranker:
         self._score = np.zeros(0, np.float32)
         self._no_popularity = np.zeros((0, 0), np.float32)
 
+    @property
+    def bias_at(self) -> float:
+        """The moment of the biases in the last list, Unix s."""
+        return self._tick[1] if self._tick else 0.0
+
+    def take_bias(self, now: float) -> None:
+        """Takes the bias at this moment, unless that of the tick still holds. Every list does so by itself."""
+        self._refresh(now)
+
     # --- lists ---
 
     def top_k(self, user: User, now: float, k: int, exclude: Iterable[int] = ()) -> list[Scored]:

@@ -299,10 +299,12 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
     def __init__(self, number: int, partition: Partition, topics: dict[str, str], around: Surroundings) -> None:
         super().__init__(number, partition, topics, around)
         self.cache = RowCache(partition.get_many)
+        self.shown: dict[str, int] = {}  # last offset in the rows that a read sees, which may be in mid-flush
 
     async def load(self) -> None:
         """The cache starts empty: another store may lie behind it now."""
         self.cache = RowCache(self.partition.get_many)
+        self.shown = dict(self.partition.applied)
 
     def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, Any]]:
         """Decodes, and starts the encoding of texts at once, ahead of their turn."""
@@ -339,8 +341,10 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
             batch = pipeline.learn_users(self.number, events, self.cache.get_many, self.around.evidence)
         with metrics.stage("user_flush"):
             downstream = [(b"%d" % self.number, message) for message in batch.messages]
-            self.cache.put_many(batch.rows)  # first: `applied` moves inside the flush, and no read may lag behind it
-            await self.partition.flush(batch.rows, downstream, self._advanced(entries))
+            advanced = self._advanced(entries)
+            self.cache.put_many(batch.rows)  # with `shown`, at once: a read's rows and offsets are of one moment
+            self.shown = advanced
+            await self.partition.flush(batch.rows, downstream, advanced)
         now = self.around.now()
         metrics.users_learnt(events, stamps, batch, now)
         for source in events[-SHOWN_EVENTS_MAX:]:

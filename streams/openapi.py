@@ -57,7 +57,7 @@ _EXPLANATION = {
 }
 _LIST = {
     "user_id": "196",
-    "token": "v1.lKptaW5pbG1ANEBhMdkA",
+    "token": "v2.nADECDEyMzQ1Njc4A4GmY2xpY2tzBwEJxAhzZXR0aW5nc8s_-AAAAAAAAMs_9AAAAAAAAArDxARsaXN0",
     "model_version": "all-MiniLM-L6-v2/1041",
     "applied": {"clicks": [3, 1041], "comments": [3, 7]},
     "items": [{"item_id": "172", "score": 0.031, "logit": 0.23, "explanation": _EXPLANATION}],
@@ -93,9 +93,8 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "getRecommendations": Operation(
         "A list for a user", "The best items, exactly ranked over the whole catalogue. With `explain`, bias + the "
         "contributions' values + rest = logit, within 1e-4; with `parts`, each in its parts too. `score` is the "
-        "probability among all candidates. The "
-        "`token` names the state that answered: `v1.` and, base64url without padding, a MessagePack array of model "
-        "version, ranking time and applied offsets.", "users", USER_READ, serving.Recommendations, _LIST,
+        "probability among all candidates. The `token` names all that the list was made of.",
+        "users", USER_READ, serving.Recommendations, _LIST,
     ),
     "rank": Operation(
         "Order given items for a user", "As recommendations, for the items named; unknown items are left out. An item "

@@ -6,7 +6,6 @@ items, so that no lock and no copy is needed, and one answer never mixes two sta
 """
 
 import asyncio
-import base64
 import math
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from functools import cached_property
@@ -24,9 +23,10 @@ from model.ranker import Explanation as RankerExplanation
 from model.ranker import Ranker, Scored
 from state import rows
 from state.rows import UserRow
-from streams import examples
+from streams import examples, tokens
 from streams.events import Click, Comment, Id
 from streams.pipeline import EvidenceConfig, SourceEvent, learn_users, visible_text
+from streams.tokens import Token
 
 USER_TOPICS: Final = ("clicks", "comments")
 EVENT_TYPES: Final = ("click", "comment")  # of the topic code
@@ -34,7 +34,6 @@ RANK_ITEMS_MAX: Final = 1_000  # a rank request
 WITHOUT_MAX: Final = rows.HISTORY_MAX + rows.COMMENTS_MAX  # all that a row keeps one by one
 WITH_MAX: Final = 20  # events of a what-if: each comment waits for the encoder
 LAST_EVENTS_MAX: Final = 50  # of a state
-TOKEN_PREFIX: Final = "v1."
 
 assert examples.TOPICS[: len(USER_TOPICS)] == USER_TOPICS and len(EVENT_TYPES) == len(USER_TOPICS)
 
@@ -52,6 +51,15 @@ class ServingMetrics(Protocol):
 
     recommendation_seconds: Histogram
     registry: CollectorRegistry
+
+
+class Origin(NamedTuple):
+    """What lists are made of beside the user's row: the partition's epoch, the last offset of the examples log that
+    the items hold, and `tokens.settings_digest`."""
+
+    epoch: int
+    examples: int
+    settings: bytes
 
 
 class WorkerView(Protocol):
@@ -86,6 +94,9 @@ class WorkerView(Protocol):
 
     def applied(self, partition: int) -> dict[str, int]:
         """Topic ("clicks", "comments") -> last offset that the partition's rows hold; -1: none."""
+
+    def origin(self, partition: int) -> Origin:
+        """For the token of a list of the partition's users. Raises NotReady."""
 
     async def wait_applied(self, topic: str, partition: int, offset: int, timeout_s: float) -> bool:
         """Whether the offset is applied, at the latest after the timeout. Raises NotReady."""
@@ -447,28 +458,17 @@ def _explanation(reader: Reader, given: RankerExplanation, options: ListOptions)
     return told
 
 
-def _list(reader: Reader, user_id: str, items: list[RankedItem]) -> Recommendations:
-    version, applied = reader.view.model_version, reader.applied()
-    return Recommendations(user_id, token(version, reader.at, applied), version, applied, items)
-
-
-def token(model_version: str, at: float, applied: dict[str, tuple[int, int]]) -> str:
-    """Names the state that a list was made of.
-
-    >>> read_token(token("m/7", 12.5, {"clicks": (3, 1041)}))
-    ('m/7', 12.5, {'clicks': (3, 1041)})
-    """
-    packed = msgspec.msgpack.encode((model_version, at, applied))
-    return TOKEN_PREFIX + base64.urlsafe_b64encode(packed).decode().rstrip("=")
-
-
-def read_token(given: str) -> tuple[str, float, dict[str, tuple[int, int]]]:
-    """(model version, ranking time in Unix s, applied offsets). Raises ValueError."""
-    if not given.startswith(TOKEN_PREFIX):
-        raise ValueError(f"token {given[:40]!r} does not start with {TOKEN_PREFIX!r}: it is of another version")
-    body = given[len(TOKEN_PREFIX) :]
-    packed = base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))
-    return msgspec.msgpack.decode(packed, type=tuple[str, float, dict[str, tuple[int, int]]])
+def _list(
+    reader: Reader, user_id: str, items: list[RankedItem], kind: int, options: ListOptions
+) -> Recommendations:  # fmt: skip
+    view, applied = reader.view, reader.applied()
+    origin = view.origin(reader.partition)
+    token = Token(
+        kind, tokens.digest_of(user_id.encode()), reader.partition, view.applied(reader.partition),
+        origin.epoch, origin.examples, origin.settings, reader.at, view.ranker.bias_at, options.limit,
+        options.exclude_seen, tokens.list_digest((item.item_id, item.logit) for item in items),
+    )  # fmt: skip
+    return Recommendations(user_id, tokens.write(token), view.model_version, applied, items)
 
 
 # -- answers
@@ -477,10 +477,11 @@ def read_token(given: str) -> tuple[str, float, dict[str, tuple[int, int]]]:
 def recommend(view: WorkerView, user_id: str, options: ListOptions) -> Recommendations:
     """The best candidates for the user. Raises NotReady."""
     reader = Reader(view, user_id)
-    return _list(reader, user_id, _best(reader, options))
+    return _list(reader, user_id, best(reader, options), tokens.LIST, options)
 
 
-def _best(reader: Reader, options: ListOptions) -> list[RankedItem]:
+def best(reader: Reader, options: ListOptions) -> list[RankedItem]:
+    """The best candidates, best first."""
     exclude = reader.consumed() if options.exclude_seen else np.zeros(0, np.int64)
     scored = reader.view.ranker.top_k(reader.user, reader.at, options.limit, exclude)
     return _ranked(reader, scored, exclude, options)
@@ -531,7 +532,7 @@ def what_if(
         folded = learn_users(partition, told, lambda _: [rows.pack(row)], view.evidence)
         row = rows.unpack(folded.rows[user_id.encode()] or b"")
     reader = Reader(view, user_id, row)
-    found = _list(reader, user_id, _best(reader, options))
+    found = _list(reader, user_id, best(reader, options), tokens.WHAT_IF, options)
     return WhatIf(found.user_id, found.token, found.model_version, found.applied, found.items, exact)
 
 
@@ -554,11 +555,17 @@ def _row_without(row: UserRow, partition: int, without: Sequence[str]) -> tuple[
 def rank(view: WorkerView, asked: RankRequest) -> Recommendations:
     """The given items, best first; those that are no candidates are left out. Raises NotReady."""
     reader = Reader(view, asked.user_id)
-    none = np.zeros(0, np.int64)
-    keys = [examples.item_key(item_id) for item_id in asked.item_ids]
-    scored = view.ranker.rank_items(reader.user, reader.at, keys)
-    options = ListOptions(explain=asked.explain, texts=asked.texts, parts=asked.parts, words=asked.words)
-    return _list(reader, asked.user_id, _ranked(reader, scored, none, options))
+    options = ListOptions(
+        len(asked.item_ids), asked.explain, exclude_seen=False, texts=asked.texts, parts=asked.parts, words=asked.words
+    )
+    return _list(reader, asked.user_id, ordered(reader, asked.item_ids, options), tokens.RANK, options)
+
+
+def ordered(reader: Reader, item_ids: Sequence[str], options: ListOptions) -> list[RankedItem]:
+    """Those of the items that are candidates, best first."""
+    keys = [examples.item_key(item_id) for item_id in item_ids]
+    scored = reader.view.ranker.rank_items(reader.user, reader.at, keys)
+    return _ranked(reader, scored, np.zeros(0, np.int64), options)
 
 
 def state(view: WorkerView, user_id: str) -> UserState:

@@ -16,7 +16,8 @@ from streams import codec, kafka
 from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, UserKeeper
 from streams.events import Click, Comment
 from streams.pipeline import EvidenceConfig
-from streams.serving import NotReady, ServingMetrics, stream_event
+from streams.serving import NotReady, Origin, ServingMetrics, stream_event
+from streams.tokens import settings_digest
 from streams.worker import LEARNER_PARTITION, Worker
 
 WAIT_POLL_S: Final = 0.005
@@ -35,6 +36,7 @@ class View:
         self.partitions = worker.settings.partitions
         self.metrics: ServingMetrics = worker.metrics
         self.ranker = Ranker(worker.replica, cooccurrence_history=worker.learner_config.cooccurrence_history)
+        self._settings_digest = settings_digest(self.encoder, worker.learner_config, self.evidence)
         self._words_readers = asyncio.Semaphore(WORDS_READERS_MAX)
         self._listeners: set[asyncio.Queue[dict[str, Any]]] = set()
         self._status_task: asyncio.Task[None] | None = None
@@ -74,14 +76,21 @@ class View:
         return keeper
 
     def user_row(self, user_id: str) -> bytes | None:
-        """The row as of the last flush. Raises NotReady."""
-        keeper = self._keeper("users", self.partition_of(user_id))
+        """The row as of the last fold. Raises NotReady."""
+        return self._users(self.partition_of(user_id)).row(user_id)
+
+    def _users(self, partition: int) -> UserKeeper:
+        keeper = self._keeper("users", partition)
         assert isinstance(keeper, UserKeeper)
-        return keeper.row(user_id)
+        return keeper
 
     def applied(self, partition: int) -> dict[str, int]:
-        """Last offset in the rows, a topic. Raises NotReady."""
-        return self._keeper("users", partition).applied()
+        """Last offset in the rows that `user_row` gives, a topic. Raises NotReady."""
+        return dict(self._users(partition).shown)
+
+    def origin(self, partition: int) -> Origin:
+        """Of lists that are made now. Raises NotReady."""
+        return Origin(self._users(partition).partition.epoch, self.worker.replica_applied, self._settings_digest)
 
     async def wait_applied(self, topic: str, partition: int, offset: int, timeout_s: float) -> bool:
         """Whether the offset is in the rows before the timeout. Raises NotReady."""

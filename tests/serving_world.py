@@ -16,6 +16,7 @@ from model.ranker import Ranker
 from streams import codec, examples, pipeline, serving
 from streams.events import Click, Comment, Erasure, Item
 from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
+from streams.tokens import settings_digest
 from tests.records import record
 
 TEXT_DIM: Final = 32
@@ -66,6 +67,7 @@ class World:
         self.hits: list[tuple[bool, bool]] = []  # the model's and popularity's, of each click that was ranked
         self.listeners: list[asyncio.Queue[dict[str, Any]]] = []
         config = LearnerConfig(dim=16, text_dim=TEXT_DIM, negatives=32, neighbours_max=32)
+        self.settings_digest = settings_digest(self.encoder, config, EVIDENCE)
         self._learner = ItemLearner(config, TEXT_DIM)
         self._replica = ItemMatrix(config.dim, config.text_dim, config.neighbours_max)
         self._ranker = Ranker(self._replica, cooccurrence_history=config.cooccurrence_history)
@@ -110,6 +112,9 @@ class World:
 
     def applied(self, partition: int) -> dict[str, int]:
         return {topic: self._applied.get((topic, partition), -1) for topic in TOPIC_CODES}
+
+    def origin(self, partition: int) -> serving.Origin:
+        return serving.Origin(1, self._examples_end - 1, self.settings_digest)
 
     async def wait_applied(self, topic: str, partition: int, offset: int, timeout_s: float) -> bool:
         deadline = asyncio.get_running_loop().time() + timeout_s

@@ -4,16 +4,17 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import httpx
 import jsonschema
+import msgspec
 import pytest
 
-from streams import serving
+from streams import serving, tokens
 from streams.events import ID_CHARS_MAX, Item
 from streams.problems import KINDS
 from streams.settings import Settings
@@ -81,11 +82,22 @@ async def test_a_list_is_best_first_and_leaves_out_what_was_consumed(api: httpx.
 
 async def test_the_token_names_the_state_that_answered(api: httpx.AsyncClient) -> None:
     body = (await api.get(f"/v1/users/{FAN}/recommendations")).json()
-    version, _, applied = serving.read_token(body["token"])
-    assert version == body["model_version"]
-    assert {topic: list(place) for topic, place in applied.items()} == body["applied"]
-    with pytest.raises(ValueError, match="another version"):
-        serving.read_token("v0.xyz")
+    token = tokens.read(body["token"])
+    assert {topic: [token.partition, offset] for topic, offset in token.applied.items()} == body["applied"]
+    assert (token.kind, token.limit, token.exclude_seen) == (tokens.LIST, 10, True)
+    assert token.user == tokens.digest_of(FAN.encode()) and FAN.encode() not in msgspec.msgpack.encode(token)
+    assert token.list == tokens.list_digest((item["item_id"], item["logit"]) for item in body["items"])
+    assert tokens.write(token) == body["token"]
+
+
+@pytest.mark.parametrize("spoil", [lambda t: "v1." + t, lambda t: t[:-1], lambda t: t[:9] + "A" + t[10:], lambda t: ""])
+def test_a_token_that_is_not_whole_is_refused(spoil: Callable[[str], str]) -> None:
+    whole = tokens.write(
+        tokens.Token(0, b"12345678", 3, {"clicks": 7}, 1, 9, b"settings", 1.5, 1.25, 10, True, b"list")
+    )
+    assert tokens.read(whole).applied == {"clicks": 7}
+    with pytest.raises(tokens.TokenError):
+        tokens.read(spoil(whole))
 
 
 async def test_bias_and_contributions_and_rest_make_the_logit(api: httpx.AsyncClient) -> None:
