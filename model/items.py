@@ -296,10 +296,11 @@ class ItemMatrix:
     # --- rows in ---
 
     def apply(self, rows: Iterable[tuple[bytes, bytes | None]]) -> int:
-        """Takes rows as `rows` and the learner give them out, in their order; None deletes. Returns how many.
+        """Takes rows as `rows` and the learner give them out, in their order. Returns how many.
 
-        Rows of different kinds may come in any order. Raises RowVersionError for another version, ValueError for
-        rows of a matrix of other dimensions.
+        None deletes a pending item. Rows of other kinds are never deleted: where a changelog does so, it takes back a
+        row of a flush that was never complete, which nobody has. Rows of different kinds may come in any order.
+        Raises RowVersionError for another version, ValueError for rows of a matrix of other dimensions.
         """
         dense: list[bytes] = []
         neighbours: list[bytes] = []
@@ -308,9 +309,8 @@ class ItemMatrix:
             count += 1
             kind = key[:1]
             if value is None:
-                if kind != PENDING:
-                    raise ValueError(f"item row {key!r} was deleted: only pending items ever are")
-                self.pending.pop(_KEY.unpack(key)[1], None)
+                if kind == PENDING:
+                    self.pending.pop(_KEY.unpack(key)[1], None)
                 continue
             _check_version(value[0], repr(key))
             if kind == DENSE:

@@ -248,6 +248,43 @@ def digest(as_json: Json = False) -> None:
 
 
 @app.command()
+def verify(as_json: Json = False) -> None:
+    """Rebuilds the state of every partition from the logs, in a scratch folder, and compares it with the workers'.
+
+    Twice: from the changelog (what another worker would restore), and from the source topics, as far back as they
+    go. Run it with the workers' settings. Exit code 0 only when everything is equal.
+
+    Example: `headwater verify`
+    """
+    from streams.settings import one_thread_each
+
+    one_thread_each()
+    settings = _load()
+    told = _ask("/v1/digest")
+    with _faults():
+        from model.encoder import Encoder
+        from streams import verify as tool
+        from streams.progress import Bars
+
+        def ask() -> Any:
+            return [_ask("/v1/digest", url=url) for url in told["workers"]]
+
+        encoder = Encoder(settings.encoder, device=settings.device)
+        with Bars() as bars:
+            verdicts = tool.verify(settings, ask, encoder, bars.steps_of)
+    if as_json:
+        _print_json({"equal": all(v.is_equal for v in verdicts), "partitions": [v._asdict() for v in verdicts]})
+    else:
+        _table(
+            ["state", "partition", "applied", "rows", "changelog", "sources", ""],
+            [[v.kind, v.partition, _offsets(v.applied), v.rows, v.changelog, v.sources, v.note] for v in verdicts],
+        )
+    unequal = sum(not v.is_equal for v in verdicts)
+    if unequal:
+        _fail(f"{unequal} of {len(verdicts)} partitions are not proven equal")
+
+
+@app.command()
 def state(user_id: UserId, as_json: Json = False) -> None:
     """What is known of a user: counts, last events, the parts of z.
 
@@ -347,10 +384,10 @@ def _faults() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _ask(path: str, query: dict[str, str] | None = None) -> Any:
+def _ask(path: str, query: dict[str, str] | None = None, url: str | None = None) -> Any:
     import httpx
 
-    url = _load().http_url()
+    url = url or _load().http_url()
     try:
         answer = httpx.get(url + path, params=query, timeout=HTTP_TIMEOUT_S, trust_env=False)
     except httpx.HTTPError as problem:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeAlias, TypeVar, cast
 
 import numpy as np
 import structlog
@@ -49,6 +49,7 @@ POPULARITIES: Final = tuple(
 USER_CODES: Final = {name: code for code, name in examples.USER_SOURCES.items()}
 
 T = TypeVar("T")
+UserEvent: TypeAlias = Click | Comment | Erasure
 
 
 class LogTruncatedError(RuntimeError):
@@ -242,9 +243,6 @@ class Keeper(ABC, Generic[T]):
             await self.around.dead_letter(codec.dead_letter(reject))
             self.around.metrics.dead_letter(self.topics[reject.record.topic], reject.reason.value)
 
-    def _rejected(self, rejects: Sequence[Reject]) -> list[tuple[float, int, Any]]:
-        return [(_record_s(r.record), r.record.offset, r) for r in rejects if r.record is not None]
-
 
 def _record_s(record: Record) -> float:
     return record.timestamp / 1e3
@@ -285,9 +283,22 @@ class RowCache:
 
 @dataclass(slots=True)
 class _UserWork:
-    event: Click | Comment | Erasure
+    event: UserEvent
     record_s: float
     vector: asyncio.Future[np.ndarray[Any, np.dtype[np.float32]]] | None
+
+
+def decode_timed(name: str, records: Sequence[Record]) -> list[tuple[float, Record, UserEvent | Reject]]:
+    """(merge time, record, what it holds) of records of a source of the user state, in their order."""
+    decoded: codec.Decoded[Any] = codec.decode_batch(cast(codec.Topic, name), records)
+    timed: list[tuple[float, Record, UserEvent | Reject]] = [
+        (min(event.ts, _record_s(record)), record, event)
+        for event, record in zip(decoded.events, decoded.records, strict=True)
+    ]
+    if decoded.rejects:
+        timed += [(_record_s(r.record), r.record, r) for r in decoded.rejects if r.record is not None]
+        timed.sort(key=lambda entry: entry[1].offset)
+    return timed
 
 
 class UserKeeper(Keeper["_UserWork | Reject"]):
@@ -309,15 +320,16 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
     def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, Any]]:
         """Decodes, and starts the encoding of texts at once, ahead of their turn."""
         name = self.topics[topic]
-        decoded = codec.decode_batch(cast(codec.Topic, name), records)
-        self.around.metrics.consumed(name, len(decoded.events), len(decoded.rejects))
         work: list[tuple[float, int, Any]] = []
-        for event, record in zip(decoded.events, decoded.records, strict=True):
-            record_s = _record_s(record)
+        rejects = 0
+        for at, record, event in decode_timed(name, records):
+            if isinstance(event, Reject):
+                rejects += 1
+                work.append((at, record.offset, event))
+                continue
             vector = self.around.encoding.submit(event.text) if isinstance(event, Comment) else None
-            work.append((min(event.ts, record_s), record.offset, _UserWork(event, record_s, vector)))
-        if decoded.rejects:
-            work = sorted(work + self._rejected(decoded.rejects), key=lambda w: w[1])
+            work.append((at, record.offset, _UserWork(event, _record_s(record), vector)))
+        self.around.metrics.consumed(name, len(records) - rejects, rejects)
         return work
 
     async def work(self, entries: list[tuple[str, Entry[Any]]]) -> None:
@@ -379,8 +391,8 @@ class CatalogueKeeper(Keeper["_ItemWork | Reject"]):
                 vector = self.around.encoding.submit_item(item)
             work.append((0.0, record.offset, _ItemWork(item, vector)))
         if decoded.rejects:
-            rejected = [(0.0, offset, reject) for _, offset, reject in self._rejected(decoded.rejects)]
-            work = sorted(work + rejected, key=lambda w: w[1])
+            work += [(0.0, r.record.offset, r) for r in decoded.rejects if r.record is not None]
+            work.sort(key=lambda w: w[1])
         return work
 
     async def work(self, entries: list[tuple[str, Entry[Any]]]) -> None:

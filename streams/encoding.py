@@ -26,6 +26,14 @@ class Encoder(Protocol):
     def combine(self, text_vector: F4, plain_vector: F4) -> F4: ...
 
 
+def item_vector(encoder: Encoder, item: Item, text_vector: F4 | None) -> F4 | None:
+    """Of the item's text (`text_vector`), of the vector that came with it, or of both; None when it has neither."""
+    if item.vector is None:
+        return text_vector
+    plain = encoder.project(np.asarray(item.vector, np.float32))
+    return plain if text_vector is None else encoder.combine(text_vector, plain)
+
+
 class Encoding:
     """The encoder's queue: `submit` at once gives a future of the text's unit vector."""
 
@@ -52,18 +60,14 @@ class Encoding:
         return future
 
     def submit_item(self, item: Item) -> asyncio.Future[F4] | None:
-        """The item's vector: of its text, of the vector that came with it, or of both; None when it has neither."""
-        if item.vector is None:
-            return self.submit(item.text) if item.text else None
-        plain = self.encoder.project(np.asarray(item.vector, np.float32))
-        if item.text:
-            return asyncio.ensure_future(self._combined(self.submit(item.text), plain))
-        future: asyncio.Future[F4] = asyncio.get_running_loop().create_future()
-        future.set_result(plain)
-        return future
+        """`item_vector`, soon; None when the item has neither a text nor a vector."""
+        text = self.submit(item.text) if item.text else None
+        return text if item.vector is None else asyncio.ensure_future(self._combined(item, text))
 
-    async def _combined(self, text: asyncio.Future[F4], plain: F4) -> F4:
-        return self.encoder.combine(await text, plain)
+    async def _combined(self, item: Item, text: asyncio.Future[F4] | None) -> F4:
+        vector = item_vector(self.encoder, item, None if text is None else await text)
+        assert vector is not None
+        return vector
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()

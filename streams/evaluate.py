@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -28,6 +28,7 @@ from model.evaluate import CREATED, LOW, SCORED, DriftMonitor, Metrics, Report, 
 from model.examples import new_examples
 from model.learner import LearnerConfig, Outcome, warm_up
 from streams import codec, examples, pipeline
+from streams.encoding import Encoder, item_vector
 from streams.events import Click, Comment, Item
 from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
 from streams.vectors import VectorCache
@@ -41,17 +42,6 @@ LINE_BYTES_MAX: Final = 4_000_000
 GZIP_MAGIC: Final = b"\x1f\x8b"
 TIMED_MESSAGES: Final = 100  # learnt once more without ranking, to tell the two costs apart
 CHECKPOINT_VERSION: Final = 1
-
-
-class Encoder(Protocol):
-    """What is needed of model.encoder.Encoder."""
-
-    dim: int
-    name: str
-
-    def encode(self, texts: Sequence[str]) -> F4: ...
-    def project(self, vector: Any) -> F4: ...
-    def combine(self, text_vector: F4, plain_vector: F4) -> F4: ...
 
 
 class StreamError(ValueError):
@@ -255,16 +245,10 @@ class Run:
             vectors = VectorCache(cache_folder, self._encoder.name, self._encoder.dim).encode(texts, encode, show)
         rows = iter(vectors)
         self._item_vectors = {
-            at: self._item_vector(item, next(rows) if item.text else None)
+            at: item_vector(self._encoder, item, next(rows) if item.text else None)
             for at, item in enumerate(items, self._entered)
         }
         self._text_vectors = dict(zip(comments, rows, strict=True))
-
-    def _item_vector(self, item: Item, text_vector: F4 | None) -> F4 | None:
-        if item.vector is None:
-            return text_vector
-        plain = self._encoder.project(np.asarray(item.vector, np.float32))
-        return plain if text_vector is None else self._encoder.combine(text_vector, plain)
 
     def advance(self, until: int | None, progress: Progress) -> None:
         """Tests and learns, message by message, up to the last one that ends at or before `until` events."""

@@ -1,9 +1,10 @@
 """What waits for one partition of the user state: the merge of its source topics into one order.
 
 A user's state depends on the order of their clicks, comments and erasures, and these come by three topics. The order
-is a function of the logs: by event time (never later than the record's own time), made monotone within each topic, then
-by topic, then by offset. While a topic is behind, the others wait for it; once it is at its end, an event is held for
-`hold_s` after it came, since a record with an earlier time may still be on its way.
+is a function of the logs: of the topics' next records, the one with the earliest event time (never later than the
+record's own time) goes first, then the topic named first. Nothing is remembered, so a merge that begins anywhere in the
+middle goes on as the one before it. While a topic is behind, the others wait for it; once it is at its end, an event is
+held for `hold_s` after it came, since a record with an earlier time may still be on its way.
 """
 
 from collections import deque
@@ -30,7 +31,6 @@ class Source(Generic[T]):
     """One topic's queue. `expected` is the offset that comes next."""
 
     expected: int
-    newest_at: float = float("-inf")
     arrived: float = float("-inf")
     caught_up_to: int = -1
     entries: deque[Entry[T]] = field(default_factory=deque)
@@ -49,11 +49,7 @@ class Inbox(Generic[T]):
     def put(self, topic: str, records: Sequence[tuple[float, int, T | None]], next_offset: int, now: float) -> None:
         """Takes (time, offset, work) of a topic in offset order; `next_offset` is what will come after them."""
         source = self.sources[topic]
-        newest = source.newest_at
-        for at, offset, work in records:
-            newest = max(newest, at)
-            source.entries.append(Entry(newest, offset, now, work))
-        source.newest_at = newest
+        source.entries.extend(Entry(at, offset, now, work) for at, offset, work in records)
         source.arrived = now
         source.expected = next_offset
 

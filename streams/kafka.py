@@ -136,22 +136,28 @@ class ChangelogTopic:
 async def read_log(
     options: Mapping[str, Any], topic: str, partition: int, start: int, stop: int | None = None
 ) -> AsyncIterator[list[LogRecord]]:
+    """`read_records` of a log that is ours."""
+    async for batch in read_records(options, topic, partition, start, stop):
+        yield [LogRecord(m.offset, m.key, m.value) for m in batch]
+
+
+async def read_records(
+    options: Mapping[str, Any], topic: str, partition: int, start: int, stop: int | None = None, **more: Any
+) -> AsyncIterator[list[Any]]:
     """Batches of a partition's records from `start` (or the log's beginning) to `stop` inclusive.
 
     Without `stop` it follows the log for ever, with empty batches while nothing comes. Holes in the offsets
-    (compaction) are passed over.
+    (compaction) are passed over. `more`: of the consumer (`isolation_level="read_committed"` for source logs).
     """
     tp = TopicPartition(topic, partition)
-    async with consumer(options) as reader:
+    async with consumer(options, **more) as reader:
         reader.assign([tp])
         beginning = (await reader.beginning_offsets([tp]))[tp]
         at = max(start, beginning)
         reader.seek(tp, at)
         while stop is None or at <= stop:
             fetched = await reader.getmany(tp, timeout_ms=300, max_records=READ_RECORDS_MAX)
-            batch = [LogRecord(m.offset, m.key, m.value) for m in fetched.get(tp, ()) if m.offset >= at]
-            if stop is not None:
-                batch = [r for r in batch if r.offset <= stop]
+            batch = [m for m in fetched.get(tp, ()) if m.offset >= at and (stop is None or m.offset <= stop)]
             at = max(at, await reader.position(tp))
             if batch or stop is None:
                 yield batch
@@ -212,6 +218,13 @@ async def first_at_or_after(options: Mapping[str, Any], topic: str, partition: i
                 continue
             for message in fetched.get(tp, ()):
                 return message.offset, beginning
+
+
+async def log_start(options: Mapping[str, Any], topic: str, partition: int) -> int:
+    """The offset of the oldest record that the log may still have: retention moves it, compaction does not."""
+    tp = TopicPartition(topic, partition)
+    async with consumer(options) as reader:
+        return int((await reader.beginning_offsets([tp]))[tp])
 
 
 async def log_end(options: Mapping[str, Any], topic: str, partition: int) -> int:

@@ -128,8 +128,11 @@ OPERATIONS: Final[dict[str, Operation]] = {
         {"item_id": "50", "items": [{"item_id": "181", "similarity": 0.83, "text": "Return of the Jedi (1983)"}]},
     ),
     "getDigest": Operation(
-        "Digests of this worker's partitions", "Per partition: applied offsets and a digest of the state.", "worker",
-        (*ALWAYS, "not-ready"), "object", {"partitions": {}},
+        "Digests of this worker's partitions",
+        "Per partition: applied offsets and a digest of the state, of one moment.",
+        "worker", (*ALWAYS, "not-ready"), "object",
+        {"url": "http://127.0.0.1:8080", "workers": ["http://127.0.0.1:8080"], "encoder": "all-MiniLM-L6-v2:1f2e",
+         "partitions": [{"kind": "users", "partition": 0, "applied": {"clicks": 41}, "digest": "9f86d0"}]},
     ),
     "getModel": Operation(
         "The model", "Versions of encoder and learner, settings, live prequential metrics against the baselines.",

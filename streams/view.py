@@ -128,7 +128,10 @@ class View:
         return self.worker.around.evidence
 
     def digest(self) -> dict[str, Any]:
-        """{"url", "partitions": [{"kind", "partition", "applied", "digest"}]}, each of one moment."""
+        """{"url", "workers", "encoder", "partitions": [{"kind", "partition", "applied", "digest"}]}.
+
+        applied and digest of a partition are of one moment. workers: the addresses of all that share the partitions.
+        """
         found = []
         for (kind, number), keeper in sorted(self.worker.keepers.items()):
             if self.worker.open_keeper(kind, number) is None:
@@ -140,7 +143,11 @@ class View:
                 applied, rows = keeper.partition.snapshot()
                 told = state_partition.digest(rows, applied)
             found.append({"kind": kind, "partition": number, "applied": applied, "digest": told})
-        return {"url": self.worker.settings.http_url(), "partitions": found}
+        clicks = self.worker.settings.topic("clicks")
+        owners = {self.worker.owner_of(clicks, p) for p in range(self.partitions)}
+        url = self.worker.settings.http_url()
+        return {"url": url, "workers": sorted({url, *filter(None, owners)}), "encoder": self.encoder,
+                "partitions": found}  # fmt: skip
 
     def model_info(self) -> dict[str, Any]:
         """Versions, configuration, progress and live figures."""

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from streams.__main__ import app
 
-COMMANDS = ("demo", "broker", "worker", "topics", "replay", "evaluate", "digest", "state", "recommend", "settings")
+COMMANDS = (
+    "demo", "broker", "worker", "topics", "replay", "evaluate", "digest", "verify", "state", "recommend", "settings",
+)  # fmt: skip
 APPLIED = {"clicks": [1, 41], "comments": [1, -1]}
 EXPLANATION = {
     "bias": -2.0, "rest": 0.25,

@@ -35,11 +35,31 @@ def test_a_silent_third_topic_delays_nothing_and_its_entry_goes_after_those_of_i
     assert drain(box, 12, {"clicks": 3, "comments": 0, "erasures": 1}) == ["a1", "x0", "a2"]
 
 
-def test_a_topic_never_goes_backwards() -> None:
+def test_a_topic_keeps_its_own_order() -> None:
     box = inbox()
     box.put("clicks", [(5.0, 0, "a0"), (1.0, 1, "a1")], 2, now=10)
     box.put("comments", [(3.0, 0, "b0")], 1, now=10)
     assert drain(box, 11, {"clicks": 2, "comments": 1}) == ["b0", "a0", "a1"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_merge_that_begins_in_the_middle_goes_on_as_the_one_before(seed: int) -> None:
+    """A worker that restarts, or is given a partition, has seen nothing of what is applied."""
+    rng = random.Random(seed)
+    logs = {t: [float(rng.randrange(6)) for _ in range(rng.randrange(1, 12))] for t in ("clicks", "comments")}
+    ends = {t: len(log) for t, log in logs.items()}
+
+    def merged(start: dict[str, int]) -> list[tuple[str, int]]:
+        box: Inbox[str] = Inbox(start, HOLD_S)
+        for topic, log in logs.items():
+            box.put(topic, [(log[n], n, "") for n in range(start[topic], len(log))], len(log), now=1)
+        taken, _ = box.take(2, ends.get, 1000)
+        return [(topic, entry.offset) for topic, entry in taken]
+
+    whole = merged({"clicks": 0, "comments": 0})
+    for done in range(len(whole)):
+        start = {topic: sum(t == topic for t, _ in whole[:done]) for topic in logs}
+        assert merged(start) == whole[done:]
 
 
 def test_a_topic_that_is_behind_is_waited_for() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import state.partition
+from bench.doubles import MemoryDisk, MemoryLog, compacted
 from state.changelog import (
     KIND_ADOPT,
     KIND_RUNNING,
@@ -24,7 +25,6 @@ from state.changelog import (
 )
 from state.partition import ChangelogLostError, Fenced, Partition, PartitionFailedError, SourcesError, digest
 from state.store import Disk, RocksDisk, Store, StoreLockedError, StoreVersionError
-from tests.doubles import MemoryDisk, MemoryLog, compacted
 
 SOURCES = ("clicks", "comments")
 STEPS = ("fold", "write", "publish", "rows", "marker", "commit")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.doubles import MemoryDisk
 from state.store import (
     CORRUPT_MARK,
     Disk,
@@ -22,7 +23,6 @@ from state.store import (
     unpack_meta,
     unpack_outbox,
 )
-from tests.doubles import MemoryDisk
 
 META = Meta(
     applied={"clicks": 7, "comments": -1},

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+from bench.doubles import MemoryDisk, MemoryLog, compacted
 from state.changelog import LogRecord, Reader
 from state.partition import Fenced, Partition, PartitionFailedError, digest
 from state.store import Disk, Meta, OutboxEntry, Store
-from tests.doubles import MemoryDisk, MemoryLog, compacted
 
 SOURCES = ("clicks", "comments")
 KEYS = (5, 25, 100)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from bench.doubles import MemoryDisk
 from state.changelog import Marker, marker_record, row_records
 from state.partition import Partition
 from state.store import RocksDisk
-from tests.doubles import MemoryDisk
 from tests.simulation.partition_world import MakePartition, run_seed
 
 SEEDS = 300

@@ -1,4 +1,4 @@
-"""Doubles of a partition's surroundings: a log and a disk in memory."""
+"""Doubles of a partition's surroundings, for tests and the simulation: a log and a disk in memory."""
 
 import asyncio
 from bisect import bisect_left

@@ -1,0 +1,171 @@
+"""State once more, from the logs alone: user rows, catalogue rows and item matrix as they must be at given offsets.
+
+The workers' own decoding, merge, fold and learner, without their clocks. A worker's flush is a merge of what it takes,
+so `cuts`, the applied offsets of flushes as the changelog's markers have them, give back the order that was: also where
+an event reached its log later than the hold. Without cuts the order is that of events within the hold.
+"""
+
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, TypeAlias
+
+from state.changelog import LogRecord, Reader
+from state.store import Store
+from streams import codec, pipeline
+from streams.agents import BATCH_EVENTS_MAX, USER_CODES, UserEvent, decode_timed
+from streams.codec import Record, Reject
+from streams.encoding import Encoder, item_vector
+from streams.events import Comment, Item
+from streams.inbox import Inbox
+from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
+from streams.settings import Fault
+
+# (topic's code name, partition, first and last offset) -> the records in between, in batches
+Read: TypeAlias = Callable[[str, int, int, int], AsyncIterator[Sequence[Any]]]
+Progress: TypeAlias = Callable[[int], None]  # records taken since the last call
+
+ENCODE_TEXTS_MAX: Final = 64  # at once: what a bar moves by
+
+
+class LogEndsError(Fault):
+    """A log does not reach the offset that was asked for."""
+
+
+def _unseen(records: int) -> None:
+    """Progress that nobody looks at."""
+
+
+async def user_rows(
+    read: Read,
+    partition: int,
+    upto: Mapping[str, int],
+    rows: Store,
+    encoder: Encoder,
+    evidence: EvidenceConfig,
+    *,
+    cuts: Iterable[Mapping[str, int]] = (),
+    only: str | None = None,
+    messages: list[bytes] | None = None,
+    progress: Progress = _unseen,
+) -> None:
+    """Writes the user rows of a partition at the applied offsets `upto` into the empty store `rows`.
+
+    cuts: applied offsets of earlier flushes, oldest first. only: this user's row alone, which costs the decoding of
+    all events and the encoding of one user's. messages: takes the examples messages, whose boundaries are not
+    those of the worker's. Raises LogEndsError. The logs must begin at offset 0.
+    """
+    names = sorted(upto, key=lambda name: USER_CODES[name])
+    feeds = {name: _Feed(read(name, partition, 0, upto[name])) for name in names}
+    inbox: Inbox[SourceEvent] = Inbox(dict.fromkeys(names, 0), 0.0)
+    for cut in (*cuts, upto):
+        ends = {name: cut.get(name, -1) + 1 for name in names}
+        while any(source.entries or source.expected < ends[name] for name, source in inbox.sources.items()):
+            for name, source in inbox.sources.items():
+                if not source.entries and source.expected < ends[name]:
+                    records = await feeds[name].take(ends[name])
+                    if not records:
+                        raise LogEndsError(f"{name}:{partition} ends before offset {ends[name] - 1}: another log?")
+                    inbox.put(name, _timed(name, records, encoder, only), records[-1].offset + 1, 0.0)
+            taken, _ = inbox.take(0.0, ends.get, BATCH_EVENTS_MAX)
+            events = [entry.work for _, entry in taken if entry.work is not None]
+            if events:
+                batch = pipeline.learn_users(partition, events, rows.get_many, evidence)
+                rows.write(batch.rows)
+                if messages is not None:
+                    messages.extend(batch.messages)
+            progress(len(taken))
+
+
+class _Feed:
+    """A log's records by offset."""
+
+    def __init__(self, batches: AsyncIterator[Sequence[Record]]) -> None:
+        self._batches = batches
+        self._rest: Sequence[Record] = ()
+
+    async def take(self, end: int) -> Sequence[Record]:
+        """The next records below the offset `end`, ENCODE_TEXTS_MAX at most; none where the log has none."""
+        while not self._rest:
+            batch = await anext(self._batches, None)
+            if batch is None:
+                return ()
+            self._rest = batch
+        count = 0
+        while count < min(len(self._rest), ENCODE_TEXTS_MAX) and self._rest[count].offset < end:
+            count += 1
+        taken, self._rest = self._rest[:count], self._rest[count:]
+        return taken
+
+
+def _timed(
+    name: str, records: Sequence[Record], encoder: Encoder, only: str | None
+) -> list[tuple[float, int, SourceEvent | None]]:
+    code = USER_CODES[name]
+    timed = decode_timed(name, records)
+    wanted: dict[int, UserEvent] = {
+        record.offset: event
+        for _, record, event in timed
+        if not isinstance(event, Reject) and only in (None, event.user_id)
+    }
+    texts = {offset: event.text for offset, event in wanted.items() if isinstance(event, Comment)}
+    vectors = dict(zip(texts, encoder.encode(list(texts.values())), strict=True)) if texts else {}
+    events = {offset: SourceEvent(code, offset, event, vectors.get(offset)) for offset, event in wanted.items()}
+    return [(at, record.offset, events.get(record.offset)) for at, record, _ in timed]
+
+
+async def catalogue_rows(
+    read: Read, partition: int, upto: int, rows: Store, encoder: Encoder, progress: Progress = _unseen
+) -> None:
+    """Writes the catalogue rows of a partition at the offset `upto` of items into the empty store `rows`.
+
+    A compacted log is as good as a whole one: an item's newest record is all that counts.
+    """
+    feed = _Feed(read("items", partition, 0, upto))
+    while records := await feed.take(upto + 1):
+        decoded = codec.decode_batch("items", records)
+        texts = [item.text for item in decoded.events if isinstance(item, Item) and item.text]
+        vectors = iter(encoder.encode(texts) if texts else ())
+        entries = [
+            (record.offset, item, item_vector(encoder, item, next(vectors) if item.text else None))
+            if isinstance(item, Item)
+            else (record.offset, item, None)
+            for item, record in zip(decoded.events, decoded.records, strict=True)
+        ]
+        rows.write(pipeline.learn_catalogue(partition, entries, encoder.dim).rows)
+        progress(len(records))
+
+
+async def learn_examples(read: Read, learner: ItemLearner, upto: int, progress: Progress = _unseen) -> None:
+    """Brings a learner along the examples log, from where it is to the offset `upto`."""
+    async for records in read("examples", 0, learner.offset + 1, upto):
+        for record in records:
+            if record.value:
+                learner.learn(record.offset, record.value)
+        progress(len(records))
+
+
+async def changelog_rows(
+    batches: AsyncIterable[Sequence[LogRecord]], upto: Mapping[str, int], rows: Store
+) -> list[dict[str, int]]:
+    """Takes a changelog's complete flushes up to `upto` into the empty store `rows`: the applied offsets of each.
+
+    The last of them are `upto`'s where the changelog has such a flush; reading ends there, or at the first beyond.
+    """
+    reader = Reader()
+    cuts: list[dict[str, int]] = []
+    async for batch in batches:
+        for record in batch:
+            accepted = reader.feed(record)
+            if accepted is None:
+                continue
+            if any(offset > upto.get(name, -1) for name, offset in accepted.applied.items()):
+                return cuts
+            rows.write(accepted.rows)
+            cuts.append(accepted.applied)
+            if is_at(accepted.applied, upto):
+                return cuts
+    return cuts
+
+
+def is_at(applied: Mapping[str, int], upto: Mapping[str, int]) -> bool:
+    """Whether the offsets are the same; a source that nothing was applied of counts as absent."""
+    return {n: o for n, o in applied.items() if o >= 0} == {n: o for n, o in upto.items() if o >= 0}

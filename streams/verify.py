@@ -1,0 +1,243 @@
+"""Is the workers' state what the logs say? Every partition rebuilt in a scratch folder and held against its digest.
+
+    changelog  what another worker would restore: the complete flushes up to the offsets that the worker told
+    sources    what the source logs make, by the pipeline, at the same offsets: as far as the logs still begin at 0
+
+The learner's changelog is behind its matrix by design: its rows at the last marker, and the examples log from there.
+"""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from state.changelog import LogRecord
+from state.partition import digest
+from state.store import RocksDisk, Store
+from streams import kafka, rebuild
+from streams.encoding import Encoder
+from streams.pipeline import ItemLearner
+from streams.settings import Fault, Settings
+
+CHANGELOGS: Final = {"users": "users-changelog", "catalogue": "catalogue-changelog", "learner": "items-changelog"}
+MARKER_WAIT_S_MAX: Final = 10.0  # a flush is on disk, and in the digest, a moment before its marker is in the log
+ASK_TRIES_MAX: Final = 3  # a worker that was killed publishes several flushes under one marker: ask for a later state
+
+Steps = Callable[[str, int, int], None]  # (stage, done, in all)
+
+
+class Finding(StrEnum):
+    """What a rebuilt state is against the worker's."""
+
+    EQUAL = "equal"
+    DIFFERENT = "different"
+    GONE = "gone"  # the log no longer has its beginning (retention): not checked
+    UNTOLD = "untold"  # no worker told of the partition, or no flush of these offsets is in the changelog
+
+
+class Verdict(NamedTuple):
+    """One partition. rows: of its state; note: what to know about a finding that is not `equal`."""
+
+    kind: str
+    partition: int
+    applied: dict[str, int]
+    digest: str
+    rows: int
+    changelog: Finding
+    sources: Finding
+    note: str = ""
+
+    @property
+    def is_equal(self) -> bool:
+        """Nothing differs, and the changelog at least was checked."""
+        return self.changelog is Finding.EQUAL and self.sources in (Finding.EQUAL, Finding.GONE)
+
+
+class EncoderDiffersError(Fault):
+    """The worker encodes texts by another encoder than this command would."""
+
+
+def verify(settings: Settings, ask: Callable[[], list[Any]], encoder: Encoder, steps: Steps) -> list[Verdict]:
+    """Checks every partition. ask: gives what each worker's /v1/digest answers, anew at each call.
+
+    Takes the disk space of the state twice over, for a while, where temporary files are. Raises Fault.
+    """
+    with tempfile.TemporaryDirectory(prefix="headwater-verify-") as folder:
+        return asyncio.run(_Verification(settings, ask, encoder, Path(folder), steps).run())
+
+
+class _Told(NamedTuple):
+    applied: dict[str, int]
+    digest: str
+
+
+class _Restored(NamedTuple):
+    told: _Told
+    finding: Finding
+    rows: int
+    cuts: list[dict[str, int]]
+
+
+class _Verification:
+    def __init__(
+        self, settings: Settings, ask: Callable[[], list[Any]], encoder: Encoder, folder: Path, steps: Steps
+    ) -> None:
+        self.settings = settings
+        self.options = settings.kafka_options()
+        self.ask = ask
+        self.encoder = encoder
+        self.folder = folder
+        self.steps = steps
+        self.disk = RocksDisk()
+        self._scratch = count()
+
+    async def run(self) -> list[Verdict]:
+        """First all changelogs, close to the moment of the digests; then the sources."""
+        wanted = [(kind, p) for kind in ("users", "catalogue") for p in range(self.settings.partitions)]
+        wanted.append(("learner", 0))
+        restored: dict[tuple[str, int], _Restored] = {}
+        for _ in range(ASK_TRIES_MAX):
+            told = self._told()
+            for done, key in enumerate(k for k in wanted if k not in restored):
+                self.steps("changelogs", done, len(wanted))
+                if key in told and (found := await self._restore(*key, told[key])) is not None:
+                    restored[key] = found
+            if len(restored) == len(wanted):
+                break
+        self.steps("changelogs", len(wanted), len(wanted))
+        return [await self._verdict(*key, restored.get(key)) for key in wanted]
+
+    def _told(self) -> dict[tuple[str, int], _Told]:
+        told = {}
+        for answer in self.ask():
+            if answer["encoder"] != self.encoder.name:
+                raise EncoderDiffersError(
+                    f"the worker at {answer['url']} encodes by {answer['encoder']}, this command by "
+                    f"{self.encoder.name}: give it the worker's HEADWATER_ENCODER"
+                )
+            for part in answer["partitions"]:
+                told[part["kind"], part["partition"]] = _Told(part["applied"], part["digest"])
+        return told
+
+    # -- the changelog
+
+    async def _restore(self, kind: str, partition: int, told: _Told) -> _Restored | None:
+        """None: the changelog has no flush of exactly these offsets."""
+        log = self._changelog(CHANGELOGS[kind], partition, is_followed=kind != "learner")
+        with self._store() as rows:
+            cuts = await rebuild.changelog_rows(log, told.applied, rows)
+            applied = cuts[-1] if cuts else dict.fromkeys(told.applied, -1)
+            if kind == "learner":
+                learner = self._learner()
+                learner.load(rows.items())
+                learner.offset = applied["examples"]
+                return await self._learnt(learner, told)
+            if not rebuild.is_at(applied, told.applied):
+                return None
+            found = digest(rows.items(), applied)
+            return _Restored(told, _finding(found, told), sum(1 for _ in rows.items()), cuts)
+
+    async def _learnt(self, learner: ItemLearner, told: _Told) -> _Restored | None:
+        start = await kafka.log_start(self.options, self.settings.internal_topic("examples"), 0)
+        if start > learner.offset + 1:
+            return None
+        await rebuild.learn_examples(self._read, learner, told.applied["examples"], self._bar("learner", told))
+        found = _finding(learner.learner.digest(), told)
+        return _Restored(told, found, len(learner.learner.matrix), [])
+
+    async def _changelog(self, name: str, partition: int, *, is_followed: bool) -> AsyncIterator[Sequence[LogRecord]]:
+        """The changelog to its end; followed: until nothing has come for MARKER_WAIT_S_MAX."""
+        topic = self.settings.internal_topic(name)
+        end = await kafka.log_end(self.options, topic, partition)
+        if not is_followed:
+            async for batch in kafka.read_log(self.options, topic, partition, 0, end - 1):
+                yield batch
+            return
+        deadline = time.monotonic() + MARKER_WAIT_S_MAX
+        async for batch in kafka.read_log(self.options, topic, partition, 0):
+            if batch:
+                yield batch
+                deadline = time.monotonic() + MARKER_WAIT_S_MAX
+            elif time.monotonic() > deadline:
+                return
+
+    # -- the sources
+
+    async def _verdict(self, kind: str, partition: int, restored: _Restored | None) -> Verdict:
+        if restored is None:
+            note = "no worker tells of it, or its changelog has no flush of these offsets: run it again"
+            return Verdict(kind, partition, {}, "", 0, Finding.UNTOLD, Finding.UNTOLD, note)
+        sources, note = await self._from_sources(kind, partition, restored)
+        if restored.finding is Finding.DIFFERENT:
+            note = "the changelog gives another state than the worker has: restart the worker on an empty state folder"
+        told = restored.told
+        return Verdict(kind, partition, told.applied, told.digest, restored.rows, restored.finding, sources, note)
+
+    async def _from_sources(self, kind: str, partition: int, restored: _Restored) -> tuple[Finding, str]:
+        told = restored.told
+        if kind != "catalogue":  # items are compacted: their newest records are enough
+            for name in told.applied:
+                start = await kafka.log_start(self.options, self._topic(name), partition)
+                if start > 0:
+                    return Finding.GONE, f"{name} begins at offset {start}: only the changelog could be checked"
+        bar = self._bar(f"{kind} {partition}", told)
+        if kind == "learner":
+            learner = self._learner()
+            await rebuild.learn_examples(self._read, learner, told.applied["examples"], bar)
+            return self._judged(learner.learner.digest(), told)
+        with self._store() as rows:
+            if kind == "users":
+                evidence = self.settings.evidence_config()
+                await rebuild.user_rows(
+                    self._read, partition, told.applied, rows, self.encoder, evidence, cuts=restored.cuts, progress=bar
+                )
+            else:
+                await rebuild.catalogue_rows(
+                    self._read, partition, told.applied["items"], rows, self.encoder, progress=bar
+                )
+            return self._judged(digest(rows.items(), told.applied), told)
+
+    def _judged(self, found: str, told: _Told) -> tuple[Finding, str]:
+        finding = _finding(found, told)
+        note = "other settings, another kind of processor than the worker's, or events merged long after their time"
+        return finding, note if finding is Finding.DIFFERENT else ""
+
+    def _read(self, name: str, partition: int, start: int, stop: int) -> AsyncIterator[Sequence[Any]]:
+        topic = self._topic(name)
+        return kafka.read_records(self.options, topic, partition, start, stop, isolation_level="read_committed")
+
+    def _topic(self, name: str) -> str:
+        return self.settings.internal_topic(name) if name == "examples" else self.settings.topic(name)
+
+    # -- scratch
+
+    def _learner(self) -> ItemLearner:
+        return ItemLearner(self.settings.learner_config(self.encoder.dim), self.encoder.dim)
+
+    @contextmanager
+    def _store(self) -> Iterator[Store]:
+        path = self.folder / str(next(self._scratch))
+        store = self.disk.open(path)
+        try:
+            yield store
+        finally:
+            store.close()
+            self.disk.wipe(path)
+
+    def _bar(self, stage: str, told: _Told) -> Callable[[int], None]:
+        return partial(_advance, self.steps, stage, [0], sum(told.applied.values()) + len(told.applied))
+
+
+def _advance(steps: Steps, stage: str, done: list[int], total: int, records: int) -> None:
+    done[0] += records
+    steps(stage, done[0], total)
+
+
+def _finding(found: str, told: _Told) -> Finding:
+    return Finding.EQUAL if found == told.digest else Finding.DIFFERENT

@@ -1,0 +1,118 @@
+"""`headwater verify`: the state that a worker tells of, rebuilt from the logs."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kafka import KafkaProducer
+
+from bench.deployment import Deployment, WorkerProcess
+from streams.settings import environment
+
+USERS = 12
+ROUNDS = 8
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def deployment(broker: str, tmp_path: Path) -> Iterator[Deployment]:
+    made = Deployment(broker, tmp_path, topic_prefix=f"verify{next(_numbers)}-", partitions=2, rank_sample=1.0)
+    made.create_topics()
+    yield made
+    made.close()
+
+
+class Feed:
+    """Items, clicks, comments with and without an item, poison; each topic may lag behind the others."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.settings = deployment.settings
+        self.producer = KafkaProducer(**self.settings.kafka_options())
+        self.sent: list[tuple[str, Any]] = []
+
+    def send(self, topic: str, key: str, value: Any) -> None:
+        raw = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.sent.append((topic, self.producer.send(self.settings.topic(topic), raw, key=key.encode())))
+
+    def items(self) -> None:
+        for n in range(20):
+            self.send("items", f"i{n}", {"item_id": f"i{n}", "text": f"a film about subject {n}"})
+        self.send("items", "i3", {"item_id": "i3", "text": "told anew", "vector": [0.5, 1.0, -2.0]})
+
+    def clicks(self, start: int) -> None:
+        for n in range(start, start + ROUNDS):
+            for u in range(USERS):
+                event = {"user_id": f"u{u}", "item_id": f"i{(n * u) % 20}", "action": "click", "ts": 1e9 + 10 * n}
+                self.send("clicks", f"u{u}", event)
+        self.send("clicks", "u1", b"{poison")
+
+    def comments(self, start: int) -> None:
+        """Dated before the clicks of their round."""
+        for n in range(start, start + ROUNDS, 2):
+            for u in range(0, USERS, 3):
+                event = {"user_id": f"u{u}", "text": f"round {n}, I like {u}", "ts": 1e9 + 10 * n - 5}
+                self.send("comments", f"u{u}", event | ({"item_id": f"i{(n * u) % 20}"} if n % 4 else {}))
+
+    def wait_applied(self, worker: WorkerProcess) -> None:
+        self.producer.flush()
+        last: dict[tuple[str, int], int] = {}
+        for topic, future in self.sent:
+            done = future.get(timeout=10)
+            last[topic, done.partition] = max(done.offset, last.get((topic, done.partition), -1))
+
+        def applied() -> bool:
+            told: dict[tuple[str, int], int] = {}
+            for kind in ("users", "catalogue"):
+                for partition, offsets in worker.applied(kind).items():
+                    told |= {(topic, partition): offset for topic, offset in offsets.items()}
+            return all(told.get(place, -1) >= offset for place, offset in last.items())
+
+        worker.wait_until("all applied", applied)
+
+
+def verified(worker: WorkerProcess, **settings: Any) -> tuple[int, Any]:
+    """(exit code, {(kind, partition): verdict}) of the command."""
+    told = {**worker.settings.model_dump(exclude_defaults=True), **settings}
+    variables = {**os.environ, **environment({k: v if isinstance(v, str) else str(v) for k, v in told.items()})}
+    command = [sys.executable, "-m", "streams", "verify", "--json"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.stdout, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["equal"] == (done.returncode == 0), done.stderr
+    return done.returncode, {(v["kind"], v["partition"]): v for v in answer["partitions"]}
+
+
+def test_what_a_worker_has_is_what_the_logs_say(deployment: Deployment) -> None:
+    """Comments far behind the clicks that they come before, a kill, poison: equal. Another weight: found."""
+    feed = Feed(deployment)
+    worker = deployment.start_worker()
+    worker.wait_ready()
+    feed.items()
+    feed.clicks(0)
+    feed.wait_applied(worker)
+    feed.comments(0)  # merged long after their time
+    feed.wait_applied(worker)
+    worker.kill()
+    feed.clicks(ROUNDS)
+    feed.comments(ROUNDS)
+    worker = deployment.start_worker()
+    worker.wait_ready()
+    feed.wait_applied(worker)
+    code, verdicts = verified(worker)
+    assert {place: (v["changelog"], v["sources"]) for place, v in verdicts.items()} == dict.fromkeys(
+        verdicts, ("equal", "equal")
+    )
+    assert code == 0 and len(verdicts) == 5
+    assert sum(v["rows"] for (kind, _), v in verdicts.items() if kind == "users") == USERS
+    assert {v["digest"] for v in verdicts.values()} == {d["digest"] for d in worker.digests()}
+
+    code, found = verified(worker, action_weight_default=0.5)  # another fold of the sources
+    assert code == 1
+    assert {kind for (kind, _), v in found.items() if v["sources"] == "different"} == {"users"}
+    assert {v["changelog"] for v in found.values()} == {"equal"}
