@@ -11,6 +11,7 @@ The learner owns one; every worker keeps a replica by applying the rows that the
                      deleted when the item becomes a candidate
     g  globals       version u1 | kind u1 | zero u2 | D u4 | T u4 | M u4 | scalars f8[16] | theta f4[45]
                      | its accumulators f4[45] | mu f4[T]       (one row, key "g")
+    a  adapter       as `Adapter.pack` has it       (one row, key "a"; deleted when texts are compared as they are)
 
 Text vectors are rounded to half precision on entry, so that memory equals what is stored.
 """
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model import kernels
+from model.adapter import Adapter, AdapterError
 from model.kernels import Matrix
 
 Array = npt.NDArray[Any]
@@ -34,7 +36,7 @@ TEXT_CHARS_MAX: Final = 512  # of the text that is kept to be shown
 ID_BYTES_MAX: Final = 65_535
 CAPACITY_START: Final = 1024
 
-STATIC, DENSE, NEIGHBOURS, PENDING, GLOBALS = b"s", b"d", b"n", b"p", b"g"
+STATIC, DENSE, NEIGHBOURS, PENDING, GLOBALS, ADAPTER = b"s", b"d", b"n", b"p", b"g", b"a"
 
 _KEY = struct.Struct("<cq")
 _HEADER = struct.Struct("<BcBxiq")
@@ -97,6 +99,7 @@ class ItemMatrix:
         self.names: list[str] = []  # item id a row; "" for a stub
         self.texts: list[str] = []
         self.pending: dict[int, PendingItem] = {}
+        self.adapter: Adapter | None = None
         self.version = 0  # grows with every change through this class
         self.dense = np.dtype(
             [("header", "V16"), ("rec", kernels.RECORD), ("phi", "<f4", (dim,)), ("y", "<f4", (dim,))]
@@ -127,6 +130,7 @@ class ItemMatrix:
             weight=np.zeros((capacity, self.neighbours_max), np.float32),
             length=np.zeros(capacity, np.int32),
             mu=np.zeros(self.text_dim, np.float32),
+            metric=np.zeros((0, 0), np.float32),
             theta=theta,
             square=np.full(kernels.THETA, kernels.SQUARE_START, np.float32),
             scalar=scalar,
@@ -187,7 +191,7 @@ class ItemMatrix:
             new.weight[row, :n] = old.weight[row, :n]
         kernels.fill_table(new.table_key, new.table_row, new.key, 0, used)
         self.arrays = new._replace(
-            mu=old.mu, theta=old.theta, square=old.square, scalar=old.scalar, dirty_total=old.dirty_total
+            mu=old.mu, metric=old.metric, theta=old.theta, square=old.square, scalar=old.scalar, dirty_total=old.dirty_total
         )
 
     def add_row(self, key: int) -> int:
@@ -220,6 +224,19 @@ class ItemMatrix:
         if vector.any():
             m.flags[row] |= kernels.VECTOR
         self.mark(row, kernels.DIRTY_STATIC)
+
+    def adapt(self, adapter: Adapter | None) -> None:
+        """Compares texts through this adapter from now on; None: as the encoder gives them. Raises AdapterError."""
+        if adapter is not None and adapter.dim != self.text_dim:
+            raise AdapterError(f"an adapter of {adapter.dim} dimensions, texts have {self.text_dim}")
+        self.adapter = adapter
+        metric = np.zeros((0, 0), np.float32) if adapter is None else adapter.metric()
+        self.arrays = self.arrays._replace(metric=metric)
+        self.version += 1
+
+    def adapted(self, vectors: Array) -> Array:
+        """(n, T) or (T,): what inner products with other texts' vectors make the score."""
+        return vectors @ self.arrays.metric if self.adapter is not None else vectors
 
     def mark(self, row: int, bits: int) -> None:
         """Marks records of a row as changed."""
@@ -273,6 +290,10 @@ class ItemMatrix:
         parts = (m.scalar, m.theta, m.square, m.mu)
         return GLOBALS, head + b"".join(part.tobytes() for part in parts)
 
+    def pack_adapter(self) -> tuple[bytes, bytes | None]:
+        """The one row of the adapter; None where there is none."""
+        return ADAPTER, None if self.adapter is None else self.adapter.pack()
+
     def rows(self) -> Iterator[tuple[bytes, bytes]]:
         """Every row of the whole state; `apply` of them all makes an equal matrix."""
         everything = np.arange(len(self))
@@ -284,6 +305,8 @@ class ItemMatrix:
         for key in sorted(self.pending):
             yield self.pack_pending(self.pending[key])
         yield self.pack_globals()
+        if self.adapter is not None:
+            yield ADAPTER, self.adapter.pack()
 
     def digest(self) -> str:
         """blake2b (16 bytes, hex) over all rows in key order: a function of the state alone, not of how it was
@@ -308,6 +331,9 @@ class ItemMatrix:
         for key, value in rows:
             count += 1
             kind = key[:1]
+            if kind == ADAPTER:
+                self.adapt(None if value is None else Adapter.unpack(value))
+                continue
             if value is None:
                 if kind == PENDING:
                     self.pending.pop(_KEY.unpack(key)[1], None)

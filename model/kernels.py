@@ -95,6 +95,8 @@ COUNT_MIN: Final = 0.1  # the least weight that is counted
 AGE_MIDS: Final = (0.0, 1.0, 2.0, 3.0, 4.5, 7.0, 10.5, 16.5, 28.0, 48.0, 80.0)
 POPULARITIES: Final = 4  # running popularity: half-lives of 10, 100, 1000 positives, all-time
 
+CLOSED: Final = -1e30  # the score of a row that is no candidate
+
 DIRTY_DENSE: Final = 1
 DIRTY_NEIGHBOURS: Final = 2
 DIRTY_STATIC: Final = 4
@@ -128,6 +130,7 @@ class Matrix(NamedTuple):
     weight: Array  # (N, M) float32 C_kj
     length: Array  # (N,) int32 neighbours in use
     mu: Array  # (T,) float32
+    metric: Array  # (T, T) float32, W'W of the encoder's adapter W: texts are compared by <x, W'W e>; (0, 0) without one
     theta: Array  # (THETA,) float32
     square: Array  # (THETA,) float32 accumulators of theta
     scalar: Array  # (SCALARS,) float64
@@ -151,8 +154,10 @@ class Work(NamedTuple):
     norm: Array  # (B,) float32 n
     norm_k: Array  # (B,) float32 nK
     z: Array  # (B, D) float32 zC
-    user: Array  # (B, D + T) float32: zC and sum_h a_h zT_h
+    user: Array  # (B, D + T) float32: zC and the metric times sum_h a_h zT_h
     text: Array  # (B, 3, T) float32 zT_h, zX
+    words: Array  # (B, T) float32: sum_h a_h zT_h, before the metric
+    logit: Array  # (B, K) float32: s of the candidates in the loss; CLOSED where one is no negative
     slot: Array  # (N,) int16: 1 + candidate number
     cand: Array  # (K,) int32 rows
     item: Array  # (K, D + T) float32: phi and e of the candidates
@@ -575,6 +580,12 @@ def own_text(mu, text, text_weight, out):
         out[d] = (text[d] - mu[d]) * n
 
 
+@nb.njit(**OPTIONS)
+def adapted(m, vectors):
+    """(n, T): the vectors times the metric, which is symmetric; themselves where there is none."""
+    return np.dot(vectors, m.metric) if m.metric.shape[0] > 0 else vectors
+
+
 # --- entering -----------------------------------------------------------------------------------------------------
 
 
@@ -767,6 +778,7 @@ def _user_side(m, w, x, steps, project, entry_row, entry_at, entries):
         w.user[b] = 0
         w.z[b] = 0
         w.text[b] = 0
+        w.words[b] = 0
         if not w.go[b]:
             continue
         used = x.history_count[b]
@@ -788,7 +800,8 @@ def _user_side(m, w, x, steps, project, entry_row, entry_at, entries):
         for h in range(TEXT_HEADS):
             a = m.theta[T_TEXT + h]
             for d in range(m.e.shape[1]):
-                w.user[b, dim + d] += a * w.text[b, h, d]
+                w.words[b, d] += a * w.text[b, h, d]
+    w.user[: x.count, dim:] = adapted(m, w.words[: x.count])
     while done < entries:
         start_row(m, entry_row[done], project, steps.start)
         m.flags[entry_row[done]] |= STARTING
@@ -999,6 +1012,14 @@ def _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts,
 
 
 @nb.njit(**INNER)
+def _close(w, row, g, logit):
+    """The row is no negative of this example."""
+    if w.slot[row] > 0:
+        g[w.slot[row] - 1] = 0
+        logit[w.slot[row] - 1] = f4(CLOSED)
+
+
+@nb.njit(**INNER)
 def _loss(m, w, x, steps, count, score, weight, entry_row, entry_at):
     """Softmax cross-entropy: turns the scores (B, count) of the candidates into g_j, fills w.grad_i.
 
@@ -1007,6 +1028,7 @@ def _loss(m, w, x, steps, count, score, weight, entry_row, entry_at):
     a_k = m.theta[T_NEIGHBOUR]
     for b in range(x.count):
         g = score[b]
+        logit = w.logit[b]
         if not w.go[b]:
             g[:] = 0
             continue
@@ -1015,17 +1037,16 @@ def _loss(m, w, x, steps, count, score, weight, entry_row, entry_at):
         top = w.score_i[b]
         for c in range(count):
             g[c] += bias[c] + a_k * cooc[c]
+            logit[c] = g[c]
             top = max(top, g[c])
         for c in range(count):
             g[c] = _exp(g[c] - top) * weight
-        if w.slot[w.target[b]] > 0:
-            g[w.slot[w.target[b]] - 1] = 0
+        _close(w, w.target[b], g, logit)
         for q in range(len(entry_row)):
-            if entry_at[q] > 2 * b and w.slot[entry_row[q]] > 0:
-                g[w.slot[entry_row[q]] - 1] = 0
+            if entry_at[q] > 2 * b:
+                _close(w, entry_row[q], g, logit)
         for q in range(x.history_count[b]):
-            if w.slot[w.history[b, q]] > 0:
-                g[w.slot[w.history[b, q]] - 1] = 0
+            _close(w, w.history[b, q], g, logit)
         own = _exp(w.score_i[b] - top)
         mass = own
         for c in range(count):
@@ -1089,6 +1110,11 @@ def _gradients(m, w, x, steps, count, g):
     """Sums the message's gradients; g (B, count). Returns (rows of step_phi, rows of step_y)."""
     dim = m.phi.shape[1]
     users = np.dot(g, w.item[:count])  # (B, D + T): sum_j g_j phi_j | sum_j g_j e_j
+    for b in range(x.count):
+        if w.go[b]:
+            for d in range(m.e.shape[1]):
+                users[b, dim + d] += w.grad_i[b] * m.e[w.target[b], d]
+    users[:, dim:] = adapted(m, np.ascontiguousarray(users[:, dim:]))
     items = np.dot(g.T, w.z[: x.count])  # (count, D)
     w.theta[:] = 0
     w.step_beta[:count] = 0
@@ -1133,7 +1159,7 @@ def _gradients(m, w, x, steps, count, g):
         for h in range(TEXT_HEADS):
             total = f4(0)
             for d in range(m.e.shape[1]):
-                total += (users[b, dim + d] + g_i * m.e[target, d]) * w.text[b, h, d]
+                total += users[b, dim + d] * w.text[b, h, d]
             w.theta[T_TEXT + h] += total
         touched_y = _history_gradients(m, w, x, b, steps, count, g[b], dz, touched_y)
     return touched, touched_y
@@ -1185,7 +1211,10 @@ def _step_rows(m, w, steps, touched, touched_y, record_bytes):
 @nb.njit(**OPTIONS)
 def learn_message(m, w, x, o, steps, project, entry_row, entry_at, entry_ts, position, record_bytes):
     """One micro-batch. w.target and w.history hold rows; entries are rows that become candidates inside the message,
-    before example b (entry_at 2 b) or right after it (2 b + 1), in order."""
+    before example b (entry_at 2 b) or right after it (2 b + 1), in order.
+
+    Returns (examples with a gradient, candidates drawn, candidates that they were drawn from).
+    """
     rows = np.int64(m.scalar[ROWS])
     if m.scalar[CLOCK] < 0:
         m.scalar[FIRST_TS] = max(0.0, x.ts[0])
@@ -1215,7 +1244,7 @@ def learn_message(m, w, x, o, steps, project, entry_row, entry_at, entry_ts, pos
         m.scalar[SHARP_SQUARE] += slope * slope
         m.scalar[SHARP] += steps.lr_sharp * slope / np.sqrt(m.scalar[SHARP_SQUARE])
         m.scalar[SHARP] = max(0.05, m.scalar[SHARP])
-    return learnt
+    return learnt, count, candidates
 
 
 # --- replicas -----------------------------------------------------------------------------------------------------
@@ -1235,8 +1264,6 @@ def apply_neighbours(m, words, values, starts, sizes):
 
 
 # --- ranking ------------------------------------------------------------------------------------------------------
-
-CLOSED: Final = -1e30  # the score of a row that is no candidate
 
 
 @nb.njit(**OPTIONS)

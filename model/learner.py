@@ -7,12 +7,13 @@ loaded again at any message boundary in between, and whenever `take_dirty` was c
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from model import kernels
+from model.adapter import Adapter
 from model.examples import Examples, new_examples
 from model.items import PENDING, TEXT_CHARS_MAX, ItemMatrix, PendingItem, half, row_key
 
@@ -69,6 +70,20 @@ class Outcome:
     pop_rank: Array  # (n, 4) float32: by running popularity, HALF_LIVES_POSITIVES, among the same candidates
 
 
+class Problem(NamedTuple):
+    """The softmax of one message, text apart: n examples against the K candidates that they share.
+
+    s_bj = offset_bj + <words_b, M e_j> with the adapter's metric M; each candidate weighs exp(log_weight).
+    """
+
+    words: Array  # (n, T) float32: sum_h a_h zT_h
+    target: Array  # (n,) int32 rows
+    candidate: Array  # (K,) int32 rows
+    offset: Array  # (n, K) float32; kernels.CLOSED where one is no negative of the example
+    offset_target: Array  # (n,) float32
+    log_weight: float
+
+
 class Learner:
     """Owns the item matrix. Not safe for concurrent use."""
 
@@ -82,6 +97,8 @@ class Learner:
         self._project = _orthonormal(config.dim, config.text_dim)
         self._heap: list[tuple[float, int, int]] = []  # (ts, order, key) of pending items; stale ones are skipped
         self._dirty_pending: set[int] = set()
+        self._dirty_adapter = False
+        self._drawn = (0, 0, 0.0)  # of the last message: examples (0: no gradient), candidates, out of how many
         self._work = _new_work(config, self._capacity)
         self._outcomes = _new_outcomes(config.message_examples_max)
 
@@ -163,6 +180,14 @@ class Learner:
         self.matrix.describe(row, item.item_id, item.text, item.vector)
         return row
 
+    def adapt(self, adapter: Adapter | None) -> None:
+        """Compares texts through this adapter from the next message on; None: as the encoder gives them.
+
+        What was learnt stays as it is. Raises AdapterError for another dimension.
+        """
+        self.matrix.adapt(adapter)
+        self._dirty_adapter = True
+
     # --- learning ---
 
     def learn(self, examples: Examples, position: int) -> Outcome:
@@ -180,12 +205,30 @@ class Learner:
             if len(self._work.slot) != self._capacity:
                 target, history = self._work.target, self._work.history
                 self._work = _new_work(self.config, self._capacity)._replace(target=target, history=history)
-            kernels.learn_message(
+            learnt, count, candidates = kernels.learn_message(
                 self.matrix.arrays, self._work, examples, self._outcomes, self._steps, self._project,
                 rows, times, stamps, position, self.matrix.record_bytes,
             )  # fmt: skip
+            self._drawn = (n if learnt else 0, count, candidates)
             self.matrix.version += 1
         return self._outcome(n)
+
+    def problem(self) -> Problem | None:
+        """What the loss of the last message was made of; None where it had none, or no text."""
+        n, count, candidates = self._drawn
+        if not (n and count):
+            return None
+        w, m, dim = self._work, self.matrix.arrays, self.config.dim
+        told = np.flatnonzero(w.go[:n] & w.words[:n].any(axis=1))
+        if not len(told):
+            return None
+        target, texts = w.target[told], w.user[told, dim:]
+        offset = w.logit[told, :count]
+        offset = np.where(offset > kernels.CLOSED, offset - texts @ w.item[:count, dim:].T, offset)
+        offset_target = w.score_i[told] - (m.e[target] * texts).sum(axis=1)
+        return Problem(
+            w.words[told], target, w.cand[:count].copy(), offset, offset_target, float(np.log(candidates / count))
+        )
 
     def _schedule(self, examples: Examples) -> tuple[Array, Array, Array]:
         """Gives every key of the message a row, and says which items become candidates inside it.
@@ -286,6 +329,8 @@ class Learner:
             item = self.pending.get(key)
             taken.update([self.matrix.pack_pending(item) if item else (row_key(PENDING, key), None)])
         taken.update([self.matrix.pack_globals()])
+        if self._dirty_adapter:
+            taken.update([self.matrix.pack_adapter()])
         self._clean()
         return taken
 
@@ -294,6 +339,7 @@ class Learner:
         m.dirty[:] = 0
         m.dirty_total[:] = 0
         self._dirty_pending.clear()
+        self._dirty_adapter = False
 
     def load(self, rows: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Takes a whole state from its rows; what was learnt here before is gone."""
@@ -331,7 +377,7 @@ def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
     return kernels.Work(
         target=i(b), history=i(b, length), go=np.zeros(b, np.bool_), wt=f(b, length), ck=f(b, length),
         age=i(b, length), gap=i(b, length), norm=f(b), norm_k=f(b), z=f(b, d), user=f(b, d + t),
-        text=f(b, kernels.TEXT_HEADS, t), slot=np.zeros(capacity, np.int16), cand=i(k), item=f(k, d + t),
+        text=f(b, kernels.TEXT_HEADS, t), words=f(b, t), logit=f(b, k), slot=np.zeros(capacity, np.int16), cand=i(k), item=f(k, d + t),
         column=f(kernels.COLUMNS, k), feature=f(blocks, kernels.FEATURES, k), bias=f(blocks, k),
         feature_i=f(b, kernels.FEATURES, 1), score_i=f(b),
         cooc=f(b, k + 2), cooc_i=f(b),

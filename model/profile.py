@@ -50,7 +50,7 @@ class Profile:
     ck: Array  # (m',) float32: of the co-occurrence block, without aK
     text: Array  # (3, T) float32: zT of the history for g = .7 and .97, zX of the user's words
     text_coefficient: Array  # (2, m') float32: zT_h = sum_k text_coefficient[h, k] (e_k - mu)
-    v: Array  # (T,) float32: sum_h aT_h zT_h + aX zX, to be multiplied with e_j
+    v: Array  # (T,) float32: the metric times sum_h aT_h zT_h + aX zX, to be multiplied with e_j
 
 
 def profile_of(matrix: ItemMatrix, user: User, now: float, cooccurrence_history: int = COOCCURRENCE_HISTORY) -> Profile:
@@ -72,4 +72,4 @@ def profile_of(matrix: ItemMatrix, user: User, now: float, cooccurrence_history:
         words = np.ascontiguousarray(user.text, np.float32)
         kernels.own_text(m.mu, words, np.float32(user.text_weight), text[2])
     heads = m.theta[kernels.T_TEXT : kernels.T_NEIGHBOUR]
-    return Profile(entry, rows, z, wt, ck, text, coefficient, heads @ text)
+    return Profile(entry, rows, z, wt, ck, text, coefficient, matrix.adapted(heads @ text))

@@ -158,7 +158,7 @@ class Ranker:
         damping = m.rec["damping"][rows][:, None]
         heads[1] *= profile.ck * (m.theta[kernels.T_NEIGHBOUR] * damping)
         weight = a_near * profile.text_coefficient[0] + a_far * profile.text_coefficient[1]
-        heads[2] = (m.e[rows] @ (m.e[profile.row] - m.mu).T) * weight
+        heads[2] = (self.matrix.adapted(m.e[rows]) @ (m.e[profile.row] - m.mu).T) * weight
         heads *= sharp
         return heads
 
@@ -171,7 +171,7 @@ class Ranker:
             Term(*values) for values in zip(profile.entry.tolist(), *heads.tolist(), total.tolist(), strict=True)
         )
         own = float(m.scalar[kernels.SHARP] * m.theta[kernels.T_NEIGHBOUR - 1])
-        comments, rest = self._own_terms(user, m.e[scored.row], own)
+        comments, rest = self._own_terms(user, self.matrix.adapted(m.e[scored.row]), own)
         return Explanation(scored.key, scored.row, scored.logit, scored.score, bias, terms, comments, rest)
 
     def _bias_parts(self, row: int, scored: Scored) -> Bias:
@@ -190,7 +190,10 @@ class Ranker:
         return Bias(constant, popularity, age, recency, calibration, total)
 
     def _own_terms(self, user: User, e: Array, gain: float) -> tuple[tuple[float, ...], float]:
-        """aX (w_c / W) <x_c - mu, e_j> sqrt(min(W, 4)) of each kept comment x_c, and of all older texts together."""
+        """aX (w_c / W) <x_c - mu, e> sqrt(min(W, 4)) of each kept comment x_c, and of all older texts together.
+
+        e: e_j times the metric.
+        """
         if user.text is None or user.text_weight <= 0:
             return (), 0.0
         mu = self.matrix.arrays.mu

@@ -469,7 +469,7 @@ class LearnerKeeper(Keeper[bytes]):
             self.counts["messages"] += 1
             self.counts["examples"] += one.examples
             self.counts["items"] += one.entries
-            self._entered |= one.entries > 0
+            self._entered |= one.entries > 0 or one.adapted
             if one.outcome is not None:
                 self.live.observe(one.outcome)
         self.around.metrics.learnt(learnt, self.live, self.around.now())

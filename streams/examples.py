@@ -1,6 +1,7 @@
 """Messages of the examples log, byte for byte (format version 1, little endian). One message is one micro-batch.
 
-    header      8 B   version u1 | kind u1 (1 = examples, 2 = items) | source partition u2 | count u2 | zero u2
+    header      8 B   version u1 | kind u1 (1 = examples, 2 = items, 3 = adapter) | source partition u2 | count u2
+                      | flags u2 (kind 3: 1 = taken back)
     kind 1, `count` times:
       example  32 B   item key i8 | ts f8 | position u8 (state.rows.position) | label u1 (1 positive, 0 low rating)
                       | history_count u1 | flags u1 (1 = text, 2 = ranked) | zero u1 | weight f4
@@ -8,6 +9,7 @@
       text     weight f4 | scale f4 | vector i1[text_dim]        only with flag 1
       seen     count u4 | keys i8 each                           only with flag 2: consumed beyond the history
     kind 2: a MessagePack array of `count` ItemEntry
+    kind 3: model.adapter.Adapter.pack, or nothing (count 0): texts are compared through it from the next message on
 
 The learner drops what is at or below the highest offset that it has applied of the example's (topic, partition):
 repeats vanish, those of a fenced worker too.
@@ -26,11 +28,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from model.adapter import Adapter
 from model.examples import Examples
 
 MESSAGE_VERSION: Final = 1
 KIND_EXAMPLES: Final = 1
 KIND_ITEMS: Final = 2
+KIND_ADAPTER: Final = 3
 MESSAGE_EXAMPLES_MAX: Final = 64  # examples a message: the micro-batch; 64 costs 1 % of the hits against 1
 MESSAGE_BYTES_MAX: Final = 400_000  # of examples in a message: ranked ones of heavy users are large; a batch is 512 KiB
 
@@ -112,10 +116,25 @@ def pack_items(partition: int, entries: list[ItemEntry]) -> bytes:
     return HEADER.pack(MESSAGE_VERSION, KIND_ITEMS, partition, len(entries), 0) + _encode_items(entries)
 
 
+def pack_adapter(adapter: Adapter | None, taken_back: bool = False) -> bytes:
+    """The message that makes the learner, and with it every replica, compare texts through this adapter.
+
+    taken_back: it was in use before, and is no promotion that has to be watched.
+    """
+    body = b"" if adapter is None else adapter.pack()
+    return HEADER.pack(MESSAGE_VERSION, KIND_ADAPTER, 0, adapter is not None, taken_back) + body
+
+
+def unpack_adapter(message: bytes) -> tuple[Adapter | None, bool]:
+    """(the adapter, whether it was taken back) of a message of kind 3. Raises AdapterError."""
+    count, taken_back = HEADER.unpack_from(message)[3:]
+    return Adapter.unpack(message[HEADER.size :]) if count else None, bool(taken_back)
+
+
 def read_header(message: bytes) -> tuple[int, int, int]:
     """(kind, source partition, count). Raises MessageVersionError."""
     version, kind, partition, count, _ = HEADER.unpack_from(message)
-    if version != MESSAGE_VERSION or kind not in (KIND_EXAMPLES, KIND_ITEMS):
+    if version != MESSAGE_VERSION or kind not in (KIND_EXAMPLES, KIND_ITEMS, KIND_ADAPTER):
         raise MessageVersionError(
             f"message of version {version}, kind {kind} in the examples log; this build reads version "
             f"{MESSAGE_VERSION}: deploy the build that wrote it, or one that is newer"

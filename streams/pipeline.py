@@ -5,7 +5,7 @@ Everything here is a function of its arguments: no clock, no randomness, no I/O.
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
@@ -282,6 +282,7 @@ class Learnt(NamedTuple):
     entries: int
     newest_ts: float
     outcome: Outcome | None
+    adapted: bool = False  # texts are compared through another adapter from here on
 
 
 class ItemLearner:
@@ -301,6 +302,9 @@ class ItemLearner:
         """Applies the message at this offset of the examples log."""
         self.offset = offset
         kind, partition, _ = examples.read_header(message)
+        if kind == examples.KIND_ADAPTER:
+            self.learner.adapt(examples.unpack_adapter(message)[0])
+            return Learnt(partition, 0, 0, 0.0, None, adapted=True)
         applied = self.sources.get(partition)
         if applied is None:
             applied = self.sources[partition] = np.full(len(examples.TOPICS), -1, np.int64)
@@ -332,6 +336,11 @@ class ItemLearner:
         changed = self.learner.take_dirty()
         changed[SOURCES_KEY] = self._pack_sources()
         return changed
+
+    def all_rows(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every row of the state, for `load` of another."""
+        yield from self.learner.matrix.rows()
+        yield SOURCES_KEY, self._pack_sources()
 
     def load(self, stored: Iterable[tuple[bytes, bytes]]) -> None:
         """Takes the state from rows, as `take_dirty` gave them, of an empty learner."""
