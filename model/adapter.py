@@ -38,6 +38,7 @@ class Adapter:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", float(np.float32(self.scale)))  # as it is stored
         if self.left.ndim != 2 or self.left.shape != self.right.shape or not 0 < self.left.shape[1] <= RANK_MAX:
             raise AdapterError(f"an adapter is two matrices (T, R), R from 1 to {RANK_MAX}, not {self.left.shape}")
         if self.left.shape[0] > DIM_MAX or len(self.base.encode()) > NAME_BYTES_MAX:

@@ -80,11 +80,10 @@ def _shortened(problem: Problem, candidates_max: int) -> Problem:
     step = -(-len(problem.candidate) // candidates_max)
     candidate = problem.candidate[::step].copy()
     weight = problem.log_weight + float(np.log(len(problem.candidate) / len(candidate)))
-    closed = problem.offset[:, ::step] <= kernels.CLOSED
-    offset = np.where(closed, -np.inf, problem.offset[:, ::step]).astype(np.float16)
-    return Problem(
-        problem.words.astype(np.float16), problem.target, candidate, offset, problem.offset_target, weight
-    )  # fmt: skip
+    offset = problem.offset[:, ::step].astype(np.float32)
+    offset = np.where(offset <= kernels.CLOSED, np.float32(-np.inf), offset).astype(np.float16)
+    words = problem.words.astype(np.float16)
+    return Problem(words, problem.target, candidate, offset, problem.offset_target, weight)
 
 
 class Step(NamedTuple):
