@@ -92,7 +92,9 @@ class _Looped:
             decided += self.tuning.advance(offset, request)
         for one in decided:
             facts = {name: round(fact, 4) if isinstance(fact, float) else fact for name, fact in one.facts.items()}
-            self.decisions.append({"kind": one.kind, "position": one.position, "at_examples": self.tuning.examples, **facts})
+            self.decisions.append(
+                {"kind": one.kind, "position": one.position, "at_examples": self.tuning.examples, **facts}
+            )
         return learnt
 
 

@@ -67,7 +67,7 @@ class Adapter:
         return np.ascontiguousarray(w.T @ w, np.float32)
 
     def pack(self) -> bytes:
-        """header 16 B (version u1 | zero u1 | bytes of base u2 | T u4 | R u4 | scale f4) | base | left f4 | right f4."""
+        """header 16 B (version u1, zero u1, bytes of base u2, T u4, R u4, scale f4) | base | left f4 | right f4."""
         base = self.base.encode()
         head = _HEAD.pack(ADAPTER_VERSION, 0, len(base), self.dim, self.left.shape[1], self.scale)
         return head + base + self.left.astype("<f4").tobytes() + self.right.astype("<f4").tobytes()

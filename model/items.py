@@ -191,7 +191,12 @@ class ItemMatrix:
             new.weight[row, :n] = old.weight[row, :n]
         kernels.fill_table(new.table_key, new.table_row, new.key, 0, used)
         self.arrays = new._replace(
-            mu=old.mu, metric=old.metric, theta=old.theta, square=old.square, scalar=old.scalar, dirty_total=old.dirty_total
+            mu=old.mu,
+            metric=old.metric,
+            theta=old.theta,
+            square=old.square,
+            scalar=old.scalar,
+            dirty_total=old.dirty_total,
         )
 
     def add_row(self, key: int) -> int:

@@ -130,7 +130,9 @@ class Matrix(NamedTuple):
     weight: Array  # (N, M) float32 C_kj
     length: Array  # (N,) int32 neighbours in use
     mu: Array  # (T,) float32
-    metric: Array  # (T, T) float32, W'W of the encoder's adapter W: texts are compared by <x, W'W e>; (0, 0) without one
+    metric: (
+        Array  # (T, T) float32, W'W of the encoder's adapter W: texts are compared by <x, W'W e>; (0, 0) without one
+    )
     theta: Array  # (THETA,) float32
     square: Array  # (THETA,) float32 accumulators of theta
     scalar: Array  # (SCALARS,) float64

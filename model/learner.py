@@ -377,7 +377,8 @@ def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
     return kernels.Work(
         target=i(b), history=i(b, length), go=np.zeros(b, np.bool_), wt=f(b, length), ck=f(b, length),
         age=i(b, length), gap=i(b, length), norm=f(b), norm_k=f(b), z=f(b, d), user=f(b, d + t),
-        text=f(b, kernels.TEXT_HEADS, t), words=f(b, t), logit=f(b, k), slot=np.zeros(capacity, np.int16), cand=i(k), item=f(k, d + t),
+        text=f(b, kernels.TEXT_HEADS, t), words=f(b, t), logit=f(b, k),
+        slot=np.zeros(capacity, np.int16), cand=i(k), item=f(k, d + t),
         column=f(kernels.COLUMNS, k), feature=f(blocks, kernels.FEATURES, k), bias=f(blocks, k),
         feature_i=f(b, kernels.FEATURES, 1), score_i=f(b),
         cooc=f(b, k + 2), cooc_i=f(b),

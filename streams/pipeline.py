@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model import texts
+from model.adapter import Adapter, AdapterError
 from model.examples import Examples, new_examples
 from model.learner import Learner, LearnerConfig, Outcome
 from state import rows
@@ -291,8 +292,10 @@ class ItemLearner:
     State = the learner's rows and the highest source offset applied a (partition, topic): a function of the log.
     """
 
-    def __init__(self, config: LearnerConfig, text_dim: int) -> None:
+    def __init__(self, config: LearnerConfig, text_dim: int, encoder: str = "") -> None:
+        """encoder: name of the one whose vectors the log carries; an adapter of another is refused. Empty: any."""
         self.learner = Learner(config)
+        self.encoder = encoder
         self.text_dim = text_dim
         self.sources: dict[int, npt.NDArray[np.int64]] = {}
         self.offset = -1  # of the last message that was applied
@@ -303,7 +306,7 @@ class ItemLearner:
         self.offset = offset
         kind, partition, _ = examples.read_header(message)
         if kind == examples.KIND_ADAPTER:
-            self.learner.adapt(examples.unpack_adapter(message)[0])
+            self._adapt(examples.unpack_adapter(message)[0])
             return Learnt(partition, 0, 0, 0.0, None, adapted=True)
         applied = self.sources.get(partition)
         if applied is None:
@@ -316,6 +319,14 @@ class ItemLearner:
             return Learnt(partition, 0, 0, 0.0, None)
         outcome = self.learner.learn(batch, offset)
         return Learnt(partition, batch.count, 0, float(batch.ts[: batch.count].max()), outcome)
+
+    def _adapt(self, adapter: Adapter | None) -> None:
+        if adapter is not None and self.encoder not in ("", adapter.base):
+            raise AdapterError(
+                f"the examples log switches to an adapter of the encoder {adapter.base}, but texts are encoded by "
+                f"{self.encoder} here: set HEADWATER_ENCODER to the log's, or use an app id of its own"
+            )
+        self.learner.adapt(adapter)
 
     def _enter(self, entries: Iterable[examples.ItemEntry], applied: npt.NDArray[np.int64]) -> int:
         entered = 0

@@ -218,7 +218,7 @@ class _Verification:
     # -- scratch
 
     def _learner(self) -> ItemLearner:
-        return ItemLearner(self.settings.learner_config(self.encoder.dim), self.encoder.dim)
+        return ItemLearner(self.settings.learner_config(self.encoder.dim), self.encoder.dim, self.encoder.name)
 
     @contextmanager
     def _store(self) -> Iterator[Store]:

@@ -183,7 +183,7 @@ class Worker:
             return CatalogueKeeper(number, partition, topics, self.around)
         return LearnerKeeper(
             number, partition, topics, self.around,
-            lambda: ItemLearner(self.learner_config, self.encoding.dim),
+            lambda: ItemLearner(self.learner_config, self.encoding.dim, self.encoding.encoder.name),
             self.settings.item_flush_bytes_per_s, self.settings.item_flush_min_s, self.settings.live_tests_max,
         )  # fmt: skip
 

@@ -128,8 +128,12 @@ def test_the_problem_of_a_message_is_its_scores_without_texts() -> None:
             told += len(problem.words)
             n, k = len(problem.words), len(problem.candidate)
             assert problem.offset.shape == (n, k) and k <= SMALL.negatives
-            scores = problem.offset + learner.matrix.adapted(problem.words) @ learner.matrix.arrays.e[problem.candidate].T
-            logits = learner._work.logit[np.flatnonzero(learner._work.go[: x.count] & learner._work.words[: x.count].any(1))]
+            scores = (
+                problem.offset + learner.matrix.adapted(problem.words) @ learner.matrix.arrays.e[problem.candidate].T
+            )
+            logits = learner._work.logit[
+                np.flatnonzero(learner._work.go[: x.count] & learner._work.words[: x.count].any(1))
+            ]
             open_ = logits[:, :k] > -1e29
             assert np.allclose(scores[open_], logits[:, :k][open_], atol=1e-3)
             assert not open_[np.arange(n)[:, None], np.arange(k)][problem.candidate == problem.target[:, None]].any()

@@ -1,12 +1,15 @@
 """The loop of candidates, shadow, switch and watch, on a stream whose tastes a candidate can find."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from model.adapter import AdapterError
 from model.finetune import Finetuning, Replay, loss_of
 from streams import examples
+from streams.pipeline import ItemLearner
 from streams.tuning import Decision, Tuning
 from tests.tuning_world import BASE, DIM, LEARNER, TUNING, harmful, messages, planted
 
@@ -15,7 +18,7 @@ ROLLBACK_EXAMPLES_MAX = 1500  # the promise of the test: a planted regression la
 POISONED = 20
 
 
-def new_tuning(**changes: int) -> Tuning:
+def new_tuning(**changes: Any) -> Tuning:
     return Tuning(BASE, DIM, LEARNER, replace(TUNING, **changes))
 
 
@@ -138,6 +141,14 @@ def test_a_regression_is_taken_back(log: list[bytes], middle: bytes) -> None:
     assert tuning.advance(2 * offset + 2, request) == []  # a repeat changes nothing
 
 
+def test_an_adapter_of_another_encoder_is_refused() -> None:
+    learner = ItemLearner(LEARNER, DIM, "encoder:2")
+    with pytest.raises(AdapterError, match="encoder:1"):
+        learner.learn(0, examples.pack_adapter(planted()))
+    learner.learn(0, examples.pack_adapter(replace(planted(), base="encoder:2")))
+    assert learner.learner.matrix.adapter is not None
+
+
 def test_gradients_are_those_of_the_loss(middle: bytes) -> None:
     tuning = resumed(middle)
     problem = tuning.replay.problems()[-1]
@@ -145,7 +156,7 @@ def test_gradients_are_those_of_the_loss(middle: bytes) -> None:
     problem = problem._replace(words=problem.words.astype(np.float64), offset=problem.offset.astype(np.float64))
     rounds = Finetuning(BASE, [problem], e, replace(TUNING.finetune, decay=0.05))
     rng = np.random.default_rng(1)
-    values = {name: rng.standard_normal(v.shape) * 0.3 for name, v in rounds._values.items()}
+    values: dict[str, Any] = {name: rng.standard_normal(v.shape) * 0.3 for name, v in rounds._values.items()}
     rounds._values = values
 
     def objective() -> float:

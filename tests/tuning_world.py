@@ -49,7 +49,7 @@ def messages(count: int, seed: int = 0) -> Iterator[bytes]:
             item = Item(item_id=f"i{items}", text=f"text {items}", ts=ts - 500)
             entries.append((items, item, vector_of(items)))
         yield from pipeline.learn_catalogue(0, entries, DIM).messages
-        events = []
+        events: list[SourceEvent] = []
         while len(events) < examples.MESSAGE_EXAMPLES_MAX:
             user = int(rng.integers(40))
             young = int(rng.integers(max(1, items - 80), items + 1))
@@ -60,7 +60,7 @@ def messages(count: int, seed: int = 0) -> Iterator[bytes]:
             click = Click(user_id=f"u{user}", item_id=f"i{item_id}", action="click", ts=ts + len(events))
             events.append(SourceEvent(examples.CLICKS, offset, click))
         batch = pipeline.learn_users(0, events, lambda keys: [users.get(k) for k in keys], evidence)
-        users.update(batch.rows)
+        users.update((key, row) for key, row in batch.rows.items() if row is not None)
         yield from batch.messages
 
 
