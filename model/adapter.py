@@ -8,6 +8,7 @@ of the adapter is a change of M, which is one row of the item matrix. Nothing is
 import hashlib
 import struct
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final, Self
 
 import numpy as np
@@ -28,7 +29,7 @@ class AdapterError(ValueError):
     """Bytes or matrices that are no adapter, or one of another encoder."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """W = scale (I + left right'), of the encoder `base`; `name` is a digest of all of it."""
 
@@ -51,7 +52,7 @@ class Adapter:
         """T, the encoder's."""
         return int(self.left.shape[0])
 
-    @property
+    @cached_property
     def name(self) -> str:
         """12 hex digits: the version of the text space."""
         return hashlib.blake2b(self.pack(), digest_size=6).hexdigest()

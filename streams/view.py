@@ -160,7 +160,7 @@ class View:
         return {
             "version": version("headwater"),
             "model_version": self.model_version,
-            "encoder": {"name": self.encoder, "dim": worker.encoding.dim},
+            "encoder": {"name": self.encoder, "dim": worker.encoding.dim, "adapter": self._adapter()},
             "learner": learning,
             "config": worker.learner_config.__dict__,
             "replica": {"items": len(worker.replica), "active": worker.replica.active_count,
@@ -170,6 +170,11 @@ class View:
             "examples_applied": learner.counts["examples"] if isinstance(learner, LearnerKeeper) else None,
             "prequential": worker.telemetry.report,
         }  # fmt: skip
+
+    def _adapter(self) -> str | None:
+        """The version that the replica compares texts through."""
+        adapter = self.worker.replica.adapter
+        return None if adapter is None else adapter.name
 
     def _applied_count(self, kind: type[Any]) -> int:
         return sum(

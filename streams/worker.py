@@ -66,7 +66,8 @@ class Worker:
         self.owner_of = owner_of
         self.metrics = Metrics()
         self.telemetry = Telemetry(self.metrics)
-        self.metrics.checkpoint.info({"encoder": encoder.name})
+        self.metrics.checkpoint.info({"encoder": encoder.name, "adapter": ""})
+        self._adapter_told = ""
         self.options = settings.kafka_options()
         self.producer = kafka.Producer(self.options)
         self.encoding = Encoding(encoder, self.telemetry.encoded, now)
@@ -306,6 +307,14 @@ class Worker:
                 if accepted is not None:
                     self.replica.apply((k, v) for k, v in accepted.rows.items() if k != SOURCES_KEY)
                     self.replica_applied = accepted.applied["examples"]
+                    self._tell_adapter()
+
+    def _tell_adapter(self) -> None:
+        adapter = self.replica.adapter
+        name = "" if adapter is None else adapter.name
+        if name != self._adapter_told:
+            self._adapter_told = name
+            self.metrics.checkpoint.info({"encoder": self.encoding.encoder.name, "adapter": name})
 
     def _changed(self, event: Click | Comment) -> None:
         for watcher in self.watchers:
