@@ -6,7 +6,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends libgomp1 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 headwater \
-    && install -d -o headwater -g headwater /var/lib/headwater
+    && install -d -o headwater -g headwater /var/lib/headwater /var/lib/headwater-keys
 
 WORKDIR /opt/headwater
 

@@ -26,7 +26,9 @@ class WorkerProcess:
     def __init__(self, settings: Settings, log_file: Path, variables: dict[str, str], command: list[str]) -> None:
         self.settings = settings
         self.log_file = log_file
-        self.http = httpx.Client(base_url=settings.http_url(), timeout=10, trust_env=False)
+        self.http = httpx.Client(
+            base_url=settings.http_url(), headers=settings.http_headers(), timeout=10, trust_env=False
+        )
         with log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=end_with_parent()

@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     import httpx
 
+    from streams.audit import Record, Verifier
     from streams.settings import Settings
 
 HTTP_TIMEOUT_S: Final = 15.0
@@ -27,6 +28,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+keys_app = typer.Typer(help="The API keys that workers take, in HEADWATER_API_KEYS_FILE.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+audit_app = typer.Typer(help="Who read or changed which user: the audit topic.", no_args_is_help=True)
+app.add_typer(audit_app, name="audit")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")]
 ItemsFile = Annotated[Path, typer.Option("--items", help="The catalogue: items.jsonl or .jsonl.gz.")]
@@ -86,15 +92,17 @@ def worker() -> None:
     Example: `HEADWATER_BROKER=kafka:9092 HEADWATER_STATE_DIR=/var/lib/headwater headwater worker`
     """
     from streams import log
+    from streams.keys import Gate
     from streams.settings import one_thread_each
 
     one_thread_each()
     settings = _load()
-    log.set_up(settings.log_level, settings.log_format)
     with _faults():
+        gate = Gate.of(settings)
+        log.set_up(settings.log_level, settings.log_format)
         from streams import app as worker_app
 
-        worker_app.run(settings, time.time)
+        worker_app.run(settings, gate, time.time)
 
 
 @app.command()
@@ -339,6 +347,131 @@ def _offsets(applied: Any) -> str:
     return json.dumps(applied)
 
 
+# -- keys and the audit log
+
+
+@keys_app.command("add")
+def keys_add(
+    name: Annotated[str, typer.Argument(help="Whose key it is: shown in the audit log.")],
+    scope: Annotated[str, typer.Option(help="read, write (sends events too) or admin (erases too).")],
+) -> None:
+    """Makes a key, prints it this once, and keeps its hash. Running workers take it at once.
+
+    Example: `HEADWATER_API_KEYS_FILE=keys.jsonl headwater keys add shop --scope write`
+    """
+    from streams import keys
+
+    with _faults():
+        made = keys.add(_keys_file(), name, scope, time.time())
+    _say("This is the only time that the key is shown; its hash is kept.")
+    print(made)
+
+
+@keys_app.command("list")
+def keys_list(as_json: Json = False) -> None:
+    """Name, scope, id and age of every key; never the key.
+
+    Example: `headwater keys list --json`
+    """
+    from streams import keys
+
+    with _faults():
+        found = list(keys.read(_keys_file()).values())
+    if as_json:
+        _print_json([{"name": k.name, "scope": k.scope, "id": k.id, "created": k.created} for k in found])
+    else:
+        _table(["name", "scope", "id", "created"], [[k.name, k.scope, k.id, k.created] for k in found])
+
+
+@keys_app.command("revoke")
+def keys_revoke(name: Annotated[str, typer.Argument(help="Of the key, as `keys list` shows it.")]) -> None:
+    """Takes a key out. Running workers refuse it from the next request on.
+
+    Example: `headwater keys revoke shop`
+    """
+    from streams import keys
+
+    with _faults():
+        keys.revoke(_keys_file(), name)
+    _say(f"revoked: {name}")
+
+
+def _keys_file() -> Path:
+    from streams.settings import Fault
+
+    path = _load().api_keys_file
+    if path is None:
+        raise Fault("set HEADWATER_API_KEYS_FILE to the file of the keys; it is made when it is not there")
+    return path
+
+
+@audit_app.command("verify")
+def audit_verify(as_json: Json = False) -> None:
+    """Reads the audit topic and finds records that were edited, taken out or put in. Exit code 1 when there are any.
+
+    Keep the last digest of each chain elsewhere: it shows later that the end was not cut off.
+
+    Example: `headwater audit verify`
+    """
+    from streams import audit
+
+    verifier = audit.Verifier()
+    count = len(_audit_records(verifier))
+    chains = [
+        {"chain": c.name, "first": c.first, "last": c.last_n, "digest": c.last, "closed": c.is_closed}
+        for c in verifier.chains.values()
+    ]
+    faults = verifier.all_faults
+    if as_json:
+        _print_json({"records": count, "chains": chains, "faults": faults})
+    else:
+        _table(["chain", "first", "last", "digest", "closed"], [list(chain.values()) for chain in chains])
+        print(f"{count} records, {len(faults)} faults")
+    for fault in faults:
+        _say(fault)
+    if faults:
+        raise typer.Exit(1)
+
+
+@audit_app.command("show")
+def audit_show(
+    user_id: Annotated[str | None, typer.Argument(help="Only what is about this user.")] = None, as_json: Json = False
+) -> None:
+    """The records, oldest first; of one user, or of all.
+
+    Example: `headwater audit show u42`
+    """
+    from datetime import UTC, datetime
+
+    import msgspec
+
+    from streams import audit
+
+    wanted = None if user_id is None else {audit.pseudonym(user_id), audit.EVERYBODY}
+    found = [r for r in _audit_records(audit.Verifier()) if wanted is None or wanted.intersection(r.users)]
+    if as_json:
+        _print_json([msgspec.to_builtins(r) for r in found])
+        return
+    rows = [
+        [datetime.fromtimestamp(r.ts, UTC).isoformat(timespec="milliseconds"), r.operation, r.status or "",
+         r.key, r.address, ", ".join(r.users), r.count, r.request_id]
+        for r in found
+    ]  # fmt: skip
+    _table(["time", "operation", "status", "key", "from", "users", "times", "request"], rows)
+
+
+def _audit_records(verifier: "Verifier") -> "list[Record]":
+    """The records of the audit topic, each checked by the verifier."""
+    import asyncio
+
+    from streams import audit, topics
+
+    settings = _load()
+    with _faults():
+        topics.require(settings, [f"{settings.app_id}-audit"])
+        return asyncio.run(audit.read(settings, verifier))
+
+
 # -- the settings
 
 
@@ -387,9 +520,12 @@ def _faults() -> Iterator[None]:
 def _ask(path: str, query: dict[str, str] | None = None, url: str | None = None) -> Any:
     import httpx
 
-    url = url or _load().http_url()
+    settings = _load()
+    url = url or settings.http_url()
     try:
-        answer = httpx.get(url + path, params=query, timeout=HTTP_TIMEOUT_S, trust_env=False)
+        answer = httpx.get(
+            url + path, params=query, headers=settings.http_headers(), timeout=HTTP_TIMEOUT_S, trust_env=False
+        )
     except httpx.HTTPError as problem:
         _fail(
             f"no worker answers at {url} ({type(problem).__name__}): start one with `headwater worker` or "

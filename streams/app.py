@@ -21,6 +21,8 @@ from faust.types import tuples as faust_tuples
 from model import learner, ranker
 from streams import kafka
 from streams.assignor import CopartitionedAssignor
+from streams.audit import Audit
+from streams.keys import Gate
 from streams.settings import Settings
 from streams.worker import SEEK_WAIT_MAX_S, TP, Worker
 
@@ -185,6 +187,8 @@ def build(settings: Settings, worker: Worker, source: FaustSource, assignor: Cop
             watchdog = _exit_after(STOP_MAX_S, 3)
             await worker.stop()
             await super().on_stop()
+            for stop in worker.before_producer_stops:
+                await stop()
             await worker.producer.stop()
             watchdog.cancel()
             _exit_after(LEAVE_MAX_S, int(self.crashed))  # a consumer whose broker is gone may never come back
@@ -240,7 +244,7 @@ class FaustWorker(faust.Worker):
         self.spinner = None
 
 
-def run(settings: Settings, now: Callable[[], float]) -> None:
+def run(settings: Settings, gate: Gate, now: Callable[[], float]) -> None:
     """Runs a worker until SIGTERM or SIGINT; then the process ends: with 0, or 1 when the worker failed.
 
     Kernels are compiled and the encoder is loaded before partitions are taken: neither delays a heartbeat.
@@ -256,7 +260,9 @@ def run(settings: Settings, now: Callable[[], float]) -> None:
     worker = Worker(settings, now, encoder, source, assignor.owner_of)
     ranker.warm_up(worker.replica)
     app = build(settings, worker, source, assignor)
-    http = HttpService(View(worker), settings)
+    audit = None if gate.is_open else Audit(worker.send_audit, now)
+    http = HttpService(View(worker), settings, gate, audit)
+    worker.before_producer_stops.append(http.stop)  # requests and the audit log end while there is a producer
     gc.collect()
     gc.freeze()  # aiokafka makes an object an event; collections over all of Faust's heap took a quarter of the CPU
     gc.set_threshold(100_000, 50, 1000)

@@ -106,7 +106,9 @@ class _Worker:
         self.settings = settings
         self.log_file = settings.state_dir / "worker.log"
         self._console = console
-        self._http = httpx.Client(base_url=settings.http_url(), timeout=HTTP_TIMEOUT_S, trust_env=False)
+        self._http = httpx.Client(
+            base_url=settings.http_url(), headers=settings.http_headers(), timeout=HTTP_TIMEOUT_S, trust_env=False
+        )
 
     def __enter__(self) -> "_Worker":
         names = ("broker", "state_dir", "http_host", "http_port", "rank_sample", "live_tests_max")
@@ -195,7 +197,7 @@ def _learn(
         done = replay.replay(settings, None, stream.events, limit=total - paced, progress=bars.bytes_of)
         progress.wait_until_learnt(done.events, items, bars)
         full_seconds = time.monotonic() - full_started
-    visitor = Visitor(settings.http_url(), stream.items, now)
+    visitor = Visitor(settings, stream.items, now)
     with _acting(visitor) as freshness:
         paced_done = replay.replay(
             settings, None, stream.events, skip=total - paced, limit=paced, events_per_s=PACED_EVENTS_PER_S

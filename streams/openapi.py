@@ -18,8 +18,17 @@ from streams.problems import KINDS, MEDIA_TYPE, ProblemDetails
 
 REF: Final = "#/components/schemas/{name}"
 ALWAYS: Final = ("cross-site", "misdirected", "internal")
+KEYED: Final = ("unauthenticated", "forbidden", "too-many-requests", "too-many-failures", "not-audited")
 USER_READ: Final = (*ALWAYS, "invalid-parameter", "not-ready", "not-applied", "owner-unreachable")
 HTML_TYPE: Final = "text/html"
+SECURITY_SCHEMES: Final = {
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "Made by `headwater keys add`.",
+    },
+    "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
+}
 
 
 class Operation(msgspec.Struct, frozen=True):
@@ -35,6 +44,11 @@ class Operation(msgspec.Struct, frozen=True):
     body_example: Any = None
     status: str = "200"
     media_type: str = "application/json"
+    scope: str | None = ""  # of the key that it needs; None: none; "": read for a GET, admin for the others
+
+    def scope_for(self, method: str) -> str | None:
+        """The scope of the key that a request by this method needs; None: it needs no key."""
+        return self.scope if self.scope != "" else "read" if method == "GET" else "admin"
 
 
 _POSITION = {"topic": "clicks", "partition": 3, "offset": 1041}
@@ -100,7 +114,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "Order given items for a user", "As recommendations, for the items named; unknown items are left out. An item "
         "that the user has consumed is ranked too.", "users",
         (*USER_READ, "not-understood", "too-large", "unsupported-media-type"), serving.Recommendations, _LIST,
-        serving.RankRequest, {"user_id": "196", "item_ids": ["50", "172"], "explain": False},
+        serving.RankRequest, {"user_id": "196", "item_ids": ["50", "172"], "explain": False}, scope="read",
     ),
     "whatIf": Operation(
         "A list as it would be", "The list without events of the user's kept history (`without`), and with events that "
@@ -109,6 +123,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
         (*USER_READ, "not-understood", "invalid-event", "unknown-position", "too-large", "unsupported-media-type"),
         serving.WhatIf, {**_LIST, "exact": True}, serving.WhatIfRequest,
         {"without": ["clicks:3:1041"], "with": [{"type": "comment", "user_id": "196", "text": "no more westerns"}]},
+        scope="read",
     ),
     "postEvents": Operation(
         "Send events", "One event or a list, each with its `type`. All are validated, as the stream does, before the "
@@ -116,7 +131,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "events",
         (*ALWAYS, "not-understood", "invalid-event", "too-large", "unsupported-media-type", "log-unreachable"),
         serving.Accepted, {"accepted": 2, "positions": ["clicks:3:1041", "comments:3:7"]},
-        "events", _EVENTS, "202",
+        "events", _EVENTS, "202", scope="write",
     ),
     "getItem": Operation(
         "An item", "Its text, its bias b_j as of now, the norm of phi_j, its counts.", "items",
@@ -142,14 +157,18 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "Server-sent events", "`event` as users do things, `status` with rate, lag and prequential metrics.", "worker",
         (*ALWAYS, "too-many-streams"), media_type="text/event-stream",
     ),
-    "getHealth": Operation("Alive", "ok while the process answers.", "worker", ALWAYS, "object", {"status": "ok"}),
+    "getHealth": Operation(
+        "Alive", "ok while the process answers.", "worker", ALWAYS, "object", {"status": "ok"}, scope=None
+    ),
     "getReadiness": Operation(
         "Ready", "503 with the reasons until every partition of this worker is open.", "worker",
-        (*ALWAYS, "not-ready"), "object", {"status": "ready"},
+        (*ALWAYS, "not-ready"), "object", {"status": "ready"}, scope=None,
     ),
     "getMetrics": Operation("Prometheus metrics", "Text exposition format.", "worker", ALWAYS, media_type="text/plain"),
-    "getOpenapi": Operation("This document", "OpenAPI 3.1.", "worker", ALWAYS, "object", {"openapi": "3.1.0"}),
-    "getDocs": Operation("This document as a page", "", "worker", ALWAYS, media_type=HTML_TYPE),
+    "getOpenapi": Operation(
+        "This document", "OpenAPI 3.1.", "worker", ALWAYS, "object", {"openapi": "3.1.0"}, scope=None
+    ),
+    "getDocs": Operation("This document as a page", "", "worker", ALWAYS, media_type=HTML_TYPE, scope=None),
 }  # fmt: skip
 
 _SHAPES: Final = (
@@ -178,14 +197,17 @@ def _document(app: FastAPI) -> dict[str, Any]:
     event = {"oneOf": [{"$ref": REF.format(name=name)} for name in ("Click", "Comment")]}
     schemas["Event"] = event
     schemas["WhatIfRequest"]["properties"]["with"]["items"] = {"$ref": REF.format(name="Event")}
-    document["components"] = {"schemas": dict(sorted(schemas.items()))}
+    document["components"] = {"schemas": dict(sorted(schemas.items())), "securitySchemes": SECURITY_SCHEMES}
     for methods in document["paths"].values():
-        for operation in methods.values():
-            _complete(operation, OPERATIONS[operation["operationId"]])
+        for method, operation in methods.items():
+            _complete(operation, OPERATIONS[operation["operationId"]], method.upper())
     return document
 
 
-def _complete(operation: dict[str, Any], known: Operation) -> None:
+def _complete(operation: dict[str, Any], known: Operation, method: str) -> None:
+    scope = known.scope_for(method)
+    operation["security"] = [] if scope is None else [{name: []} for name in SECURITY_SCHEMES]
+    operation["x-scope"] = scope
     operation["summary"] = known.summary
     operation["description"] = known.description
     operation["tags"] = [known.tag]
@@ -198,7 +220,7 @@ def _complete(operation: dict[str, Any], known: Operation) -> None:
         content = {"application/json": {"schema": schema, "example": known.body_example}}
         operation["requestBody"] = {"required": True, "content": content}
     by_status: dict[int, list[str]] = {}
-    for name in known.problems:
+    for name in (*known.problems, *(() if scope is None else KEYED)):
         by_status.setdefault(KINDS[name].status, []).append(name)
     for status, names in sorted(by_status.items()):
         operation["responses"][str(status)] = _failure(names)
@@ -231,7 +253,7 @@ def _failure(names: list[str]) -> dict[str, Any]:
         "description": "; ".join(kind.title for kind in kinds),
         "content": {MEDIA_TYPE: content},
     }
-    if kinds[0].status == 503:
+    if kinds[0].status in (429, 503):
         answer["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
     return answer
 
@@ -266,6 +288,8 @@ def _operation_html(method: str, path: str, operation: dict[str, Any]) -> str:
         f'<section class="panel"><h2 id="{operation["operationId"]}"><code>{method.upper()} {html.escape(path)}</code>'
         f"</h2><p><strong>{html.escape(operation['summary'])}.</strong> {html.escape(operation['description'])}</p>"
     ]
+    if operation["x-scope"]:
+        parts.append(f"<p>Where keys are set, it needs one of the scope <code>{operation['x-scope']}</code>.</p>")
     if operation.get("parameters"):
         parts.append("<dl>")
         for parameter in operation["parameters"]:

@@ -22,6 +22,8 @@ class Kind(NamedTuple):
 
 KINDS: Final[dict[str, Kind]] = {
     "not-understood": Kind(400, "Not understood", "Send what the operation's description says, as JSON in UTF-8."),
+    "unauthenticated": Kind(401, "No valid key", "Send Authorization: Bearer KEY, or X-API-Key: KEY."),
+    "forbidden": Kind(403, "Not with this key", "Use a key of the scope that the detail names."),
     "cross-site": Kind(403, "Asked by another site's page", "Ask from this page, or from a program."),
     "not-found": Kind(404, "Not found", "Check the address; one id is one path segment, its slashes written %2F."),
     "method-not-allowed": Kind(405, "Method not allowed", "Use a method of the Allow header."),
@@ -31,11 +33,14 @@ KINDS: Final[dict[str, Kind]] = {
     "invalid-parameter": Kind(422, "Invalid parameter", "`errors` names each parameter and what it has to be."),
     "invalid-event": Kind(422, "Invalid event", "`index`, `reason`: the fault. Nothing was accepted: send all again."),
     "unknown-position": Kind(422, "Not a kept event", "Take positions from the user's state or an explanation."),
+    "too-many-requests": Kind(429, "Too many requests", "Ask again after Retry-After seconds, and less often."),
+    "too-many-failures": Kind(429, "Too many wrong keys", "Ask again after Retry-After seconds, with a right key."),
     "internal": Kind(500, "Internal error", "Report it with its request id; the worker's log has the cause."),
     "not-ready": Kind(503, "Not ready", "The user's partition opens or moves: ask again after Retry-After seconds."),
     "not-applied": Kind(503, "Not applied yet", "The offset of `at_least` was not reached in time: ask again."),
     "owner-unreachable": Kind(503, "The user's worker cannot be reached", "It restarts or moves: ask again."),
     "log-unreachable": Kind(503, "The event log cannot be reached", "`positions`: what was accepted. Send the rest."),
+    "not-audited": Kind(503, "The audit log cannot be written", "Users are not read unaudited: ask again later."),
     "too-many-streams": Kind(503, "Too many open streams", "Close one, or ask another worker."),
 }  # fmt: skip
 

@@ -86,6 +86,7 @@ class Settings(BaseSettings):
         168.0, "h", "How long examples are kept. It must outlast the learner's longest stop, or learning has a hole.",
         gt=0,
     )  # fmt: skip
+    audit_retention_hours: float = _setting(8760.0, "h", "How long it is known who read or changed which user.", gt=0)
     compaction_lag_hours: float = _setting(
         6.0,
         "h",
@@ -116,6 +117,15 @@ class Settings(BaseSettings):
     advertised_url: str = _setting(
         "", "URL", "Where other workers reach this one, to forward requests. Empty: http://HTTP_HOST:HTTP_PORT."
     )
+    api_keys_file: Path | None = _setting(
+        None, "path",
+        "Hashes of the API keys that HTTP takes, made by `headwater keys add`; workers share it. None: no keys, "
+        "which only a worker on a loopback address accepts.",
+    )  # fmt: skip
+    api_rate_per_s: float = _setting(
+        500.0, "requests/s", "Of one key at one worker; twice as many at once after a silence.", gt=0, le=1e6
+    )
+    api_key: SecretStr = _setting(SecretStr(""), "secret", "The key that commands send to a worker.")
     log_format: Literal["text", "json"] = _setting("text", "name", "Log lines for people or for machines.")
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "name", "The least that is logged.")
     flush_linger_ms: float = _setting(
@@ -272,6 +282,11 @@ class Settings(BaseSettings):
         host = f"[{self.http_host}]" if ":" in self.http_host else self.http_host
         return f"http://{host}:{self.http_port}"
 
+    def http_headers(self) -> dict[str, str]:
+        """What a command sends to a worker with its requests."""
+        key = self.api_key.get_secret_value().strip()
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
     def kafka_options(self) -> dict[str, Any]:
         """Connection arguments that aiokafka's and kafka-python's clients both take."""
         options: dict[str, Any] = {
@@ -393,7 +408,9 @@ def _in_words(error: Any) -> str:
     if not error["loc"]:
         return f"settings do not fit together: {message}"
     name = str(error["loc"][0])
-    value = "" if "password" in name else f"={error['input']!r}"
+    field = Settings.model_fields.get(name)
+    is_secret = field is not None and field.annotation is SecretStr
+    value = "" if is_secret else f"={error['input']!r}"
     return f"{PREFIX}{name.upper()}{value}: {message}"
 
 

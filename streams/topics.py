@@ -62,6 +62,7 @@ def planned(settings: Settings) -> list[Topic]:
     """All topics of the program, under these settings."""
     kept = {"cleanup.policy": "delete", "retention.ms": _ms(settings.retention_hours)}
     examples = {"cleanup.policy": "delete", "retention.ms": _ms(settings.examples_retention_hours)}
+    audit = {"cleanup.policy": "delete", "retention.ms": _ms(settings.audit_retention_hours)}
     lag = {"cleanup.policy": "compact", "min.compaction.lag.ms": _ms(settings.compaction_lag_hours)}
     rolled = lag | {"segment.ms": _ms(settings.compaction_lag_hours)}  # only closed segments are compacted
     many = settings.partitions
@@ -76,6 +77,7 @@ def planned(settings: Settings) -> list[Topic]:
         ),
         (settings.topic("encoder-checkpoints"), 1, lag, "published encoders"),
         (settings.internal_topic("examples"), 1, examples, "training examples and catalogue entries"),
+        (settings.internal_topic("audit"), 1, audit, "who read or changed which user"),
         (settings.internal_topic("users-changelog"), many, rolled, "user rows"),
         (settings.internal_topic("catalogue-changelog"), many, rolled, "catalogue rows"),
         (settings.internal_topic("items-changelog"), 1, rolled, "the learner's rows"),

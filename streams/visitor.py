@@ -15,6 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from streams.settings import Settings
+
 PROBE: Final = "freshness-probe"
 VISITOR: Final = "visitor"
 COMMENT_EVERY: Final = 4  # acts: clicks between, comments are encoded and so slower
@@ -65,8 +67,10 @@ def _percentiles(values: list[float]) -> dict[str, float | None]:
 class Visitor:
     """A client of one worker."""
 
-    def __init__(self, url: str, items: Path, now: Callable[[], float]) -> None:
-        self._http = httpx.Client(base_url=url, timeout=HTTP_TIMEOUT_S, trust_env=False)
+    def __init__(self, settings: Settings, items: Path, now: Callable[[], float]) -> None:
+        self._http = httpx.Client(
+            base_url=settings.http_url(), headers=settings.http_headers(), timeout=HTTP_TIMEOUT_S, trust_env=False
+        )
         self._now = now
         with gzip.open(items, "rt", encoding="utf-8") as lines:
             self._texts: dict[str, str] = {item["item_id"]: item["text"] for item in map(json.loads, lines)}

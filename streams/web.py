@@ -34,8 +34,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from streams import codec, examples, serving
+from streams.audit import EVERYBODY, Audit, Note
 from streams.events import ID_CHARS_MAX, MESSAGE_BYTES_MAX, Click, Comment
-from streams.openapi import describe, documentation_page
+from streams.keys import ANYBODY, Gate, credential_of, require
+from streams.openapi import OPERATIONS, describe, documentation_page
 from streams.problems import KINDS, MEDIA_TYPE, Problem
 from streams.serving import NotReady, WorkerView
 from streams.settings import LOOPBACK_HOSTS, Settings
@@ -60,6 +62,9 @@ RETRY_AFTER_S: Final = 1.0
 CONNECTIONS_MAX: Final = 1024
 GRACEFUL_SHUTDOWN_S: Final = 1
 FORWARDED_HEADER: Final = "x-headwater-forwarded"  # a forwarded request is never forwarded again
+WORDS_SCOPE: Final = "admin"  # what users wrote is not for every reader of their lists
+WORDS: Final = "With explain: what the user wrote, as far as the log has it. Needs a key of the scope admin."
+KEY_HEADERS: Final = ("authorization", "x-api-key")
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 PAGE_DIR: Final = Path(__file__).parent / "page"
 PAGE_FILES: Final = {
@@ -101,7 +106,7 @@ def _options(
     exclude_seen: Annotated[bool, Query(description="Leave out what the user has consumed.")] = True,
     texts: Annotated[bool, Query(description="Each item with its text.")] = False,
     parts: Annotated[bool, Query(description="With explain: what the bias and each value are made of.")] = False,
-    words: Annotated[bool, Query(description="With explain: what the user wrote, as far as the log has it.")] = False,
+    words: Annotated[bool, Query(description=WORDS)] = False,
 ) -> serving.ListOptions:
     return serving.ListOptions(limit, explain, exclude_seen, texts, parts, words)
 
@@ -113,14 +118,15 @@ Options = Annotated[serving.ListOptions, Depends(_options)]
 
 
 class Edge:
-    """Request ids, raw paths, security headers; refuses other hosts' names and other sites' pages.
+    """Request ids, raw paths, security headers, audit; refuses other hosts' names and other sites' pages.
 
     Without keys the loopback address is the only guard, and a browser reaches it from any site: a name that does not
     belong to this machine (DNS rebinding) and a request that another site's page makes are refused.
     """
 
-    def __init__(self, app: FastAPI, hosts: Iterable[str] | None) -> None:
+    def __init__(self, app: FastAPI, hosts: Iterable[str] | None, audit: Audit | None = None) -> None:
         self.app = app
+        self.audit = audit
         self.hosts = None if hosts is None else frozenset(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -137,6 +143,8 @@ class Edge:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                if self.audit is not None and "note" in scope["state"]:
+                    self.audit.note(scope["state"]["note"], message["status"], request_id)
                 out = MutableHeaders(scope=message)
                 out["X-Request-Id"] = request_id
                 out.setdefault("Cache-Control", "no-store")
@@ -205,6 +213,44 @@ def _handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, internal)
+
+
+# -- keys
+
+
+def _authoriser(gate: Gate, audit: Audit | None) -> Callable[[Request], Awaitable[None]]:
+    """What runs before every operation: whose key, is it enough, and what the audit log will say of it."""
+
+    async def authorise(request: Request) -> None:
+        request.state.caller = ANYBODY
+        if gate.is_open or request.scope["path"] in PAGE_FILES:
+            return
+        operation = request.scope["route"].operation_id
+        scope = OPERATIONS[operation].scope_for(request.method)
+        if scope is None:
+            return
+        address = request.client.host if request.client is not None else ""
+        note = request.state.note = Note(operation, address, FORWARDED_HEADER in request.headers)
+        note.is_change = scope != "read"
+        if operation == "getStream":
+            note.users = [EVERYBODY]
+        elif "user_id" in request.path_params:
+            note.users = [unquote_to_bytes(request.path_params["user_id"]).decode(errors="replace")]
+        request.state.caller = caller = await gate.identify(
+            credential_of(*map(request.headers.get, KEY_HEADERS)), address
+        )
+        note.key_id, note.key = caller.key_id, caller.name
+        gate.permit(caller, scope)
+        if audit is not None:
+            audit.check()
+
+    return authorise
+
+
+def _about(request: Request, users: Iterable[str]) -> None:
+    """Whom a request is about, where its path does not tell."""
+    if hasattr(request.state, "note"):
+        request.state.note.users = list(dict.fromkeys(users))
 
 
 # -- reading a request
@@ -309,6 +355,7 @@ class Http:
         self, request: Request, user_id: str, answer: Answer, at_least: list[str], body: bytes = b""
     ) -> Response:
         """The answer from the user's own worker: here, when its offsets are applied, or forwarded."""
+        _about(request, [user_id])
         partition = self.view.partition_of(user_id)
         wanted = _positions(at_least, partition)
         owner = self.view.owner_url(partition)
@@ -330,6 +377,7 @@ class Http:
         query = request.scope["query_string"]
         target = request.scope["path"].encode("latin-1") + (b"?" + query if query else b"")
         headers = {FORWARDED_HEADER: "1", "x-request-id": request.state.request_id, "accept": "application/json"}
+        headers |= {name: request.headers[name] for name in KEY_HEADERS if name in request.headers}
         if body:
             headers["content-type"] = "application/json"
         try:
@@ -401,8 +449,11 @@ class Http:
 # -- routes
 
 
-def create_app(view: WorkerView, client: httpx.AsyncClient, hosts: Iterable[str] | None = None) -> Edge:
-    """The application. hosts: names by which it may be called; None: any.
+def create_app(
+    view: WorkerView, client: httpx.AsyncClient, hosts: Iterable[str] | None = None, gate: Gate | None = None,
+    audit: Audit | None = None,
+) -> Edge:  # fmt: skip
+    """The application. hosts: names by which it may be called; None: any. gate: None: no keys are needed.
 
     `.app.state.http.closing` ends the open streams when set.
     """
@@ -410,6 +461,7 @@ def create_app(view: WorkerView, client: httpx.AsyncClient, hosts: Iterable[str]
         title="Headwater", version=version("headwater"), openapi_url=None, docs_url=None, redoc_url=None,
         redirect_slashes=False,
         description="Recommendations that have learnt from every click and comment a moment ago, with exact reasons.",
+        dependencies=[Depends(_authoriser(gate or Gate(None, 1.0), audit))],
     )  # fmt: skip
     _handlers(app)
     http = app.state.http = Http(view, client)
@@ -418,7 +470,7 @@ def create_app(view: WorkerView, client: httpx.AsyncClient, hosts: Iterable[str]
     _worker_routes(app, http)
     _page_routes(app)
     describe(app)
-    return Edge(app, hosts)
+    return Edge(app, hosts, audit)
 
 
 def _user_routes(app: FastAPI, http: Http) -> None:
@@ -438,7 +490,7 @@ def _user_routes(app: FastAPI, http: Http) -> None:
         async def answer() -> Response:
             with view.metrics.recommendation_seconds.time():
                 told = serving.recommend(view, user, options)
-            return await _told(view, told, options.words)
+            return await _told(request, view, told, options.words)
 
         return await http.for_user(request, user, answer, at_least)
 
@@ -455,7 +507,7 @@ def _user_routes(app: FastAPI, http: Http) -> None:
             try:
                 encoded = await asyncio.wait_for(serving.vectors(view, events), ENCODE_WAIT_S)
                 told = serving.what_if(view, user, asked.without, events, encoded, options)
-                return await _told(view, told, options.words)
+                return await _told(request, view, told, options.words)
             except TimeoutError:
                 detail = "The encoder has too much to do for these comments."
                 raise Problem("not-ready", detail, retry_after_s=RETRY_AFTER_S) from None
@@ -470,7 +522,7 @@ def _user_routes(app: FastAPI, http: Http) -> None:
         asked = _request(body, serving.RankRequest, "rank")
 
         async def answer() -> Response:
-            return await _told(view, serving.rank(view, asked), asked.words)
+            return await _told(request, view, serving.rank(view, asked), asked.words)
 
         return await http.for_user(request, asked.user_id, answer, at_least, body)
 
@@ -478,13 +530,17 @@ def _user_routes(app: FastAPI, http: Http) -> None:
     async def post_events(request: Request) -> Response:
         body = await _body(request, EVENTS_BYTES_MAX)
         events = _events(body, view.now())
+        _about(request, (event.user_id for event, _ in events))
         told = [("comments" if isinstance(e, Comment) else "clicks", e.user_id.encode(), raw) for e, raw in events]
         positions = await http.publish(told)
         return Response(msgspec.json.encode(serving.Accepted(len(positions), positions)), 202, None, "application/json")
 
 
-async def _told(view: WorkerView, told: serving.Recommendations, with_words: bool) -> Response:
+async def _told(
+    request: Request, view: WorkerView, told: serving.Recommendations, with_words: bool
+) -> Response:  # fmt: skip
     if with_words:
+        require(request.state.caller, WORDS_SCOPE)
         await serving.add_words(view, told)
     return _json(told)
 
@@ -574,9 +630,13 @@ def _file(content: bytes, etag: str, media_type: str) -> Callable[[Request], Awa
 class HttpService(mode.Service):
     """uvicorn in the worker's loop. It answers before the partitions are ready: /readyz says when they are."""
 
-    def __init__(self, view: WorkerView, settings: Settings, **options: Any) -> None:
+    def __init__(
+        self, view: WorkerView, settings: Settings, gate: Gate | None = None, audit: Audit | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(**options)
         self.view = view
+        self.gate, self.audit = gate, audit
         self.host, self.port = settings.http_host, settings.http_port
         self._hosts = _hosts(settings)
 
@@ -591,12 +651,12 @@ class HttpService(mode.Service):
                 f"HTTP cannot listen on {self.host}:{self.port} ({failure.strerror}); "
                 "set HEADWATER_HTTP_PORT to a free port, or stop what holds it",
             ) from failure
-        if self._hosts is None:
-            log.warning("HTTP is open to the network without keys", host=self.host, port=self.port)
+        if self.audit is not None:
+            self._auditing = asyncio.create_task(self.audit.run(), name="audit")
         limits = httpx.Limits(max_connections=FORWARD_CONNECTIONS_MAX)
         timeout = httpx.Timeout(FORWARD_TIMEOUT_S, connect=FORWARD_CONNECT_TIMEOUT_S)
         self._client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
-        self._edge = create_app(self.view, self._client, self._hosts)
+        self._edge = create_app(self.view, self._client, self._hosts, self.gate, self.audit)
         config = uvicorn.Config(
             self._edge, lifespan="off", log_config=None, log_level="warning", access_log=False, server_header=False,
             ws="none", proxy_headers=False, limit_concurrency=CONNECTIONS_MAX,
@@ -616,6 +676,10 @@ class HttpService(mode.Service):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._serving, GRACEFUL_SHUTDOWN_S + 1)
         await self._client.aclose()
+        if self.gate is not None:
+            self.gate.close()
+        if self.audit is not None:
+            await self.audit.close(self._auditing)
 
 
 def _hosts(settings: Settings) -> frozenset[str] | None:

@@ -5,7 +5,7 @@ streams.app drives it by Faust; a benchmark drives the same by a plain consumer,
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
@@ -16,7 +16,7 @@ from monitoring.metrics import Metrics
 from state.changelog import Reader
 from state.partition import Fenced, Partition
 from state.store import RocksDisk
-from streams import kafka
+from streams import audit, kafka
 from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, Surroundings, UserKeeper
 from streams.codec import DeadLetter
 from streams.encoding import Encoder, Encoding
@@ -83,6 +83,7 @@ class Worker:
         self.keepers: dict[tuple[str, int], Keeper[Any]] = {}
         self.opening: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.watchers: list[Callable[[Click | Comment], None]] = []
+        self.before_producer_stops: list[Callable[[], Awaitable[None]]] = []
         self.replica_caught_up = False
         self.stopping = False
         self.topic_kinds = {
@@ -190,6 +191,10 @@ class Worker:
 
     async def _publish_examples(self, records: list[tuple[bytes, bytes]]) -> None:
         await self.producer.send(self.settings.internal_topic("examples"), LEARNER_PARTITION, records)
+
+    async def send_audit(self, records: list[tuple[bytes | None, bytes | None]]) -> None:
+        """Appends records to the audit topic, acknowledged."""
+        await self.producer.send(self.settings.internal_topic("audit"), audit.PARTITION, records)
 
     def open_keeper(self, kind: str, number: int) -> Keeper[Any] | None:
         """The keeper of a partition of this worker, once its state is restored."""

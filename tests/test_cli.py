@@ -1,6 +1,7 @@
 """The command line: examples in every help, exit code 0 on success only, errors that say what to do."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from streams.__main__ import app
 
 COMMANDS = (
     "demo", "broker", "worker", "topics", "replay", "evaluate", "digest", "verify", "state", "recommend", "settings",
+    "keys", "audit",
 )  # fmt: skip
+GROUPED = ("keys add", "keys list", "keys revoke", "audit verify", "audit show")
 APPLIED = {"clicks": [1, 41], "comments": [1, -1]}
 EXPLANATION = {
     "bias": -2.0, "rest": 0.25,
@@ -39,9 +42,13 @@ ANSWERS: dict[str, Any] = {
 }  # fmt: skip
 
 
+AUTHORIZATIONS: list[str | None] = []  # of the requests so far
+
+
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """The prepared answer of the path, or a problem."""
+        AUTHORIZATIONS.append(self.headers.get("Authorization"))
         answer = ANSWERS.get(self.path.partition("?")[0])
         problem = {"title": "Not ready", "detail": "partition 1 is being restored", "status": 503}
         body = json.dumps(answer or problem).encode()
@@ -82,9 +89,9 @@ def test_help_lists_every_command() -> None:
         assert f" {command} " in result.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*(c for c in COMMANDS if c not in ("keys", "audit")), *GROUPED])
 def test_help_of_a_command_has_an_example(command: str) -> None:
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.exit_code == 0
     assert "Example" in result.stdout
     assert f"headwater {command}" in result.stdout
@@ -228,3 +235,36 @@ def test_evaluate_prints_the_figures_and_writes_the_report(tmp_path: Path) -> No
     missing = run("evaluate", "--items", str(items), "--events", str(tmp_path / "none.jsonl"))
     assert missing.exit_code == 1
     assert "none.jsonl" in missing.stderr
+
+
+def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
+    path = tmp_path / "keys.jsonl"
+    missing = run("keys", "list", api_keys_file=path)
+    assert missing.exit_code == 1 and "headwater keys add" in missing.stderr
+    made = run("keys", "add", "shop", "--scope", "write", api_keys_file=path)
+    assert made.exit_code == 0, made.output
+    assert re.fullmatch(r"hw_[0-9a-f]{12}_[\w-]{43}\n", made.stdout)
+    secret = made.stdout.strip().partition("_")[2].partition("_")[2]
+    listed = run("keys", "list", "--json", api_keys_file=path)
+    assert [(k["name"], k["scope"]) for k in json.loads(listed.stdout)] == [("shop", "write")]
+    assert secret not in listed.stdout + run("keys", "list", api_keys_file=path).stdout + path.read_text()
+    assert run("keys", "add", "shop", "--scope", "read", api_keys_file=path).exit_code == 1
+    assert run("keys", "add", "other", "--scope", "root", api_keys_file=path).exit_code == 1
+    assert run("keys", "revoke", "shop", api_keys_file=path).exit_code == 0
+    assert json.loads(run("keys", "list", "--json", api_keys_file=path).stdout) == []
+    unset = run("keys", "add", "shop", "--scope", "read")
+    assert unset.exit_code == 1 and "HEADWATER_API_KEYS_FILE" in unset.stderr
+
+
+def test_the_key_is_sent_and_never_shown(http_port: int) -> None:
+    told = run("digest", "--json", http_port=http_port, api_key="hw_123456789abc_hush")
+    assert told.exit_code == 0, told.output
+    assert AUTHORIZATIONS[-1] == "Bearer hw_123456789abc_hush"
+    shown = run("settings", "--json", api_key="hw_123456789abc_hush")
+    assert json.loads(shown.stdout)["HEADWATER_API_KEY"]["value"] == "********" and "hush" not in shown.stdout
+
+
+def test_a_worker_off_the_loopback_address_does_not_start_without_keys() -> None:
+    refused = run("worker", http_host="0.0.0.0")
+    assert refused.exit_code == 1
+    assert "HEADWATER_API_KEYS_FILE" in refused.stderr and "127.0.0.1" in refused.stderr

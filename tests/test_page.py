@@ -16,6 +16,8 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
 
+from streams import keys
+from streams.keys import Gate
 from streams.settings import Settings
 from streams.web import HttpService
 from tests.serving_world import GENRES, MOODS, World, small_world
@@ -201,6 +203,35 @@ async def test_a_failure_is_said_in_words_and_the_next_try_clears_it(page: Page,
     await page.get_by_role("button", name="Send").click()
     await expect(page.locator("#news")).to_contain_text("after your comment")
     await expect(alert).to_be_empty()
+
+
+async def test_a_worker_with_keys_is_used_with_a_key_typed_in_and_shows_nothing_without(
+    browser: Browser, world: World, tmp_path: Path
+) -> None:
+    keys_file = tmp_path / "keys.jsonl"
+    right = keys.add(keys_file, "visitor", "write", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    settings = Settings(http_port=port, api_keys_file=keys_file)
+    service = HttpService(world, settings, Gate.of(settings))
+    await service.start()
+    page = await browser.new_page()
+    try:
+        await page.goto(f"http://127.0.0.1:{port}/")
+        status = page.locator("#connection")
+        await expect(status).to_have_text("a key is needed")
+        for given, said in (("hw_wrong", "the key is not valid here"), (right, "live")):
+            await page.get_by_label("API key").fill(given)
+            await page.get_by_role("button", name="Use it").click()
+            await expect(status).to_have_text(said)
+        await expect(page.get_by_label("API key")).to_be_hidden()
+        await choose(page, FAN)
+        await page.reload()
+        await expect(status).to_have_text("live")  # of this tab
+        assert right not in await page.content() and right not in page.url
+    finally:
+        await page.close()
+        await service.stop()
 
 
 async def test_the_docs_page_keeps_the_policy(page: Page) -> None:

@@ -8,6 +8,7 @@ const REASONS_SHOWN = 3;
 const RACE_POINTS_MAX = 300;
 const RETRY_MAX = 3;
 const RECONNECT_MS = 2000;
+const KEY = "headwater-key";  // in this tab's memory alone: it leaves with the tab
 
 const $ = (id) => document.getElementById(id);
 const number = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
@@ -42,10 +43,16 @@ const time = (ts) => make("time", { datetime: new Date(ts * 1000).toISOString() 
 
 // -- the API
 
+function keyed(options = {}) {
+  const key = sessionStorage.getItem(KEY);
+  return { ...options, headers: { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) } };
+}
+
 async function call(path, options, retries = RETRY_MAX) {
-  const response = await fetch(path, options);
+  const response = await fetch(path, keyed(options));
   const body = await response.json();
   if (response.ok) return body;
+  if (response.status === 401) askForKey();
   const seconds = Number(response.headers.get("Retry-After"));
   if (response.status === 503 && seconds && retries > 0 && !options?.method) {
     await new Promise((done) => setTimeout(done, 1000 * seconds));
@@ -233,19 +240,49 @@ function showStatus(status) {
   $("race").setAttribute("aria-label", `Hit ratio now: model ${percent(model)}, popularity ${percent(popularity)}`);
 }
 
-function connect() {
-  const source = new EventSource("/v1/stream");
-  const say = (state, words) => {
-    $("connection").dataset.state = state;
-    $("connection").textContent = words;
-  };
-  source.addEventListener("open", () => say("open", "live"));
-  source.addEventListener("event", (message) => showEvent(JSON.parse(message.data)));
-  source.addEventListener("status", (message) => showStatus(JSON.parse(message.data)));
-  source.addEventListener("error", () => {
-    say("lost", "connection lost, trying again");
-    if (source.readyState === EventSource.CLOSED) setTimeout(connect, RECONNECT_MS);
-  });
+function say(state, words) {
+  $("connection").dataset.state = state;
+  $("connection").textContent = words;
+}
+
+// EventSource sends no key, so the stream is read by fetch: blocks of "name: value" lines, an empty line between.
+async function connect() {
+  try {
+    const response = await fetch("/v1/stream", keyed());
+    if (response.status === 401) return askForKey();
+    if (!response.ok) throw new Error(response.statusText);
+    say("open", "live");
+    let rest = "";
+    for await (const chunk of chunks(response.body.pipeThrough(new TextDecoderStream()).getReader())) {
+      const blocks = (rest + chunk).split("\n\n");
+      rest = blocks.pop();
+      blocks.forEach(showBlock);
+    }
+  } catch (failure) {
+    console.debug("the stream ended", failure);
+  }
+  say("lost", "connection lost, trying again");
+  setTimeout(connect, RECONNECT_MS);
+}
+
+async function* chunks(reader) {
+  for (let part = await reader.read(); !part.done; part = await reader.read()) yield part.value;
+}
+
+function showBlock(block) {
+  const fields = Object.fromEntries(block.split("\n").map((line) => [line.slice(0, line.indexOf(":")), line.slice(line.indexOf(":") + 1).trim()]));
+  if (fields.event === "event") showEvent(JSON.parse(fields.data));
+  if (fields.event === "status") showStatus(JSON.parse(fields.data));
+}
+
+// -- the key, where the worker asks for one
+
+function askForKey() {
+  const isWrong = sessionStorage.getItem(KEY) !== null;
+  sessionStorage.removeItem(KEY);
+  say("lost", isWrong ? "the key is not valid here" : "a key is needed");
+  $("key-panel").hidden = false;
+  $("key").focus();
 }
 
 function busy(form, work) {
@@ -257,6 +294,12 @@ function busy(form, work) {
   });
 }
 
+busy($("key-form"), () => {
+  sessionStorage.setItem(KEY, $("key").value.trim());
+  $("key").value = "";
+  $("key-panel").hidden = true;
+  connect();
+});
 busy($("who"), () => choose($("user").value.trim()));
 busy($("write"), async () => {
   if (!$("comment").value.trim()) throw new Error("Write something first.");
