@@ -7,6 +7,7 @@ loaded again at any message boundary in between, and whenever `take_dirty` was c
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -354,6 +355,7 @@ class Learner:
         return self.matrix.digest()
 
 
+@cache
 def _orthonormal(dim: int, text_dim: int) -> Array:
     """P: (D, T) float32, fixed, random, orthonormal rows (columns, where D > T)."""
     shape = (max(dim, text_dim), min(dim, text_dim))

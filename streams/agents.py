@@ -86,7 +86,7 @@ class Keeper(ABC, Generic[T]):
         self.topics = topics  # name with prefix -> name in the code ("clicks")
         self.around = around
         self.inbox: Inbox[T] = Inbox({}, around.merge_hold_s)
-        self.report: OpenReport | None = None
+        self.report: OpenReport | None = None  # while it is open
         self._arrived = asyncio.Event()
         self._settling = False
         self._closing = False
@@ -140,6 +140,7 @@ class Keeper(ABC, Generic[T]):
     async def close(self) -> None:
         """Gives the partition's store back. Call `settle` first, unless it is fenced."""
         self._settling = self._closing = True
+        self.report = None
         self._arrived.set()
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
@@ -440,7 +441,6 @@ class LearnerKeeper(Keeper[bytes]):
 
     async def load(self) -> None:
         """Rows at the marker; the log from there on is read again."""
-        self.learner = self._new_learner()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._executor, self.learner.load, self.partition.items())
         self.offset = self.learner.offset = self.partition.applied["examples"]

@@ -146,8 +146,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "Digests of this worker's partitions",
         "Per partition: applied offsets and a digest of the state, of one moment.",
         "worker", (*ALWAYS, "not-ready"), "object",
-        {"url": "http://127.0.0.1:8080", "workers": ["http://127.0.0.1:8080"], "encoder": "all-MiniLM-L6-v2:1f2e",
-         "partitions": [{"kind": "users", "partition": 0, "applied": {"clicks": 41}, "digest": "9f86d0"}]},
+        {"partitions": [{"kind": "users", "partition": 0, "applied": {"clicks": 41}, "digest": "9f86d0"}]},
     ),
     "getModel": Operation(
         "The model", "Versions of encoder and learner, settings, live prequential metrics against the baselines.",

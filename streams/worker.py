@@ -95,7 +95,8 @@ class Worker:
         }
         self._commits: dict[TP, int] = {}
         self._paused: set[TP] = set()
-        self._reading_again: set[TP] = set()  # sought back: what comes from beyond is dropped until then
+        # Sought back: what comes from beyond the first record there (None: not known yet) was on its way before.
+        self._reading_again: dict[TP, int | None] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self.source: Source = source
         self.around = Surroundings(
@@ -215,10 +216,8 @@ class Worker:
         if keeper is None or opening is None or not opening.done():
             return
         opening.result()
-        if tp in self._reading_again:
-            if records[0].offset > keeper.inbox.sources[topic].expected:
-                return  # on its way when we sought back
-            self._reading_again.discard(tp)
+        if tp in self._reading_again and await self._is_from_beyond(tp, records[0].offset, keeper):
+            return
         back = await keeper.offer(topic, records)
         if back is not None:
             log.warning("hole in a source log; reading again", topic=topic, partition=partition, offset=back)
@@ -227,8 +226,21 @@ class Worker:
             self.source.pause({tp})
             self._paused.add(tp)
 
+    async def _is_from_beyond(self, tp: TP, offset: int, keeper: Keeper[Any]) -> bool:
+        """Whether a slice was on its way when its partition was sought back. What was sought may be a legal gap."""
+        expected = keeper.inbox.sources[tp.topic].expected
+        if offset > expected:
+            first = self._reading_again[tp]
+            if first is None:
+                first, _ = await self._first_at(*tp, expected)
+            if offset > first:
+                self._reading_again[tp] = first
+                return True
+        self._reading_again.pop(tp, None)
+        return False
+
     async def _read_again(self, tp: TP, offset: int) -> None:
-        self._reading_again.add(tp)
+        self._reading_again[tp] = None
         await self.source.seek({tp: offset})
 
     async def seek(self, tps: set[TP]) -> None:

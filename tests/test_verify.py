@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,8 @@ import pytest
 from kafka import KafkaProducer
 
 from bench.deployment import Deployment, WorkerProcess
-from streams.settings import environment
+from streams.__main__ import app
+from streams.settings import PREFIX
 
 USERS = 12
 ROUNDS = 8
@@ -76,20 +74,26 @@ class Feed:
         worker.wait_until("all applied", applied)
 
 
-def verified(worker: WorkerProcess, **settings: Any) -> tuple[int, Any]:
+def verified(
+    worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **settings: Any
+) -> tuple[int, Any]:
     """(exit code, {(kind, partition): verdict}) of the command."""
     told = {**worker.settings.model_dump(exclude_defaults=True), **settings}
-    variables = {**os.environ, **environment({k: v if isinstance(v, str) else str(v) for k, v in told.items()})}
-    command = [sys.executable, "-m", "streams", "verify", "--json"]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
-    assert done.stdout, done.stderr
-    answer = json.loads(done.stdout)
-    assert answer["equal"] == (done.returncode == 0), done.stderr
-    return done.returncode, {(v["kind"], v["partition"]): v for v in answer["partitions"]}
+    for name, value in told.items():
+        monkeypatch.setenv(PREFIX + name.upper(), str(value))
+    with pytest.raises(SystemExit) as end:
+        app(["verify", "--json"])
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    code = int(end.value.code or 0)
+    assert answer["equal"] == (code == 0), err
+    return code, {(v["kind"], v["partition"]): v for v in answer["partitions"]}
 
 
-def test_what_a_worker_has_is_what_the_logs_say(deployment: Deployment) -> None:
-    """Comments far behind the clicks that they come before, a kill, poison: equal. Another weight: found."""
+def test_what_a_worker_has_is_what_the_logs_say(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Comments far behind the clicks that they come before, an erasure, poison: equal. Another weight: found."""
     feed = Feed(deployment)
     worker = deployment.start_worker()
     worker.wait_ready()
@@ -97,14 +101,12 @@ def test_what_a_worker_has_is_what_the_logs_say(deployment: Deployment) -> None:
     feed.clicks(0)
     feed.wait_applied(worker)
     feed.comments(0)  # merged long after their time
+    feed.send("erasures", "u3", {"user_id": "u3", "ts": 1e9})  # of before all clicks, and applied after them
     feed.wait_applied(worker)
-    worker.kill()
     feed.clicks(ROUNDS)
     feed.comments(ROUNDS)
-    worker = deployment.start_worker()
-    worker.wait_ready()
     feed.wait_applied(worker)
-    code, verdicts = verified(worker)
+    code, verdicts = verified(worker, monkeypatch, capsys)
     assert {place: (v["changelog"], v["sources"]) for place, v in verdicts.items()} == dict.fromkeys(
         verdicts, ("equal", "equal")
     )
@@ -112,7 +114,7 @@ def test_what_a_worker_has_is_what_the_logs_say(deployment: Deployment) -> None:
     assert sum(v["rows"] for (kind, _), v in verdicts.items() if kind == "users") == USERS
     assert {v["digest"] for v in verdicts.values()} == {d["digest"] for d in worker.digests()}
 
-    code, found = verified(worker, action_weight_default=0.5)  # another fold of the sources
+    code, found = verified(worker, monkeypatch, capsys, action_weight_default=0.5)  # another fold of the sources
     assert code == 1
     assert {kind for (kind, _), v in found.items() if v["sources"] == "different"} == {"users"}
     assert {v["changelog"] for v in found.values()} == {"equal"}
