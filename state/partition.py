@@ -49,7 +49,7 @@ from state.store import (
     shared_disk,
 )
 
-PIPELINE_DEPTH: Final = 3  # flushes on their way at most; 1: each is durable when `flush` returns
+PIPELINE_DEPTH: Final = 5  # flushes on their way at most; 1: each is durable when `flush` returns
 SWEEP_ROWS: Final = 50  # untouched rows re-published with a flush after an open
 APPEND_BYTES_MAX: Final = 1 << 20  # one append; a row above that goes alone
 APPEND_RECORDS_MAX: Final = 4000

@@ -85,6 +85,7 @@ class Keeper(ABC, Generic[T]):
         self.partition = partition
         self.topics = topics  # name with prefix -> name in the code ("clicks")
         self.around = around
+        self.linger_s = around.flush_linger_s  # gathers events for the next flush
         self.inbox: Inbox[T] = Inbox({}, around.merge_hold_s)
         self.report: OpenReport | None = None  # while it is open
         self._arrived = asyncio.Event()
@@ -212,8 +213,8 @@ class Keeper(ABC, Generic[T]):
             await self.work(entries)
             if self._settling:
                 return
-            if self.around.flush_linger_s and len(entries) < self.batch_max:
-                await asyncio.sleep(self.around.flush_linger_s)
+            if self.linger_s and len(entries) < self.batch_max:
+                await asyncio.sleep(self.linger_s)
             entries, wait = self._take()
         await self.idle()
         if wait is not None:
@@ -424,6 +425,7 @@ class LearnerKeeper(Keeper[bytes]):
         new_learner: Callable[[], ItemLearner], flush_bytes_per_s: float, flush_min_s: float, live_tests_max: int,
     ) -> None:  # fmt: skip
         super().__init__(number, partition, topics, around)
+        self.linger_s = 0.0  # its flushes follow the byte budget
         self._new_learner = new_learner
         self.learner = new_learner()
         self.live = LiveMetrics(POPULARITIES, live_tests_max)
@@ -479,11 +481,9 @@ class LearnerKeeper(Keeper[bytes]):
         return self._executor.submit(lambda: (self.learner.offset, self.learner.learner.digest())).result()
 
     def is_flush_due(self) -> bool:
-        """Items that enter or leave: at once. Else when the dirty bytes have used up their time."""
-        since = self.around.now() - self._flushed_s
-        if self._entered:
-            return True
-        return since >= max(self._flush_min_s, self.learner.learner.dirty_bytes / self._flush_bytes_per_s)
+        """Items that enter or leave do not wait for the budget; else the dirty bytes must have used up their time."""
+        budget_s = 0.0 if self._entered else self.learner.learner.dirty_bytes / self._flush_bytes_per_s
+        return self.around.now() - self._flushed_s >= max(self._flush_min_s, budget_s)
 
     async def idle(self) -> None:
         """A quiet log is flushed too, so that replicas and a restart have it all."""

@@ -6,6 +6,7 @@ What differs from Faust's defaults, and why, stands at each class; docs/decision
 
 import gc
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ FETCH_WAIT_MS: Final = 20  # Faust fixes 1,500; the embedded broker waits it out
 STOP_MAX_S: Final = 4.5  # then the process ends as by kill -9, which loses nothing
 LEAVE_MAX_S: Final = 2.0  # for what is left when all is durable: connections
 REQUEST_TIMEOUT_S: Final = 30.0
+SWITCH_INTERVAL_S: Final = 0.001  # what the loop and the consumer wait for a thread that holds the interpreter
 assert SEEK_WAIT_MAX_S < REQUEST_TIMEOUT_S, "a seek that outlasts a request reads as a stop"
 
 
@@ -189,7 +191,7 @@ def build(settings: Settings, worker: Worker, source: FaustSource, assignor: Cop
             await super().on_stop()
             for stop in worker.before_producer_stops:
                 await stop()
-            await worker.producer.stop()
+            await worker.disconnect()
             watchdog.cancel()
             _exit_after(LEAVE_MAX_S, int(self.crashed))  # a consumer whose broker is gone may never come back
 
@@ -263,6 +265,7 @@ def run(settings: Settings, gate: Gate, now: Callable[[], float]) -> None:
     audit = None if gate.is_open else Audit(worker.send_audit, now)
     http = HttpService(View(worker), settings, gate, audit)
     worker.before_producer_stops.append(http.stop)  # requests and the audit log end while there is a producer
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.collect()
     gc.freeze()  # aiokafka makes an object an event; collections over all of Faust's heap took a quarter of the CPU
     gc.set_threshold(100_000, 50, 1000)

@@ -1,8 +1,9 @@
 """The Kafka edge below Faust: whole batches out, whole changelogs in, exact gaps."""
 
 import asyncio
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import structlog
@@ -28,17 +29,28 @@ def partition_of(key: bytes, partitions: int) -> int:
     return int((murmur2(key) & 0x7FFFFFFF) % partitions)
 
 
+@dataclass(eq=False, slots=True)
+class _Sending:
+    """A call of `Producer.send` on its way: `at` records of it are acknowledged."""
+
+    records: Sequence[tuple[bytes | None, bytes | None]]
+    done: asyncio.Future[int]
+    at: int = 0
+
+
 class Producer:
     """Sends whole record batches to given partitions, acknowledged and in order.
 
-    One sender a (topic, partition), by a lock: aiokafka's `send_batch` counts waiting time twice under contention.
+    What waits for one partition goes out together (group commit): four partitions' examples cost one acknowledgement.
+    aiokafka has one request a broker on its way, so large and urgent appends belong in producers of their own.
     Idempotent where the broker has it, so that a retry doubles no batch.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._options = dict(options)
         self._producer: AIOKafkaProducer | None = None
-        self._locks: defaultdict[tuple[str, int], asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._waiting: defaultdict[tuple[str, int], deque[_Sending]] = defaultdict(deque)
+        self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.idempotent = False
 
     async def start(self) -> None:
@@ -75,25 +87,64 @@ class Producer:
     async def send(self, topic: str, partition: int, records: Sequence[tuple[bytes | None, bytes | None]]) -> int:
         """Appends the records, all acknowledged on return; the offset of the last one.
 
-        At most one batch of a call is unacknowledged: a failed batch is never overtaken.
+        One batch a partition is unacknowledged at most, and a failed one fails every call that has records in it: so
+        what a call leaves in the log is a prefix of its records. Raises ValueError for a record larger than a batch,
+        and KafkaError.
         """
         assert self._producer is not None and records
-        async with self._locks[topic, partition]:
-            last = -1
-            at = 0
-            while at < len(records):
-                batch = self._producer.create_batch()
-                start = at
-                while at < len(records) and batch.append(key=records[at][0], value=records[at][1], timestamp=None):
-                    at += 1
-                if at == start:
-                    key, value = records[at]
-                    size = len(key or b"") + len(value or b"")
-                    raise ValueError(f"a record of {size} bytes for {topic} exceeds a batch of {BATCH_BYTES_MAX}")
-                batch.close()
-                sent = await self._producer.send_batch(batch, topic, partition=partition)
-                last = (await sent).offset + (at - start) - 1
-        return int(last)
+        place = (topic, partition)
+        sending = _Sending(records, asyncio.get_running_loop().create_future())
+        self._waiting[place].append(sending)
+        if place not in self._tasks:
+            self._tasks[place] = asyncio.create_task(self._send_waiting(place), name=f"send-{topic}-{partition}")
+        return await sending.done
+
+    async def _send_waiting(self, place: tuple[str, int]) -> None:
+        """Batch by batch, until nothing waits for the partition."""
+        waiting = self._waiting[place]
+        try:
+            while waiting:
+                await self._send_batch(place, waiting)
+        finally:
+            del self._tasks[place]
+
+    async def _send_batch(self, place: tuple[str, int], waiting: deque[_Sending]) -> None:
+        """One batch of what waits, from the front; tells the calls that are whole or have failed."""
+        assert self._producer is not None
+        batch = self._producer.create_batch()
+        counts: list[tuple[_Sending, int]] = []
+        for sending in waiting:
+            records, at = sending.records, sending.at
+            while at < len(records) and batch.append(key=records[at][0], value=records[at][1], timestamp=None):
+                at += 1
+            if at > sending.at:
+                counts.append((sending, at - sending.at))
+            if at < len(records):
+                break
+        try:
+            if not counts:
+                key, value = waiting[0].records[waiting[0].at]
+                counts.append((waiting[0], 0))
+                size = len(key or b"") + len(value or b"")
+                raise ValueError(f"a record of {size} bytes for {place[0]} exceeds a batch of {BATCH_BYTES_MAX}")
+            batch.close()
+            sent = await self._producer.send_batch(batch, place[0], partition=place[1])
+            offset = int((await sent).offset)
+        except BaseException as failure:
+            for sending, _ in counts:
+                waiting.remove(sending)
+                if not sending.done.done():
+                    sending.done.set_exception(failure)
+            if not isinstance(failure, Exception):
+                raise
+            return
+        for sending, count in counts:
+            offset += count
+            sending.at += count
+            if sending.at == len(sending.records):
+                waiting.popleft()
+                if not sending.done.done():
+                    sending.done.set_result(offset - 1)
 
     async def send_one(
         self, topic: str, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]] = (),
@@ -134,10 +185,10 @@ class ChangelogTopic:
 
 
 async def read_log(
-    options: Mapping[str, Any], topic: str, partition: int, start: int, stop: int | None = None
+    options: Mapping[str, Any], topic: str, partition: int, start: int, stop: int | None = None, **more: Any
 ) -> AsyncIterator[list[LogRecord]]:
     """`read_records` of a log that is ours."""
-    async for batch in read_records(options, topic, partition, start, stop):
+    async for batch in read_records(options, topic, partition, start, stop, **more):
         yield [LogRecord(m.offset, m.key, m.value) for m in batch]
 
 
@@ -147,16 +198,17 @@ async def read_records(
     """Batches of a partition's records from `start` (or the log's beginning) to `stop` inclusive.
 
     Without `stop` it follows the log for ever, with empty batches while nothing comes. Holes in the offsets
-    (compaction) are passed over. `more`: of the consumer (`isolation_level="read_committed"` for source logs).
+    (compaction) are passed over. `more`: of the consumer (`isolation_level="read_committed"` for source logs;
+    `max_poll_records`, of a batch).
     """
     tp = TopicPartition(topic, partition)
-    async with consumer(options, **more) as reader:
+    async with consumer(options, **{"max_poll_records": READ_RECORDS_MAX, **more}) as reader:
         reader.assign([tp])
         beginning = (await reader.beginning_offsets([tp]))[tp]
         at = max(start, beginning)
         reader.seek(tp, at)
         while stop is None or at <= stop:
-            fetched = await reader.getmany(tp, timeout_ms=300, max_records=READ_RECORDS_MAX)
+            fetched = await reader.getmany(tp, timeout_ms=300)
             batch = [m for m in fetched.get(tp, ()) if m.offset >= at and (stop is None or m.offset <= stop)]
             at = max(at, await reader.position(tp))
             if batch or stop is None:

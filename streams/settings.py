@@ -129,14 +129,14 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = _setting("text", "name", "Log lines for people or for machines.")
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "name", "The least that is logged.")
     flush_linger_ms: float = _setting(
-        20.0, "ms", "A user-side flush gathers for this long: group commit against freshness.", ge=0, le=1000
+        10.0, "ms", "A user-side flush gathers for this long: group commit against freshness.", ge=0, le=1000
     )
     merge_hold_ms: float = _setting(
-        20.0, "ms", "How long a partition's clicks wait for its comments (and back) to be learnt in order of time.",
+        10.0, "ms", "How long a partition's clicks wait for its comments (and back) to be learnt in order of time.",
         ge=0, le=1000,
     )  # fmt: skip
     item_flush_bytes_per_s: float = _setting(
-        8e6, "bytes/s",
+        4e6, "bytes/s",
         "Budget of item rows for disk and changelog: a flush costs catalogue bytes, so it waits for the budget.",
         gt=0,
     )  # fmt: skip

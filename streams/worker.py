@@ -33,6 +33,7 @@ RESUME_INTERVAL_S: Final = 0.05
 OBSERVE_INTERVAL_S: Final = 5.0
 SEEK_WAIT_MAX_S: Final = 5.0  # a seek must not outlast the request timeout: slower opens seek on their own
 REOPEN_WAIT_S: Final = 1.0
+TAIL_RECORDS_MAX: Final = 1000  # of item rows read at once: some 5 ms of the loop
 
 
 class TP(NamedTuple):
@@ -70,6 +71,7 @@ class Worker:
         self._adapter_told = ""
         self.options = settings.kafka_options()
         self.producer = kafka.Producer(self.options)
+        self.item_producer = kafka.Producer(self.options)  # item rows come by megabytes: nobody's acks wait for them
         self.encoding = Encoding(encoder, self.telemetry.encoded, now)
         self.learner_config = settings.learner_config(encoder.dim)
         for parameter in ("phi", "y", "beta", "scale", "decay", "sharp"):
@@ -174,7 +176,10 @@ class Worker:
             disk=self.disk,
             path=self.settings.state_dir / f"{kind}-{number}",
             changelog=kafka.ChangelogTopic(
-                self.settings.internal_topic(changelog[kind]), number, self.producer, self.options
+                self.settings.internal_topic(changelog[kind]),
+                number,
+                self.item_producer if kind == "learner" else self.producer,
+                self.options,
             ),
             publish=self._publish_examples,
             sources=tuple(topics.values()),
@@ -316,7 +321,9 @@ class Worker:
         topic = self.settings.internal_topic("items-changelog")
         end = await kafka.log_end(self.options, topic, LEARNER_PARTITION)
         read = 0
-        async for batch in kafka.read_log(self.options, topic, LEARNER_PARTITION, 0):
+        tail = kafka.read_log(self.options, topic, LEARNER_PARTITION, 0, max_poll_records=TAIL_RECORDS_MAX)
+        async for batch in tail:
+            await asyncio.sleep(0)  # what is fetched already comes without a pause
             self.replica_caught_up = self.replica_caught_up or read >= end or not batch
             for record in batch:
                 read = record.offset + 1
@@ -342,6 +349,7 @@ class Worker:
     async def start(self) -> None:
         """Before the agents: the producer, the topics' partitions checked, the tail."""
         await self.producer.start()
+        await self.item_producer.start()
         await self._check_partitions()
         self._spawn(self._guarded(self.tail()), "tail")
         self._spawn(self._guarded(self._every(COMMIT_INTERVAL_S, self.commit)), "commit")
@@ -391,6 +399,11 @@ class Worker:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.encoding.close()
+
+    async def disconnect(self) -> None:
+        """After `stop`: the producers leave."""
+        await self.producer.stop()
+        await self.item_producer.stop()
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work, name=name)

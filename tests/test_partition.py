@@ -57,6 +57,7 @@ class Surroundings:
             "changelog": self.log,
             "publish": publish,
             "sources": SOURCES,
+            "pipeline_depth": 3,
             "disk": self.disk,
             "on_durable": self.durable.append,
             "on_fenced": lambda: self.fenced.append(folder),
