@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from streams import serving
-from streams.events import Click, Comment
+from streams.events import ID_CHARS_MAX, Click, Comment
 from streams.problems import KINDS, MEDIA_TYPE, ProblemDetails
 
 REF: Final = "#/components/schemas/{name}"
@@ -45,12 +45,14 @@ class Operation(msgspec.Struct, frozen=True):
     status: str = "200"
     media_type: str = "application/json"
     scope: str | None = ""  # of the key that it needs; None: none; "": read for a GET, admin for the others
+    is_tagged: bool = False  # has an ETag
 
     def scope_for(self, method: str) -> str | None:
         """The scope of the key that a request by this method needs; None: it needs no key."""
         return self.scope if self.scope != "" else "read" if method == "GET" else "admin"
 
 
+_EXAMPLE_IDS: Final = {"user_id": "196", "item_id": "50"}
 _POSITION = {"topic": "clicks", "partition": 3, "offset": 1041}
 _EXPLANATION = {
     "bias": -0.31,
@@ -72,7 +74,7 @@ _EXPLANATION = {
 _LIST = {
     "user_id": "196",
     "token": "v2.nADECDEyMzQ1Njc4A4GmY2xpY2tzBwEJxAhzZXR0aW5nc8s_-AAAAAAAAMs_9AAAAAAAAArDxARsaXN0",
-    "model_version": "all-MiniLM-L6-v2/1041",
+    "model_version": "all-MiniLM-L6-v2@examples:0:1041",
     "applied": {"clicks": [3, 1041], "comments": [3, 7]},
     "items": [{"item_id": "172", "score": 0.031, "logit": 0.23, "explanation": _EXPLANATION}],
 }
@@ -90,7 +92,7 @@ _STATE = {
     "last_events": [
         {"type": "click", "ts": 881250949.0, **_POSITION, "weight": 1.0, "action": "click", "item_id": "50"}
     ],
-    "encoder": "all-MiniLM-L6-v2", "model_version": "all-MiniLM-L6-v2/1041",
+    "encoder": "all-MiniLM-L6-v2", "model_version": "all-MiniLM-L6-v2@examples:0:1041",
     "applied": {"clicks": [3, 1041], "comments": [3, 7]},
 }  # fmt: skip
 _ITEM = {
@@ -109,6 +111,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "contributions' values + rest = logit, within 1e-4; with `parts`, each in its parts too. `score` is the "
         "probability among all candidates. The `token` names all that the list was made of.",
         "users", USER_READ, serving.Recommendations, _LIST,
+        is_tagged=True,
     ),
     "rank": Operation(
         "Order given items for a user", "As recommendations, for the items named; unknown items are left out. An item "
@@ -135,12 +138,13 @@ OPERATIONS: Final[dict[str, Operation]] = {
     ),
     "getItem": Operation(
         "An item", "Its text, its bias b_j as of now, the norm of phi_j, its counts.", "items",
-        (*ALWAYS, "invalid-parameter", "not-found"), serving.ItemView, _ITEM,
+        (*ALWAYS, "invalid-parameter", "not-found"), serving.ItemView, _ITEM, is_tagged=True,
     ),
     "getSimilar": Operation(
         "Items like an item", "The nearest by the learnt and the text vectors together.", "items",
         (*ALWAYS, "invalid-parameter", "not-found"), serving.Similar,
         {"item_id": "50", "items": [{"item_id": "181", "similarity": 0.83, "text": "Return of the Jedi (1983)"}]},
+        is_tagged=True,
     ),
     "getDigest": Operation(
         "Digests of this worker's partitions",
@@ -150,11 +154,12 @@ OPERATIONS: Final[dict[str, Operation]] = {
     ),
     "getModel": Operation(
         "The model", "Versions of encoder and learner, settings, live prequential metrics against the baselines.",
-        "worker", ALWAYS, "object", {"model_version": "all-MiniLM-L6-v2/1041"},
+        "worker", ALWAYS, "object", {"model_version": "all-MiniLM-L6-v2@examples:0:1041"}, is_tagged=True,
     ),
     "getStream": Operation(
         "Server-sent events", "`event` as users do things, `status` with rate, lag and prequential metrics.", "worker",
         (*ALWAYS, "too-many-streams"), media_type="text/event-stream",
+        example='event: event\ndata: {"type": "event", "topic": "clicks", "user_id": "196", "item_id": "50"}\n\n',
     ),
     "getHealth": Operation(
         "Alive", "ok while the process answers.", "worker", ALWAYS, "object", {"status": "ok"}, scope=None
@@ -163,11 +168,16 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "Ready", "503 with the reasons until every partition of this worker is open.", "worker",
         (*ALWAYS, "not-ready"), "object", {"status": "ready"}, scope=None,
     ),
-    "getMetrics": Operation("Prometheus metrics", "Text exposition format.", "worker", ALWAYS, media_type="text/plain"),
+    "getMetrics": Operation(
+        "Prometheus metrics", "Text exposition format.", "worker", ALWAYS, media_type="text/plain",
+        example="headwater_recommendation_seconds_count 1041.0\n",
+    ),
     "getOpenapi": Operation(
         "This document", "OpenAPI 3.1.", "worker", ALWAYS, "object", {"openapi": "3.1.0"}, scope=None
     ),
-    "getDocs": Operation("This document as a page", "", "worker", ALWAYS, media_type=HTML_TYPE, scope=None),
+    "getDocs": Operation(
+        "This document as a page", "", "worker", ALWAYS, media_type=HTML_TYPE, scope=None, example="<!doctype html>...",
+    ),
 }  # fmt: skip
 
 _SHAPES: Final = (
@@ -211,6 +221,15 @@ def _complete(operation: dict[str, Any], known: Operation, method: str) -> None:
     operation["description"] = known.description
     operation["tags"] = [known.tag]
     operation["responses"] = {known.status: _answer(known)}
+    for parameter in operation.get("parameters", ()):
+        if parameter["in"] == "path":
+            parameter["schema"] |= {"minLength": 1, "maxLength": ID_CHARS_MAX}
+            parameter["description"] = "Percent-encoded in UTF-8: one id is one path segment."
+            parameter["example"] = _EXAMPLE_IDS[parameter["name"]]
+    if known.is_tagged:
+        tag = {"ETag": {"schema": {"type": "string"}, "description": "For If-None-Match; it changes every minute."}}
+        operation["responses"][known.status]["headers"] = tag
+        operation["responses"]["304"] = {"description": "As the client has it", "headers": tag}
     if known.body is not None:
         one = {"$ref": REF.format(name="Event")}
         schema: dict[str, Any] = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
@@ -303,7 +322,7 @@ def _operation_html(method: str, path: str, operation: dict[str, Any]) -> str:
         example = operation["requestBody"]["content"]["application/json"]["example"]
         parts.append(f"<p>Send:</p><pre>{_json_html(example)}</pre>")
     for status, answer in operation["responses"].items():
-        for media_type, content in answer["content"].items():
+        for media_type, content in answer.get("content", {}).items():
             words = html.escape(answer["description"])
             parts.append(f"<p><code>{status}</code> {words} <small>{media_type}</small></p>")
             if "example" in content:

@@ -48,6 +48,7 @@ EVENTS_MAX: Final = 500  # a request: all of it is validated before the first is
 EVENTS_BYTES_MAX: Final = 4_000_000  # a request's body
 RANK_BYTES_MAX: Final = 1_000_000  # RANK_ITEMS_MAX ids of full length, as JSON
 WHAT_IF_BYTES_MAX: Final = 200_000  # a what-if's body: its comments keep the stream's encoder for a second at most
+DRAIN_BYTES_MAX: Final = 16_000_000  # of a body that is too large: a client that still sends may not see the answer
 ENCODE_WAIT_S: Final = 5.0  # a what-if's comments wait this long for the encoder
 LIST_MAX: Final = 200  # recommendations or similar items a request
 AT_LEAST_MAX: Final = 8  # offsets a read may wait for
@@ -59,12 +60,14 @@ STREAMS_MAX: Final = 64  # open /v1/stream connections
 STREAM_HEARTBEAT_S: Final = 15.0  # a comment line in silence, so that proxies keep the connection
 STREAM_RETRY_MS: Final = 2000
 RETRY_AFTER_S: Final = 1.0
+TAG_PERIOD_S: Final = 60.0  # a list's features of age and recency move slowly: its validator holds this long at most
 CONNECTIONS_MAX: Final = 1024
 GRACEFUL_SHUTDOWN_S: Final = 1
 FORWARDED_HEADER: Final = "x-headwater-forwarded"  # a forwarded request is never forwarded again
 WORDS_SCOPE: Final = "admin"  # what users wrote is not for every reader of their lists
 WORDS: Final = "With explain: what the user wrote, as far as the log has it. Needs a key of the scope admin."
 KEY_HEADERS: Final = ("authorization", "x-api-key")
+FORWARDED_BACK: Final = ("retry-after", "etag", "cache-control")
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 PAGE_DIR: Final = Path(__file__).parent / "page"
 PAGE_FILES: Final = {
@@ -176,8 +179,24 @@ def problem_response(request: Request, problem: Problem) -> Response:
     return Response(body, KINDS[problem.kind].status, problem.headers, MEDIA_TYPE)
 
 
-def _json(shape: Any) -> Response:
-    return Response(msgspec.json.encode(shape), media_type="application/json")
+def _json(shape: Any, etag: str = "") -> Response:
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"} if etag else None
+    return Response(msgspec.json.encode(shape), headers=headers, media_type="application/json")
+
+
+def _tag(view: WorkerView, *parts: Any) -> str:
+    """A weak validator of an answer that depends on these parts, on the model, and slowly on the time."""
+    told = (view.model_version, view.now() // TAG_PERIOD_S, *parts)
+    return f'W/"{hashlib.blake2b(msgspec.msgpack.encode(told), digest_size=12).hexdigest()}"'
+
+
+def _unchanged(request: Request, etag: str) -> Response | None:
+    """304, where the client has what the validator stands for."""
+    given = request.headers.get("if-none-match", "")
+    held = {tag.strip().removeprefix("W/") for tag in given.split(",")}
+    if etag.removeprefix("W/") in held:
+        return Response(status_code=304, headers={"ETag": etag, "Cache-Control": "private, no-cache"})
+    return None
 
 
 def _handlers(app: FastAPI) -> None:
@@ -277,10 +296,15 @@ async def _body(request: Request, bytes_max: int) -> bytes:
     if media != "application/json":
         raise Problem("unsupported-media-type", f"Content-Type is {media!r}; it has to be application/json.")
     body = bytearray()
+    size = 0
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > bytes_max:
-            raise Problem("too-large", f"The body is over {bytes_max} bytes.", headers={"Connection": "close"})
+        size += len(chunk)
+        if size <= bytes_max:
+            body += chunk
+        elif size > DRAIN_BYTES_MAX:
+            break
+    if size > bytes_max:
+        raise Problem("too-large", f"The body is over {bytes_max} bytes.", headers={"Connection": "close"})
     return bytes(body)
 
 
@@ -380,13 +404,15 @@ class Http:
         headers |= {name: request.headers[name] for name in KEY_HEADERS if name in request.headers}
         if body:
             headers["content-type"] = "application/json"
+        if "if-none-match" in request.headers:
+            headers["if-none-match"] = request.headers["if-none-match"]
         try:
             url = httpx.URL(owner).copy_with(raw_path=target)
             given = await self.client.request(request.method, url, content=body or None, headers=headers)
         except (httpx.HTTPError, httpx.InvalidURL) as failure:
             detail = f"The worker of this user's partition does not answer ({type(failure).__name__})."
             raise Problem("owner-unreachable", detail, retry_after_s=RETRY_AFTER_S) from failure
-        kept = {name: given.headers[name] for name in ("retry-after",) if name in given.headers}
+        kept = {name: given.headers[name] for name in FORWARDED_BACK if name in given.headers}
         return Response(given.content, given.status_code, kept, given.headers.get("content-type"))
 
     async def publish(self, events: list[tuple[str, bytes, bytes]]) -> list[str]:
@@ -488,9 +514,13 @@ def _user_routes(app: FastAPI, http: Http) -> None:
         user = _id(user_id, "user_id")
 
         async def answer() -> Response:
+            etag = _tag(view, user, view.user_row(user), options)
+            unchanged = _unchanged(request, etag)
+            if unchanged is not None:
+                return unchanged
             with view.metrics.recommendation_seconds.time():
                 told = serving.recommend(view, user, options)
-            return await _told(request, view, told, options.words)
+            return await _told(request, view, told, options.words, etag)
 
         return await http.for_user(request, user, answer, at_least)
 
@@ -537,24 +567,28 @@ def _user_routes(app: FastAPI, http: Http) -> None:
 
 
 async def _told(
-    request: Request, view: WorkerView, told: serving.Recommendations, with_words: bool
+    request: Request, view: WorkerView, told: serving.Recommendations, with_words: bool, etag: str = ""
 ) -> Response:  # fmt: skip
     if with_words:
         require(request.state.caller, WORDS_SCOPE)
         await serving.add_words(view, told)
-    return _json(told)
+    return _json(told, etag)
 
 
 def _item_routes(app: FastAPI, http: Http) -> None:
     view = http.view
 
     @app.get("/v1/items/{item_id:path}/similar", operation_id="getSimilar", response_model=None)
-    async def similar(item_id: str, limit: Limit = 10) -> Response:
-        return _json(_known(serving.similar(view, _id(item_id, "item_id"), limit), item_id))
+    async def similar(request: Request, item_id: str, limit: Limit = 10) -> Response:
+        etag = _tag(view, item_id, limit)
+        return _unchanged(request, etag) or _json(
+            _known(serving.similar(view, _id(item_id, "item_id"), limit), item_id), etag
+        )
 
     @app.get("/v1/items/{item_id:path}", operation_id="getItem", response_model=None)
-    async def item(item_id: str) -> Response:
-        return _json(_known(serving.item(view, _id(item_id, "item_id")), item_id))
+    async def item(request: Request, item_id: str) -> Response:
+        etag = _tag(view, item_id)
+        return _unchanged(request, etag) or _json(_known(serving.item(view, _id(item_id, "item_id")), item_id), etag)
 
 
 def _known(found: Any, item_id: str) -> Any:
@@ -571,8 +605,10 @@ def _worker_routes(app: FastAPI, http: Http) -> None:
         return _json(await asyncio.get_running_loop().run_in_executor(None, view.digest))
 
     @app.get("/v1/model", operation_id="getModel", response_model=None)
-    async def model() -> Response:
-        return _json(view.model_info())
+    async def model(request: Request) -> Response:
+        told = view.model_info()
+        etag = _tag(view, msgspec.msgpack.encode(told))
+        return _unchanged(request, etag) or _json(told, etag)
 
     @app.get("/v1/stream", operation_id="getStream", response_model=None)
     async def stream() -> Response:
@@ -617,9 +653,7 @@ def _page_routes(app: FastAPI) -> None:
 def _file(content: bytes, etag: str, media_type: str) -> Callable[[Request], Awaitable[Response]]:
     async def file(request: Request) -> Response:
         headers = {"ETag": etag, "Cache-Control": "no-cache"}
-        if request.headers.get("if-none-match") == etag:
-            return Response(status_code=304, headers=headers)
-        return Response(content, headers=headers, media_type=media_type)
+        return _unchanged(request, etag) or Response(content, headers=headers, media_type=media_type)
 
     return file
 

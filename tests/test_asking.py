@@ -1,8 +1,18 @@
-"""What is asked of a real worker beside a real broker: what-if, the user's own words."""
+"""What is asked of a real worker beside a real broker: what-if, the user's own words, and all that a fuzzer thinks of.
+
+    schemathesis --config-file tests/schemathesis.toml run http://127.0.0.1:8080/openapi.json -n 300 \\
+        --exclude-operation-id getStream
+
+fuzzes a running worker of a deployment that may be thrown away, as long as it may.
+"""
 
 import json
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,6 +31,8 @@ FILMS = {
 }
 READERS = 6
 START_S = time.time() - 1000
+FUZZ_S_MAX = 200
+CONFIG = Path(__file__).parent / "schemathesis.toml"
 
 
 class Asked(NamedTuple):
@@ -118,3 +130,16 @@ def test_a_users_own_words_come_from_the_log(asked: Asked) -> None:
         words = [c["words"] for c in item["explanation"]["contributions"] if c["type"] == "comment"]
         assert words == ["no romance, please", "deep space, number 3"]
         assert not any("words" in c for c in item["explanation"]["contributions"] if c["type"] == "click")
+
+
+def test_the_contract_holds_for_whatever_a_fuzzer_asks(asked: Asked, tmp_path: Path) -> None:
+    """Every operation but the endless stream: no server error, no answer that the OpenAPI document does not tell of."""
+    command = [
+        str(Path(sys.executable).parent / "schemathesis"), "--no-color", "--config-file", str(CONFIG), "run",
+        f"{asked.worker.settings.http_url()}/openapi.json", "--exclude-operation-id", "getStream", "--seed", "7",
+        "--max-examples", "20", "--no-shrink", "--phases", "examples,fuzzing", "--continue-on-failure",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=FUZZ_S_MAX)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    cases = re.search(r"(\d+) generated", done.stdout)
+    assert cases is not None and int(cases[1]) > 100, done.stdout[-2000:]
