@@ -20,6 +20,7 @@ from bench.load import publish
 from model.examples import new_examples
 from streams import examples, kafka
 from streams.broker import EmbeddedBroker
+from streams.datakeys import sealer_of
 from streams.pipeline import ItemLearner
 from streams.settings import Settings
 
@@ -211,11 +212,12 @@ async def _compare(
 
 
 async def _messages(settings: Settings) -> Any:
+    sealer = sealer_of(settings)
     topic = settings.internal_topic("examples")
     end = await kafka.log_end(settings.kafka_options(), topic, 0)
     async for batch in kafka.read_log(settings.kafka_options(), topic, 0, 0, end - 1):
         for record in batch:
-            yield record
+            yield record if sealer is None else record._replace(value=sealer.open_message(record.value or b""))
 
 
 async def _examples(settings: Settings) -> tuple[dict[int, bytes], int]:

@@ -415,7 +415,8 @@ def audit_verify(as_json: Json = False) -> None:
     """
     from streams import audit
 
-    verifier = audit.Verifier()
+    key = _audit_key()
+    verifier = audit.Verifier(key)
     count = len(_audit_records(verifier))
     chains = [
         {"chain": c.name, "first": c.first, "last": c.last_n, "digest": c.last, "closed": c.is_closed}
@@ -447,8 +448,9 @@ def audit_show(
 
     from streams import audit
 
-    wanted = None if user_id is None else {audit.pseudonym(user_id), audit.EVERYBODY}
-    found = [r for r in _audit_records(audit.Verifier()) if wanted is None or wanted.intersection(r.users)]
+    key = _audit_key()
+    wanted = None if user_id is None else {audit.pseudonym(user_id, key), audit.EVERYBODY}
+    found = [r for r in _audit_records(audit.Verifier(key)) if wanted is None or wanted.intersection(r.users)]
     if as_json:
         _print_json([msgspec.to_builtins(r) for r in found])
         return
@@ -458,6 +460,15 @@ def audit_show(
         for r in found
     ]  # fmt: skip
     _table(["time", "operation", "status", "key", "from", "users", "times", "request"], rows)
+
+
+def _audit_key() -> bytes:
+    from streams.audit import audit_key
+    from streams.datakeys import sealer_of
+
+    settings = _load()
+    with _faults():
+        return audit_key(sealer_of(settings))
 
 
 def _audit_records(verifier: "Verifier") -> "list[Record]":

@@ -21,6 +21,7 @@ import structlog
 from model.evaluate import LiveMetrics
 from model.learner import HALF_LIVES_POSITIVES
 from state.partition import OpenReport, Partition
+from state.sealing import Sealer, SealError, is_sealed
 from streams import codec, examples, pipeline
 from streams.codec import Record, Reject
 from streams.encoding import Encoding
@@ -72,6 +73,7 @@ class Surroundings:
     failed: Callable[["Keeper[Any]", BaseException], None]  # a keeper's task has ended with this
     merge_hold_s: float
     flush_linger_s: float
+    sealer: Sealer | None = None  # of users' rows and examples
 
 
 class Keeper(ABC, Generic[T]):
@@ -316,6 +318,9 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
 
     async def load(self) -> None:
         """The cache starts empty: another store may lie behind it now."""
+        first = next(self.partition.items(), None)
+        if first is not None and self.around.sealer is None and is_sealed(first[1]):
+            raise SealError("users' rows are sealed here, and no data keys are set: set HEADWATER_DATA_KEYS_FILE")
         self.cache = RowCache(self.partition.get_many)
         self.shown = dict(self.partition.applied)
 
@@ -450,7 +455,8 @@ class LearnerKeeper(Keeper[bytes]):
 
     def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, bytes | None]]:
         """A message is one record's value."""
-        return [(0.0, r.offset, r.value) for r in records]
+        sealer = self.around.sealer
+        return [(0.0, r.offset, sealer.open_message(r.value) if sealer and r.value else r.value) for r in records]
 
     async def work(self, entries: list[tuple[str, Entry[bytes]]]) -> None:
         """Learns a batch of messages off the loop, then flushes if a flush is due."""

@@ -22,7 +22,7 @@ from faust.types import tuples as faust_tuples
 from model import learner, ranker
 from streams import kafka
 from streams.assignor import CopartitionedAssignor
-from streams.audit import Audit
+from streams.audit import Audit, audit_key
 from streams.keys import Gate
 from streams.settings import Settings
 from streams.worker import SEEK_WAIT_MAX_S, TP, Worker
@@ -262,7 +262,7 @@ def run(settings: Settings, gate: Gate, now: Callable[[], float]) -> None:
     worker = Worker(settings, now, encoder, source, assignor.owner_of)
     ranker.warm_up(worker.replica)
     app = build(settings, worker, source, assignor)
-    audit = None if gate.is_open else Audit(worker.send_audit, now)
+    audit = None if gate.is_open else Audit(worker.send_audit, now, audit_key(worker.sealer))
     http = HttpService(View(worker), settings, gate, audit)
     worker.before_producer_stops.append(http.stop)  # requests and the audit log end while there is a producer
     sys.setswitchinterval(SWITCH_INTERVAL_S)

@@ -20,6 +20,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
+from state.sealing import Sealer
 from streams import kafka
 from streams.problems import Problem
 from streams.settings import Settings
@@ -87,6 +88,11 @@ class Note:
 def pseudonym(user_id: str, key: bytes = b"") -> str:
     """A user's name in the log: hex blake2b of the id, keyed where there is a key."""
     return hashlib.blake2b(user_id.encode(), key=key, digest_size=PSEUDONYM_BYTES, person=b"headwater-user").hexdigest()
+
+
+def audit_key(sealer: Sealer | None) -> bytes:
+    """What keys pseudonyms and chains, where data keys are set."""
+    return b"" if sealer is None else sealer.audit_key
 
 
 def _link(previous: bytes, record: bytes, key: bytes) -> bytes:

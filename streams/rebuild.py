@@ -9,6 +9,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Ma
 from typing import Any, Final, TypeAlias
 
 from state.changelog import LogRecord, Reader
+from state.sealing import Rows, Sealer
 from state.store import Store
 from streams import codec, pipeline
 from streams.agents import BATCH_EVENTS_MAX, USER_CODES, UserEvent, decode_timed
@@ -38,7 +39,7 @@ async def user_rows(
     read: Read,
     partition: int,
     upto: Mapping[str, int],
-    rows: Store,
+    rows: Rows,
     encoder: Encoder,
     evidence: EvidenceConfig,
     *,
@@ -134,12 +135,14 @@ async def catalogue_rows(
         progress(len(records))
 
 
-async def learn_examples(read: Read, learner: ItemLearner, upto: int, progress: Progress = _unseen) -> None:
-    """Brings a learner along the examples log, from where it is to the offset `upto`."""
+async def learn_examples(
+    read: Read, learner: ItemLearner, upto: int, progress: Progress = _unseen, sealer: Sealer | None = None
+) -> None:
+    """Brings a learner along the examples log, from where it is to the offset `upto`. sealer: opens its messages."""
     async for records in read("examples", 0, learner.offset + 1, upto):
         for record in records:
             if record.value:
-                learner.learn(record.offset, record.value)
+                learner.learn(record.offset, sealer.open_message(record.value) if sealer else record.value)
         progress(len(records))
 
 

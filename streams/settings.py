@@ -126,6 +126,12 @@ class Settings(BaseSettings):
         500.0, "requests/s", "Of one key at one worker; twice as many at once after a silence.", gt=0, le=1e6
     )
     api_key: SecretStr = _setting(SecretStr(""), "secret", "The key that commands send to a worker.")
+    data_keys: SecretStr = _setting(
+        SecretStr(""), "secret",
+        "Keys that seal users' rows and examples at rest: base64 of 32 bytes each, commas between, the root first.",
+    )  # fmt: skip
+    data_keys_file: Path | None = _setting(None, "path", "A file with the data keys, one a line, instead.")
+    data_keys_command: str = _setting("", "command", "A command that prints the data keys, instead: a KMS's.")
     log_format: Literal["text", "json"] = _setting("text", "name", "Log lines for people or for machines.")
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "name", "The least that is logged.")
     flush_linger_ms: float = _setting(
@@ -249,6 +255,9 @@ class Settings(BaseSettings):
                 f"sasl_mechanism is set, but security_protocol is {self.security_protocol}: "
                 "set SASL_SSL, or SASL_PLAINTEXT inside a trusted network"
             )
+        sources = (self.data_keys.get_secret_value(), self.data_keys_file, self.data_keys_command)
+        if sum(map(bool, sources)) > 1:
+            raise ValueError("give one of data_keys, data_keys_file and data_keys_command")
         for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
             path = getattr(self, name)
             if path is not None and not path.is_file():

@@ -19,8 +19,10 @@ from typing import Any, Final, NamedTuple
 
 from state.changelog import LogRecord
 from state.partition import digest
+from state.sealing import Rows, SealedRows
 from state.store import RocksDisk, Store
 from streams import kafka, rebuild
+from streams.datakeys import sealer_of
 from streams.encoding import Encoder
 from streams.pipeline import ItemLearner
 from streams.settings import Fault, Settings
@@ -95,6 +97,7 @@ class _Verification:
         self.folder = folder
         self.steps = steps
         self.disk = RocksDisk()
+        self.sealer = sealer_of(settings)
         self._scratch = count()
 
     async def run(self) -> list[Verdict]:
@@ -140,14 +143,16 @@ class _Verification:
                 return await self._learnt(learner, told)
             if not rebuild.is_at(applied, told.applied):
                 return None
-            found = digest(rows.items(), applied)
+            found = digest(self._as_kept(kind, rows).items(), applied)
             return _Restored(told, _finding(found, told), sum(1 for _ in rows.items()), cuts)
 
     async def _learnt(self, learner: ItemLearner, told: _Told) -> _Restored | None:
         start = await kafka.log_start(self.options, self.settings.internal_topic("examples"), 0)
         if start > learner.offset + 1:
             return None
-        await rebuild.learn_examples(self._read, learner, told.applied["examples"], self._bar("learner", told))
+        await rebuild.learn_examples(
+            self._read, learner, told.applied["examples"], self._bar("learner", told), self.sealer
+        )
         found = _finding(learner.learner.digest(), told)
         return _Restored(told, found, len(learner.learner.matrix), [])
 
@@ -189,9 +194,10 @@ class _Verification:
         bar = self._bar(f"{kind} {partition}", told)
         if kind == "learner":
             learner = self._learner()
-            await rebuild.learn_examples(self._read, learner, told.applied["examples"], bar)
+            await rebuild.learn_examples(self._read, learner, told.applied["examples"], bar, self.sealer)
             return self._judged(learner.learner.digest(), told)
-        with self._store() as rows:
+        with self._store() as store:
+            rows = self._as_kept(kind, store)
             if kind == "users":
                 evidence = self.settings.evidence_config()
                 await rebuild.user_rows(
@@ -199,7 +205,7 @@ class _Verification:
                 )
             else:
                 await rebuild.catalogue_rows(
-                    self._read, partition, told.applied["items"], rows, self.encoder, progress=bar
+                    self._read, partition, told.applied["items"], store, self.encoder, progress=bar
                 )
             return self._judged(digest(rows.items(), told.applied), told)
 
@@ -229,6 +235,10 @@ class _Verification:
         finally:
             store.close()
             self.disk.wipe(path)
+
+    def _as_kept(self, kind: str, store: Store) -> Rows:
+        """The rows of a scratch store, by the keys that a worker keeps them under."""
+        return SealedRows(store, self.sealer) if kind == "users" and self.sealer is not None else store
 
     def _bar(self, stage: str, told: _Told) -> Callable[[int], None]:
         return partial(_advance, self.steps, stage, [0], sum(told.applied.values()) + len(told.applied))

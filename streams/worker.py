@@ -6,6 +6,7 @@ streams.app drives it by Faust; a benchmark drives the same by a plain consumer,
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
@@ -15,10 +16,12 @@ from model.learner import LearnerConfig
 from monitoring.metrics import Metrics
 from state.changelog import Reader
 from state.partition import Fenced, Partition
+from state.sealing import SealedPartition
 from state.store import RocksDisk
 from streams import audit, kafka
 from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, Surroundings, UserKeeper
 from streams.codec import DeadLetter
+from streams.datakeys import sealer_of
 from streams.encoding import Encoder, Encoding
 from streams.events import Click, Comment
 from streams.pipeline import SOURCES_KEY, ItemLearner
@@ -72,6 +75,7 @@ class Worker:
         self.options = settings.kafka_options()
         self.producer = kafka.Producer(self.options)
         self.item_producer = kafka.Producer(self.options)  # item rows come by megabytes: nobody's acks wait for them
+        self.sealer = sealer_of(settings)
         self.encoding = Encoding(encoder, self.telemetry.encoded, now)
         self.learner_config = settings.learner_config(encoder.dim)
         for parameter in ("phi", "y", "beta", "scale", "decay", "sharp"):
@@ -105,7 +109,7 @@ class Worker:
             now=now, metrics=self.telemetry, evidence=settings.evidence_config(), encoding=self.encoding,
             end_of=source.end_of, first_at=self._first_at, dead_letter=self._dead_letter, durable=self._durable,
             changed=self._changed, failed=self._failed, merge_hold_s=settings.merge_hold_ms / 1e3,
-            flush_linger_s=settings.flush_linger_ms / 1e3,
+            flush_linger_s=settings.flush_linger_ms / 1e3, sealer=self.sealer,
         )  # fmt: skip
 
     # -- partitions come and go
@@ -172,7 +176,10 @@ class Worker:
     def _new_keeper(self, kind: str, number: int) -> Keeper[Any]:
         topics = {topic: name for topic, (k, name) in self.topic_kinds.items() if k == kind}
         changelog = {"users": "users-changelog", "catalogue": "catalogue-changelog", "learner": "items-changelog"}
-        partition = Partition(
+        make: Callable[..., Partition] = Partition
+        if kind == "users" and self.sealer is not None:
+            make = partial(SealedPartition, self.sealer)
+        partition = make(
             disk=self.disk,
             path=self.settings.state_dir / f"{kind}-{number}",
             changelog=kafka.ChangelogTopic(

@@ -15,6 +15,7 @@ ROOMS: Final = ("streams", "model", "state", "monitoring")
 PLACES: Final = {
     "faust": {"streams.app", "streams.agents", "streams.web"},
     "rocksdict": {"state.store"},
+    "cryptography": {"state.sealing"},
     "torch": {"model.encoder"},
     "transformers": {"model.encoder"},
     "fastapi": {"streams.web", "streams.openapi"},

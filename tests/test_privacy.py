@@ -1,6 +1,7 @@
 """A worker with keys, used rightly and wrongly: nothing that it writes holds a key or a user's words."""
 
 import asyncio
+import base64
 import itertools
 import json
 from collections.abc import Iterator
@@ -9,14 +10,18 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from bench.deployment import Deployment, WorkerProcess
 from state.store import RocksDisk
-from streams import audit, kafka, keys
+from streams import audit, examples, kafka, keys
+from streams.__main__ import app
 from streams.audit import Verifier, pseudonym
+from streams.datakeys import sealer_of
 from streams.settings import Settings
 
 NOW_S = 1_790_000_000.0
+DATA_KEY = bytes(range(32))
 KEY_SECRET_AT = len("hw_123456789abc_")
 WORDS = "my grandmother adored zanzibar lighthouses"
 BAD_WORDS = "quixotic marmalade telegrams"
@@ -27,13 +32,14 @@ ITEM_TEXT = "Casablanca: love and war in Morocco"
 _numbers = itertools.count()
 
 
-@pytest.fixture
-def deployment(broker: str, tmp_path: Path) -> Iterator[Deployment]:
+@pytest.fixture(params=[False, True], ids=["plain", "sealed"])
+def deployment(request: pytest.FixtureRequest, broker: str, tmp_path: Path) -> Iterator[Deployment]:
+    sealed = {"data_keys": base64.b64encode(DATA_KEY).decode()} if request.param else {}
     path = tmp_path / "keys.jsonl"
     made = {scope: keys.add(path, f"the-{scope}", scope, NOW_S) for scope in keys.SCOPES}
     deployed = Deployment(
         broker, tmp_path, topic_prefix=f"privacy{next(_numbers)}-", partitions=2, api_keys_file=path,
-        api_key=made["admin"],
+        api_key=made["admin"], **sealed,
     )  # fmt: skip
     deployed.keys = made  # type: ignore[attr-defined]
     deployed.create_topics()
@@ -104,6 +110,7 @@ def test_no_key_and_no_word_of_a_user_is_in_what_a_worker_writes(deployment: Dep
     worker.wait_ready()
     worker.wait_until("the item", lambda: worker.get("/v1/model")["replica"]["active"] == 1)
     use(worker, made)
+    worker.wait_until("the example", lambda: worker.get("/v1/model")["replica"]["positives"] == 1)
     keys.revoke(deployment.settings.api_keys_file or Path(), "the-read")
     revoked = {"authorization": f"Bearer {made['read']}"}
     assert worker.http.get("/v1/model", headers=revoked).status_code == 401
@@ -117,22 +124,61 @@ def test_no_key_and_no_word_of_a_user_is_in_what_a_worker_writes(deployment: Dep
         assert [name for name, content in written.items() if secret.encode() in content] == []
     for word in {*WORDS.split(), *BAD_WORDS.split()} - {"my"}:
         assert [name for name, content in written.items() if word.encode() in content] == []
+    is_sealed = bool(worker.settings.data_keys.get_secret_value())
+    users = {n: c for n, c in written.items() if "users-" in n or n == "examples:0"}
+    item = examples.item_key("casablanca").to_bytes(8, "little", signed=True)
+    assert any(item in c for n, c in users.items() if n != "examples:0") is not is_sealed
+    assert any(USER.encode() in content for content in users.values()) is not is_sealed
+    assert (b"=\x81" in written["examples:0"]) is is_sealed
+    assert not any(key in c for c in written.values() for key in (DATA_KEY, base64.b64encode(DATA_KEY)))
     logs = [content for name, content in written.items() if name.endswith(".log") and "worker" in name]
     assert logs and USER.encode() not in b"".join(logs)
     assert USER.encode() not in written["audit:0"] and USER.encode() not in written["examples:0"]
 
-    verifier = Verifier()
+    audit_key = audit.audit_key(sealer_of(worker.settings))
+    verifier = Verifier(audit_key)
     records = asyncio.run(audit.read(worker.settings, verifier))
     assert verifier.all_faults == [] and records[-1].operation == "closed"
     told = {(r.operation, r.key, r.status, *r.users) for r in records}
     assert told >= {
         ("postEvents", "the-read", 403),
-        ("postEvents", "the-write", 202, pseudonym(USER)),
-        ("getState", "the-admin", 200, pseudonym(USER)),
+        ("postEvents", "the-write", 202, pseudonym(USER, audit_key)),
+        ("getState", "the-admin", 200, pseudonym(USER, audit_key)),
         ("getState", "", 401),
         ("getStream", "the-admin", 200, "*"),
         ("getModel", "", 401),
     }
+    _ask_the_audit_log(worker.settings, len(records))
+
+
+def _ask_the_audit_log(settings: Settings, records: int) -> None:
+    """The commands: a clean log, who asked about the user, and a forged record."""
+    env = {
+        "HEADWATER_BROKER": settings.broker, "HEADWATER_TOPIC_PREFIX": settings.topic_prefix,
+        "HEADWATER_DATA_KEYS": settings.data_keys.get_secret_value(),
+    }  # fmt: skip
+
+    def run(*command: str) -> Any:
+        done = CliRunner().invoke(app, ["audit", *command, "--json"], env=env)
+        return done.exit_code, json.loads(done.stdout)
+
+    code, verdict = run("verify")
+    assert (code, verdict["records"], verdict["faults"]) == (0, records, [])
+    _, shown = run("show", USER)
+    assert {r["operation"] for r in shown} == {"postEvents", "getState", "getStream"}
+    assert run("show", "somebody-else")[1] == [r for r in shown if r["operation"] == "getStream"]
+    asyncio.run(_forge(settings))
+    code, verdict = run("verify")
+    assert code == 1 and len(verdict["faults"]) == 1
+
+
+async def _forge(settings: Settings) -> None:
+    producer = kafka.Producer(settings.kafka_options())
+    await producer.start()
+    try:
+        await producer.send(settings.internal_topic("audit"), audit.PARTITION, [(b"forged", b"{}")])
+    finally:
+        await producer.stop()
 
 
 async def _publish_item(settings: Settings) -> None:
