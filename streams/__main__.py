@@ -293,6 +293,52 @@ def verify(as_json: Json = False) -> None:
 
 
 @app.command()
+def explain(
+    token: Annotated[str, typer.Argument(help="Of an answer with recommendations or a ranking.")],
+    item: Annotated[list[str] | None, typer.Option(help="An item that was ranked; each of them.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Makes a list of the past again, from the logs: what was shown, and why. Reads whole logs: it may take a while.
+
+    Run it with the workers' settings. Exit code 0 only when the list is the same to the last bit.
+
+    Example: `headwater explain v2.nADECDEy...`
+    """
+    from streams.settings import one_thread_each
+
+    one_thread_each()
+    settings = _load()
+    with _faults():
+        from model.encoder import Encoder
+        from streams import explain as tool
+        from streams import tokens
+        from streams.progress import Bars
+
+        try:
+            told = tokens.read(token)
+        except tokens.TokenError as problem:
+            _fail(str(problem))
+        encoder = Encoder(settings.encoder, device=settings.device)
+        with Bars() as bars:
+            found = tool.rebuild_list(settings, told, encoder, item or [], bars.steps_of)
+    import msgspec
+
+    items = msgspec.to_builtins(found.items)
+    if as_json:
+        _print_json({
+            "equal": found.is_equal, "user_id": found.user_id, "at": told.at, "kind": tokens.KINDS[told.kind],
+            "applied": told.applied, "examples": told.examples, "epoch": told.epoch, "items": items,
+        })  # fmt: skip
+    else:
+        whose = "a user without events" if found.user_id is None else f"user {found.user_id}"
+        _say(f"{whose}, partition {told.partition} at {_offsets(told.applied)}, items at examples {told.examples}")
+        _print_list(items, explain=True)
+    if not found.is_equal:
+        _fail("this is another list than the token's: events were merged long after their time, the model has unlearnt "
+              "a user since, or this is another kind of processor than the worker's")  # fmt: skip
+
+
+@app.command()
 def state(user_id: UserId, as_json: Json = False) -> None:
     """What is known of a user: counts, last events, the parts of z.
 
@@ -326,8 +372,12 @@ def recommend(
     if as_json:
         _print_json(told)
         return
+    _print_list(told["items"], explain)
+
+
+def _print_list(items: list[dict[str, Any]], explain: bool) -> None:
     rows = []
-    for rank, item in enumerate(told["items"], 1):
+    for rank, item in enumerate(items, 1):
         line = [rank, item["item_id"], f"{item['score']:.4f}", str(item.get("text", ""))[:60]]
         if explain:
             line.append(_reasons(item["explanation"]))

@@ -1,4 +1,5 @@
-"""What is asked of a real worker beside a real broker: what-if, the user's own words, and all that a fuzzer thinks of.
+"""What is asked of a real worker beside a real broker: what-if, the user's own words, lists of the past, and all
+that a fuzzer thinks of.
 
     schemathesis --config-file tests/schemathesis.toml run http://127.0.0.1:8080/openapi.json -n 300 \\
         --exclude-operation-id getStream
@@ -15,10 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 from kafka import KafkaProducer
 
 from bench.deployment import Deployment, WorkerProcess
+from model.encoder import Encoder
+from streams import tokens
+from streams.explain import CannotRebuildError, rebuild_list
 
 FILMS = {
     "alien": "Alien. A crew in deep space meets a creature that hunts them. horror, science fiction",
@@ -130,6 +135,48 @@ def test_a_users_own_words_come_from_the_log(asked: Asked) -> None:
         words = [c["words"] for c in item["explanation"]["contributions"] if c["type"] == "comment"]
         assert words == ["no romance, please", "deep space, number 3"]
         assert not any("words" in c for c in item["explanation"]["contributions"] if c["type"] == "click")
+
+
+def test_tokens_of_a_run_are_made_again_bit_for_bit(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 lists, each of another moment of a stream that goes on, and of a user of whom nothing is known."""
+    worker, settings = asked.worker, asked.worker.settings
+    told = [worker.get("/v1/users/nobody/recommendations", limit=4)["token"]]
+    for n in range(19):
+        user = f"reader-{n % READERS}"
+        comment = {"type": "comment", "user_id": user, "text": f"thought {n} of a city", "item_id": "heat"}
+        click = {"type": "click", "user_id": user, "item_id": list(FILMS)[n % len(FILMS)], "action": "view"}
+        send(worker, [comment, click] if n % 3 else [click])
+        query = {"limit": 1 + n % 7, "exclude_seen": n % 2 == 0, "explain": n % 4 == 0}
+        told.append(worker.get(f"/v1/users/{user}/recommendations", **query)["token"])
+    items = ["up", "alien", "heat"]
+    ranked = worker.http.post("/v1/rank", json={"user_id": "reader-1", "item_ids": items}).json()["token"]
+    encoder = Encoder(settings.encoder)
+    stages: dict[str, tuple[int, int]] = {}
+
+    def steps(stage: str, done: int, total: int) -> None:
+        stages[stage] = (done, total)
+
+    for number, text in enumerate(told):
+        found = rebuild_list(settings, tokens.read(text), encoder, [], steps)
+        assert found.is_equal, number
+        assert found.user_id == (None if number == 0 else f"reader-{(number - 1) % READERS}")
+    assert all(0 < done <= total for done, total in stages.values()) and {"folding", "learning"} <= stages.keys()
+    assert rebuild_list(settings, tokens.read(ranked), encoder, items, steps).is_equal
+    with pytest.raises(CannotRebuildError, match="--item"):
+        rebuild_list(settings, tokens.read(ranked), encoder, [], steps)
+    another = tokens.read(told[-1])
+    older = msgspec.structs.replace(another, examples=tokens.read(told[0]).examples)
+    assert not rebuild_list(settings, older, encoder, [], steps).is_equal
+    other = settings.model_copy(update={"learner_dim": 32})
+    with pytest.raises(CannotRebuildError, match="HEADWATER_"):
+        rebuild_list(other, another, encoder, [], steps)
+    monkeypatch.setattr("streams.kafka.log_start", starts_at_five)
+    with pytest.raises(CannotRebuildError, match="examples log begins at offset 5"):
+        rebuild_list(settings, another, encoder, [], steps)
+
+
+async def starts_at_five(options: Any, topic: str, partition: int) -> int:
+    return 5
 
 
 def test_the_contract_holds_for_whatever_a_fuzzer_asks(asked: Asked, tmp_path: Path) -> None:

@@ -1,0 +1,175 @@
+"""A list of the past, made again from the logs: what its token names, folded, learnt and ranked as it was then.
+
+The user's row comes from the source topics up to the offsets that were applied, or from the changelog's flush of just
+these offsets where the topics have lost their beginning; the items from the examples log. The token's digest of the
+list tells whether the list is the same to the last bit.
+"""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NamedTuple, cast
+
+from model.items import ItemMatrix
+from model.ranker import Ranker
+from state import rows
+from state.rows import UserRow
+from state.sealing import Rows, SealedRows
+from state.store import RocksDisk
+from streams import kafka, rebuild, serving, tokens
+from streams.datakeys import sealer_of
+from streams.encoding import Encoder
+from streams.pipeline import SOURCES_KEY, ItemLearner
+from streams.serving import ListOptions, RankedItem, WorkerView
+from streams.settings import Fault, Settings
+from streams.tokens import Token
+from streams.worker import LEARNER_PARTITION
+
+Steps = Callable[[str, int, int], None]  # (stage, done, in all)
+
+EXAMPLES: Final = "examples"
+
+
+class CannotRebuildError(Fault):
+    """The list cannot be made again: what is gone, or was never told."""
+
+
+class Rebuilt(NamedTuple):
+    """user_id: None where the log names nobody of the token. is_equal: the items and logits are those of the answer,
+    to the last bit."""
+
+    user_id: str | None
+    items: list[RankedItem]
+    is_equal: bool
+
+
+def rebuild_list(
+    settings: Settings, token: Token, encoder: Encoder, item_ids: Sequence[str], steps: Steps
+) -> Rebuilt:  # fmt: skip
+    """The list of a token. item_ids: those that were to be ranked, which the token does not name. Raises Fault."""
+    if token.kind == tokens.WHAT_IF:
+        raise CannotRebuildError("a what-if's token does not hold what was supposed: ask the what-if again")
+    if token.kind == tokens.RANK and len(item_ids) != token.limit:
+        raise CannotRebuildError(f"{token.limit} items were ranked: name each of them by --item")
+    own = tokens.settings_digest(encoder.name, settings.learner_config(encoder.dim), settings.evidence_config())
+    if own != token.settings:
+        raise CannotRebuildError(
+            "the list was made by another encoder or with other settings of the learner or the actions' weights: "
+            "give this command the HEADWATER_ variables that the worker had then"
+        )
+    with tempfile.TemporaryDirectory(prefix="headwater-explain-") as folder:
+        return asyncio.run(_Rebuild(settings, token, encoder, Path(folder), steps).run(item_ids))
+
+
+class _Past:
+    """As much of a `WorkerView` as making a list needs."""
+
+    def __init__(self, ranker: Ranker, token: Token) -> None:
+        self.ranker = ranker
+        self._token = token
+
+    def now(self) -> float:
+        return self._token.at
+
+    def partition_of(self, user_id: str) -> int:
+        return self._token.partition
+
+
+class _Rebuild:
+    def __init__(self, settings: Settings, token: Token, encoder: Encoder, folder: Path, steps: Steps) -> None:
+        self.settings = settings
+        self.token = token
+        self.encoder = encoder
+        self.folder = folder
+        self.steps = steps
+        self.options = settings.kafka_options()
+        self.disk = RocksDisk()
+        self.sealer = sealer_of(settings)
+        self.applied = {name: offset for name, offset in token.applied.items() if offset >= 0}
+
+    async def run(self, item_ids: Sequence[str]) -> Rebuilt:
+        start = await self._start(EXAMPLES, LEARNER_PARTITION)
+        if start > 0 and self.token.examples >= 0:
+            raise CannotRebuildError(f"the examples log begins at offset {start}: what the items had learnt is gone")
+        user_id = await self._user()
+        row = UserRow() if user_id is None else await self._row(user_id)
+        ranker = Ranker(await self._matrix(), cooccurrence_history=self._config.cooccurrence_history)
+        ranker.take_bias(self.token.bias_at)
+        reader = serving.Reader(cast(WorkerView, _Past(ranker, self.token)), user_id or "", row)
+        options = ListOptions(self.token.limit, True, self.token.exclude_seen, True, True)
+        ranked = self.token.kind == tokens.RANK
+        items = serving.ordered(reader, item_ids, options) if ranked else serving.best(reader, options)
+        found = tokens.list_digest((item.item_id, item.logit) for item in items)
+        return Rebuilt(user_id, items, found == self.token.list)
+
+    async def _user(self) -> str | None:
+        """Whose id has the token's digest, by the keys of the user's own records."""
+        for name, last in self.applied.items():
+            bar = self._bar(f"finding in {name}", last + 1)
+            async for records in self._read(name, self.token.partition, 0, last):
+                for record in records:
+                    if record.key is not None and tokens.digest_of(record.key) == self.token.user:
+                        return str(record.key.decode())
+                bar(len(records))
+        return None
+
+    async def _row(self, user_id: str) -> UserRow:
+        partition = self.token.partition
+        restored = self.disk.open(self.folder / "changelog")
+        topic = self.settings.internal_topic("users-changelog")
+        end = await kafka.log_end(self.options, topic, partition)
+        log = kafka.read_log(self.options, topic, partition, 0, end - 1)
+        cuts = await rebuild.changelog_rows(log, self.token.applied, restored)
+        lost = [name for name in self.applied if await self._start(name, partition) > 0]
+        if lost and not (cuts and rebuild.is_at(cuts[-1], self.token.applied)):
+            raise CannotRebuildError(
+                f"the beginning of {' and '.join(lost)}, partition {partition}, is gone (retention), and the changelog "
+                "has no flush of the list's offsets any more"
+            )
+        if lost:
+            return _unpacked(restored if self.sealer is None else SealedRows(restored, self.sealer), user_id)
+        folded = self.disk.open(self.folder / "rows")
+        await rebuild.user_rows(
+            self._read, partition, self.token.applied, folded, self.encoder, self.settings.evidence_config(),
+            cuts=cuts, only=user_id, progress=self._bar("folding", sum(o + 1 for o in self.applied.values())),
+        )  # fmt: skip
+        return _unpacked(folded, user_id)
+
+    @property
+    def _config(self) -> Any:
+        return self.settings.learner_config(self.encoder.dim)
+
+    async def _matrix(self) -> ItemMatrix:
+        """The items as a replica had them."""
+        config = self._config
+        learner = ItemLearner(config, self.encoder.dim, self.encoder.name)
+        bar = self._bar("learning", self.token.examples + 1)
+        await rebuild.learn_examples(self._read, learner, self.token.examples, bar, self.sealer)
+        matrix = ItemMatrix(config.dim, config.text_dim, config.neighbours_max)
+        matrix.apply((key, value) for key, value in learner.all_rows() if key != SOURCES_KEY)
+        return matrix
+
+    async def _start(self, name: str, partition: int) -> int:
+        return await kafka.log_start(self.options, self._topic(name), partition)
+
+    def _read(self, name: str, partition: int, start: int, stop: int) -> AsyncIterator[Sequence[Any]]:
+        topic = self._topic(name)
+        return kafka.read_records(self.options, topic, partition, start, stop, isolation_level="read_committed")
+
+    def _topic(self, name: str) -> str:
+        return self.settings.internal_topic(name) if name == EXAMPLES else self.settings.topic(name)
+
+    def _bar(self, stage: str, total: int) -> Callable[[int], None]:
+        return partial(_advance, self.steps, stage, [0], total)
+
+
+def _advance(steps: Steps, stage: str, done: list[int], total: int, records: int) -> None:
+    done[0] += records
+    steps(stage, done[0], total)
+
+
+def _unpacked(store: Rows, user_id: str) -> UserRow:
+    (value,) = store.get_many([user_id.encode()])
+    return rows.unpack(value) if value is not None else UserRow()
