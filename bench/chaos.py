@@ -1,51 +1,83 @@
-"""Kills a worker again and again while a stream is published, then holds its state against an undisturbed worker's."""
+"""Disturbs workers and brokers again and again under load, then holds the state against an undisturbed worker's."""
 
 import argparse
 import asyncio
 import json
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
+from aiokafka.errors import KafkaError
 
+from bench import kafka_node, verdict
 from bench.deployment import Deployment, WorkerProcess
+from bench.kafka_node import KafkaNode
 from bench.load import publish
-from model.examples import new_examples
-from streams import examples, kafka
-from streams.broker import EmbeddedBroker
-from streams.datakeys import sealer_of
-from streams.pipeline import ItemLearner
-from streams.settings import Settings
+from bench.proxy import Proxy
+from streams import kafka
+from streams.broker import HOST, EmbeddedBroker
+from streams.settings import Settings, kafka_test_dir
 
-TEXT_DIM: Final = 384
-PARTITIONS: Final = 2
+PARTITIONS: Final = 3
 USERS: Final = 60
 ITEMS: Final = 120
 EVENTS_PER_S: Final = 200.0
 TICK_S: Final = 0.25  # the embedded broker slows down with the number of batches in a log, so few are laid
-SETTLED_S_MAX: Final = 180.0
 FIRST_TS: Final = 1.7e9
+SESSION_S: Final = 6.0
+HOLD_MS: Final = (
+    250.0  # a topic's end is as old as its last fetch: the hold covers what fetches on a loaded machine take
+)
+STEP_S_MAX: Final = 20.0  # for a step to come at which a worker is to end; then it is killed as it is
+TAKEOVER_S_MAX: Final = 60.0
+BROKER_DOWN_S_MAX: Final = 12.0
+CUT_S_MAX: Final = 9.0
+ENDED_TAIL_BYTES: Final = 3000
 
+# Steps at which a worker is told to end, and up to which of them: as often as they surely come within STEP_S_MAX.
+STEPS: Final = {
+    "open": 2, "announce": 2, "restore": 1, "outbox": 2, "adopt": 2, "encode": 4, "fold": 30, "write": 30,
+    "publish": 30, "rows": 30, "marker": 30, "commit": 30,
+}  # fmt: skip
 WORDS: Final = ("river", "stone", "old", "song", "night", "blue", "engine", "paper", "garden", "salt", "wolf", "glass")
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
-    """`python -m bench chaos --kills 20 [--broker embedded|HOST:PORT] [--seed N]`"""
+    """`python -m bench chaos --kills 20 [--workers W] [--broker embedded|kafka|HOST:PORT] [--nodes 1|3]
+    [--broker-kills M] [--seed N]`"""
     parser = argparse.ArgumentParser(prog="python -m bench chaos")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--workers", type=int, default=1, choices=[1])
-    parser.add_argument("--broker", default="embedded", help="embedded, or a running Kafka's HOST:PORT")
+    parser.add_argument("--kills", type=int, default=20, help="of workers and brokers together")
+    parser.add_argument("--broker-kills", type=int, default=0, help="of the kills, those of brokers (kafka alone)")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--broker", default="embedded", help="embedded, kafka (started here), or a running one's HOST:PORT"
+    )
+    parser.add_argument("--kafka", type=Path, help="folder with Kafka's libs/; else HEADWATER_TEST_KAFKA")
+    parser.add_argument("--nodes", type=int, default=1, choices=[1, 3], help="of kafka")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, help="disturb no longer than this, however many kills it makes")
+    parser.add_argument("--folder", type=Path, help="kept, with the workers' logs and stores; else a temporary one")
     asked = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder, broker_for(asked.broker) as address:
-        return disturb(address, Path(folder), asked.kills, asked.seed, prefix=f"chaos-{asked.seed}-")
+    if asked.broker_kills and asked.broker != "kafka":
+        parser.error("--broker-kills needs --broker kafka")
+    with ExitStack() as stack:
+        folder = asked.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        site = stack.enter_context(site_of(asked.broker, folder, asked.kafka, asked.nodes))
+        return disturb(
+            site, folder, kills=asked.kills, broker_kills=asked.broker_kills, workers=asked.workers, seed=asked.seed,
+            prefix=f"chaos-{asked.seed}-", seconds_max=asked.seconds,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -58,8 +90,50 @@ def broker_for(kind: str) -> Iterator[str]:
         yield running.address
 
 
+@dataclass(frozen=True)
+class Site:
+    """Brokers, and what stands before them.
+
+    address: for those who are never cut off, where there is such a way. workers_address: through the proxies.
+    """
+
+    address: str
+    workers_address: str
+    proxies: list[Proxy] = field(default_factory=list)
+    nodes: list[KafkaNode] = field(default_factory=list)
+
+
+@contextmanager
+def site_of(broker: str, folder: Path, kafka_dir: Path | None = None, nodes: int = 1) -> Iterator[Site]:
+    """Starts an embedded broker or so many nodes of Kafka behind proxies; a running one is taken as it is."""
+    if broker not in ("embedded", "kafka"):
+        yield Site(broker, broker)
+        return
+    with ExitStack() as stack:
+        proxies = [stack.enter_context(Proxy()) for _ in range(nodes if broker == "kafka" else 1)]
+        proxied = ",".join(f"{HOST}:{proxy.port}" for proxy in proxies)
+        if broker == "embedded":
+            embedded = EmbeddedBroker(advertised_port=proxies[0].port)
+            proxies[0].target = embedded.port
+            stack.enter_context(embedded)
+            yield Site(proxied, proxied, proxies)
+            return
+        libraries = kafka_dir or kafka_test_dir()
+        if libraries is None:
+            raise SystemExit("--broker kafka needs --kafka DIR or HEADWATER_TEST_KAFKA: a folder with Kafka's libs/")
+        running = kafka_node.nodes(libraries, folder / "kafka", [proxy.port for proxy in proxies])
+        for proxy, node in zip(proxies, running, strict=True):
+            proxy.target = node.proxied_port
+            stack.callback(node.stop)
+        yield Site(",".join(node.address for node in running), proxied, proxies, running)
+
+
 class Feed(threading.Thread):
-    """Publishes items, then clicks and comments at a steady rate until it is told to stop; a function of the seed."""
+    """Publishes items, then clicks and comments at a steady rate until it is told to stop; a function of the seed.
+
+    A tick's comments come before its clicks in time, and are acknowledged first: whatever holds a batch up, no event
+    reaches its log after one of a later time in the other topic.
+    """
 
     def __init__(self, settings: Settings, seed: int) -> None:
         super().__init__(daemon=True)
@@ -68,6 +142,7 @@ class Feed(threading.Thread):
         self.published = 0
         self.enough = threading.Event()
         self.failure: BaseException | None = None
+        self._producer = kafka.Producer(settings.kafka_options())
 
     def run(self) -> None:
         """The thread's work."""
@@ -77,178 +152,297 @@ class Feed(threading.Thread):
             self.failure = failure
 
     async def _publish(self) -> None:
-        producer = kafka.Producer(self.settings.kafka_options())
-        await producer.start()
+        await self._producer.start()
         try:
             items = [{"item_id": f"i{n}", "text": " ".join(self.rng.sample(WORDS, 4))} for n in range(ITEMS)]
-            laid = [(item["item_id"].encode(), json.dumps(item).encode()) for item in items]
-            await publish(producer, self.settings, "items", laid)
+            await self._lay("items", [(item["item_id"].encode(), json.dumps(item).encode()) for item in items])
             started = time.monotonic()
             while not self.enough.is_set():
-                due = int((time.monotonic() - started) * EVENTS_PER_S)
-                batch = [self._event(n) for n in range(self.published, due)]
-                for topic in ("clicks", "comments"):
-                    of_topic = [(key, json.dumps(value).encode()) for t, key, value in batch if t == topic]
-                    await publish(producer, self.settings, topic, of_topic)
-                self.published = due
+                count = int((time.monotonic() - started) * EVENTS_PER_S) - self.published
+                drawn = sorted((self._event() for _ in range(count)), key=lambda event: "text" not in event)
+                for at, event in enumerate(drawn, self.published):
+                    event["ts"] = FIRST_TS + at
+                laid = [(event["user_id"].encode(), json.dumps(event).encode()) for event in drawn]
+                comments = sum("text" in event for event in drawn)
+                await self._lay("comments", laid[:comments])
+                await self._lay("clicks", laid[comments:])
+                self.published += count
                 await asyncio.sleep(TICK_S)
         finally:
-            await producer.stop()
+            await self._producer.stop()
 
-    def _event(self, n: int) -> tuple[str, bytes, dict[str, Any]]:
-        user, item, ts = f"u{self.rng.randrange(USERS)}", f"i{int(ITEMS * self.rng.random() ** 2)}", FIRST_TS + n
+    async def _lay(self, topic: str, records: list[tuple[bytes, bytes]]) -> None:
+        """Until all are acknowledged; a broker that is away may have some of them twice."""
+        while True:
+            try:
+                return await publish(self._producer, self.settings, topic, records)
+            except KafkaError:
+                await self._producer.stop()
+                self._producer = kafka.Producer(self.settings.kafka_options())
+                await asyncio.sleep(TICK_S)
+                await self._producer.start()
+
+    def _event(self) -> dict[str, Any]:
+        user, item = f"u{self.rng.randrange(USERS)}", f"i{int(ITEMS * self.rng.random() ** 2)}"
         if self.rng.random() < 0.03:
-            text = " ".join(self.rng.choices(WORDS, k=5))
-            return "comments", user.encode(), {"user_id": user, "item_id": item, "text": text, "ts": ts}
+            return {"user_id": user, "item_id": item, "text": " ".join(self.rng.choices(WORDS, k=5))}
         action = "rating" if self.rng.random() < 0.2 else "click"
-        return "clicks", user.encode(), {"user_id": user, "item_id": item, "action": action, "value": 2, "ts": ts}
+        return {"user_id": user, "item_id": item, "action": action, "value": 2}
 
 
-def disturb(broker: str, folder: Path, kills: int, seed: int, prefix: str) -> dict[str, Any]:
-    """Kills the worker `kills` times at random moments, every third time with its state folder deleted."""
+class Chaos:
+    """The disturbed workers by name, and what can be done to them and to their brokers."""
+
+    def __init__(self, site: Site, deployment: Deployment, names: list[str], rng: random.Random) -> None:
+        self.site, self.deployment, self.names, self.rng = site, deployment, names, rng
+        self.workers: dict[str, WorkerProcess] = {}
+        self.armed: dict[str, str] = {}  # worker -> the step that it has been told to end at
+        self.faults: Counter[str] = Counter()
+        self.ended: list[str] = []  # by themselves, untold
+        self.exits: list[int] = []  # after SIGTERM
+        self.kills = 0  # of workers and brokers
+        self.broker_kills = 0
+        self.wiped = 0
+
+    def start(self, name: str, *, armed: bool = False) -> None:
+        """Starts the worker, perhaps told to end at a step."""
+        is_new = not self.deployment.state_dir(name).exists()
+        step = self.rng.choice([step for step in STEPS if step != "restore" or is_new])
+        if armed:
+            self.armed[name] = step
+            told = f"{step}:{self.rng.randint(1, STEPS[step])}"
+            self.workers[name] = self.deployment.start_worker(name, crash_at=told)
+        else:
+            self.workers[name] = self.deployment.start_worker(name)
+
+    def all_ready(self) -> None:
+        """Until every worker answers for its partitions; those that have ended by themselves are started again."""
+        for name in self.names:
+            while name not in self.armed:
+                try:
+                    self.workers[name].wait_ready()
+                    break
+                except RuntimeError as ended:
+                    self.note_end(name, str(ended))
+                    self.start(name)
+
+    def note_end(self, name: str, how: str) -> None:
+        """A worker has ended by itself."""
+        self.ended.append(f"{name}: {how}"[-ENDED_TAIL_BYTES:])
+
+    def kill_worker(self, number: int) -> None:
+        """kill -9 of one: at the step that it was told, else at any moment. Every third loses its disk."""
+        name = self.names[number % len(self.names)]
+        step = self.armed.pop(name, None)
+        if step is not None:
+            worker = self.workers[name]
+            try:
+                worker.process.wait(STEP_S_MAX)
+                if worker.process.returncode == -signal.SIGKILL:
+                    self.faults[f"killed at {step}"] += 1
+            except subprocess.TimeoutExpired:
+                self.faults[f"killed before {step}"] += 1
+        elif self.rng.random() < 0.3:
+            _spend(self.rng.random() * 6)
+            self.faults["killed at any moment"] += 1
+        else:
+            self.all_ready()
+            _spend(self.rng.random() * 3)
+            self.faults["killed at any moment"] += 1
+        worker = self.workers[name]
+        if worker.process.poll() not in (None, -signal.SIGKILL):
+            self.note_end(name, worker.tail())
+        worker.kill()
+        self.kills += 1
+        if number % 3 == 2:
+            shutil.rmtree(self.deployment.state_dir(name), ignore_errors=True)
+            self.wiped += 1
+        others = [self.workers[n] for n in self.names if n != name and n not in self.armed]
+        if others and self.rng.random() < 0.3:
+            self.takeover(others)
+        self.start(name, armed=self.rng.random() < 0.5)
+
+    def takeover(self, workers: list[WorkerProcess]) -> None:
+        """Until these together hold every partition, each of them once."""
+        workers[0].wait_until("takeover", lambda: len(verdict.held(workers)) == 2 * PARTITIONS + 1, TAKEOVER_S_MAX)
+
+    def kill_broker(self) -> None:
+        """kill -9 of a node, which comes back on its logs, perhaps after others have taken over what it led."""
+        node = self.rng.choice(self.site.nodes)
+        node.kill()
+        self.kills += 1
+        self.broker_kills += 1
+        _spend(self.rng.uniform(0.5, BROKER_DOWN_S_MAX if len(self.site.nodes) > 1 else 3.0))
+        node.start()
+        self.faults["broker killed"] += 1
+        if len(self.site.nodes) > 1 and self.rng.random() < 0.5:
+            node.client(
+                "org.apache.kafka.tools.LeaderElectionCommand", "--bootstrap-server", node.address, "--election-type",
+                "preferred", "--all-topic-partitions",
+            )  # fmt: skip
+            self.faults["leaders moved"] += 1
+
+    def freeze(self) -> None:
+        """SIGSTOP for longer than the session, while another takes over; then the zombie wakes and must be fenced."""
+        name = self.rng.choice([n for n in self.names if n not in self.armed] or self.names)
+        if name in self.armed:
+            return
+        self.all_ready()
+        zombie = self.workers[name]
+        zombie.process.send_signal(signal.SIGSTOP)
+        others = [self.workers[n] for n in self.names if n != name and n not in self.armed]
+        alone = not others
+        if alone:
+            others = [self.deployment.start_worker("spare")]
+        try:
+            self.takeover(others)
+        finally:
+            zombie.process.send_signal(signal.SIGCONT)
+        self.takeover([zombie, *others])  # both hold them all until the zombie has heard of it
+        self.faults["frozen beyond the session"] += 1
+        if alone:
+            self.exits.append(others[0].stop()[0])
+            self.takeover([zombie])
+
+    def restart_all(self) -> None:
+        """A rolling restart."""
+        for name in self.names:
+            if name not in self.armed:
+                self.all_ready()
+                self.exits.append(self.workers[name].stop()[0])
+                self.start(name)
+                self.all_ready()
+        self.faults["rolling restart"] += 1
+
+    def join(self) -> None:
+        """Another worker joins under load, and leaves again, one way or the other."""
+        self.all_ready()
+        extra = self.deployment.start_worker("extra")
+        extra.wait_ready()
+        _spend(self.rng.random() * 2)
+        if self.rng.random() < 0.5:
+            self.exits.append(extra.stop()[0])
+        else:
+            extra.kill()
+        self.faults["joined and left"] += 1
+
+    def cut(self) -> None:
+        """The network between the workers and a broker is cut for some seconds."""
+        if not self.site.proxies:
+            return
+        proxy = self.rng.choice(self.site.proxies)
+        proxy.cut(silently=self.rng.random() < 0.5)
+        _spend(self.rng.uniform(0.3, CUT_S_MAX))
+        proxy.mend()
+        self.faults["network cut"] += 1
+
+    def more(self) -> None:
+        """Perhaps one of the slower faults."""
+        faults: list[Callable[[], None]] = [self.freeze, self.restart_all, self.join, self.cut]
+        if self.rng.random() < 0.15:
+            self.rng.choice(faults)()
+
+    def finish(self) -> list[WorkerProcess]:
+        """Every worker as it should be: not told to end, and ready."""
+        for name in list(self.armed):
+            del self.armed[name]
+            self.workers[name].kill()
+            self.start(name)
+        self.all_ready()
+        return [self.workers[name] for name in self.names]
+
+
+def disturb(
+    site: Site, folder: Path, *, kills: int, seed: int, prefix: str, workers: int = 1, broker_kills: int = 0,
+    seconds_max: float | None = None, surely: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Disturbs `workers` workers `kills` times, `broker_kills` of them by killing a broker; the report.
+
+    surely: methods of Chaos that come after the kills; without, some come by chance among them.
+    """
     rng = random.Random(seed)
-    # The feed lays a batch a topic: a comment may come a quarter of a second after later clicks. The hold covers it.
-    settings = {"topic_prefix": prefix, "partitions": PARTITIONS, "rank_sample": 0.1, "merge_hold_ms": 1000.0}
-    chaos = Deployment(broker, folder / "chaos", app_id="chaos", **settings)
-    calm = Deployment(broker, folder / "calm", app_id="calm", **settings)
+    settings: dict[str, Any] = {
+        "topic_prefix": prefix, "partitions": PARTITIONS, "rank_sample": 0.1, "session_timeout_s": SESSION_S,
+        "replication": max(1, len(site.nodes)), "module": "bench.words", "merge_hold_ms": HOLD_MS,
+    }  # fmt: skip
+    deployment = Deployment(site.workers_address, folder / "chaos", app_id="chaos", **settings)
+    calm = Deployment(site.address, folder / "calm", app_id="calm", **settings)
+    direct = deployment.settings.model_copy(update={"broker": site.address})
+    chaos = Chaos(site, deployment, [f"w{n}" for n in range(workers)], rng)
+    of_brokers = set(rng.sample(range(kills), broker_kills))
     started = time.monotonic()
     try:
-        for deployment in (chaos, calm):
-            deployment.create_topics()
-        feed = Feed(chaos.settings, seed)
+        for each in (deployment, calm):
+            each.create_topics()
+        feed = Feed(direct, seed)
         feed.start()
-        worker = chaos.start_worker()
-        wiped = 0
+        for name in chaos.names:
+            chaos.start(name)
         for n in range(kills):
-            worker.wait_ready()
-            _spend(rng.random() * 1.5)
-            worker.kill()
-            if n % 3 == 2:
-                shutil.rmtree(chaos.state_dir())
-                wiped += 1
-            worker = chaos.start_worker()
-        worker.wait_ready()
+            if seconds_max is not None and time.monotonic() > started + seconds_max:
+                break
+            if n in of_brokers:
+                _kill_broker(chaos)
+            else:
+                chaos.kill_worker(n)
+            if not surely:
+                chaos.more()
+            print(f"{n + 1} of {kills}, {time.monotonic() - started:.0f} s: {dict(chaos.faults)}", file=sys.stderr)
+        chaos.finish()
+        for fault in surely:
+            getattr(chaos, fault)()
+        running = chaos.finish()
         feed.enough.set()
         feed.join()
         if feed.failure is not None:
             raise feed.failure
-        ends = asyncio.run(_source_ends(chaos.settings))
-        told = _settled(worker, ends)
+        ends = asyncio.run(verdict.source_ends(direct))
+        told = verdict.settled(running, direct, ends)
         straight = calm.start_worker()
-        other = _settled(straight, ends)
-        found = asyncio.run(_compare(chaos.settings, calm.settings, told, other))
-        exits = [worker.stop(), straight.stop()]
+        other = verdict.settled([straight], calm.settings, ends)
+        found = verdict.compare(direct, calm.settings, told, other)
+        chaos.exits += [worker.stop()[0] for worker in (*running, straight)]
+        rows = _rows_different(deployment, calm, chaos.names, found["partitions_different"])
     finally:
-        chaos.close()
+        deployment.close()
         calm.close()
     return {
-        "kills": kills, "broker_kills": 0, "wiped": wiped, "events": feed.published, **found,
-        "exit_codes": [code for code, _ in exits], "seconds": time.monotonic() - started,
+        "kills": chaos.kills, "broker_kills": chaos.broker_kills, "workers": workers, "rows_different": len(rows),
+        **found,
+        "wiped": chaos.wiped, "events": feed.published, "faults": dict(chaos.faults),
+        "fenced": _fenced(deployment), "ended": chaos.ended, "exit_codes": dict(Counter(chaos.exits)),
+        "digests": told, "rows": [repr(key) for key in rows[:20]], "seconds": time.monotonic() - started,
     }  # fmt: skip
 
 
+def _kill_broker(chaos: Chaos) -> None:
+    """The workers' processes outlive it."""
+    chaos.all_ready()
+    before = {name: worker.process.pid for name, worker in chaos.workers.items() if name not in chaos.armed}
+    chaos.kill_broker()
+    chaos.all_ready()
+    after = {name: chaos.workers[name].process.pid for name in before}
+    if after != before:
+        chaos.faults["workers that a broker took along"] += sum(after[name] != before[name] for name in before)
+
+
+def _rows_different(
+    chaos: Deployment, calm: Deployment, names: list[str], partitions: list[tuple[str, int]]
+) -> list[bytes]:
+    """The keys that differ, of the partitions whose digests do; a partition's last owner is the one that knows most."""
+    keys = []
+    for kind, number in partitions:
+        folders = [chaos.state_dir(name) / f"{kind}-{number}" for name in names]
+        paths = sorted((p for p in folders if p.exists()), key=lambda p: max(f.stat().st_mtime for f in p.iterdir()))
+        keys += verdict.differing_rows(paths[-1], calm.state_dir() / f"{kind}-{number}")
+    return keys
+
+
+def _fenced(deployment: Deployment) -> int:
+    """How often a worker's log tells of a fence."""
+    logs = {worker.log_file for worker in deployment.workers}
+    return sum(log_file.read_bytes().count(b"partition fenced") for log_file in logs)
+
+
 def _spend(seconds: float) -> None:
-    threading.Event().wait(seconds)  # a kill's moment is the experiment's input
-
-
-async def _source_ends(settings: Settings) -> dict[tuple[str, int], int]:
-    options = settings.kafka_options()
-    return {
-        (name, p): await kafka.log_end(options, settings.topic(name), p)
-        for name in ("clicks", "comments", "items")
-        for p in range(settings.partitions)
-    }
-
-
-def _settled(worker: WorkerProcess, ends: dict[tuple[str, int], int]) -> list[dict[str, Any]]:
-    """The digests once everything is applied and learnt."""
-    worker.wait_ready()
-    told: list[dict[str, Any]] = []
-
-    def settled() -> bool:
-        nonlocal told
-        told = worker.digests()
-        for (name, p), end in ends.items():
-            kind = "catalogue" if name == "items" else "users"
-            applied = next(d["applied"] for d in told if d["kind"] == kind and d["partition"] == p)
-            if applied.get(name, -1) + 1 < end:
-                return False
-        learner = next(d for d in told if d["kind"] == "learner")
-        topic = worker.settings.internal_topic("examples")
-        end = asyncio.run(kafka.log_end(worker.settings.kafka_options(), topic, 0))
-        return bool(learner["applied"]["examples"] + 1 >= end)
-
-    try:
-        worker.wait_until("all applied and learnt", settled, SETTLED_S_MAX)
-    except TimeoutError as late:
-        reached = {(d["kind"], d["partition"]): d["applied"] for d in told}
-        raise TimeoutError(f"the worker stands at {reached}, the logs end at {ends}: {late}") from late
-    return worker.digests()
-
-
-async def _compare(
-    chaos: Settings, calm: Settings, told: list[dict[str, Any]], other: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """How the disturbed state differs: rows by digest, examples one by one, the item matrix by replaying its log."""
-    different = 0
-    for one in told:
-        if one["kind"] == "learner":
-            continue
-        twin = next(d for d in other if (d["kind"], d["partition"]) == (one["kind"], one["partition"]))
-        different += (one["digest"], one["applied"]) != (twin["digest"], twin["applied"])
-    ours, doubled = await _examples(chaos)
-    theirs, _ = await _examples(calm)
-    replayed, repeats = await _replay(chaos)
-    learner = next(d for d in told if d["kind"] == "learner")
-    return {
-        "rows_different": different,  # partitions whose rows differ, by digest
-        "examples": len(theirs),
-        "examples_missing": len(theirs.keys() - ours.keys()),
-        "examples_wrong": sum(ours[k] != theirs[k] for k in theirs.keys() & ours.keys()),
-        "examples_doubled": doubled,
-        "repeats_dropped": repeats,
-        "item_state_equal": replayed == learner["digest"],
-    }
-
-
-async def _messages(settings: Settings) -> Any:
-    sealer = sealer_of(settings)
-    topic = settings.internal_topic("examples")
-    end = await kafka.log_end(settings.kafka_options(), topic, 0)
-    async for batch in kafka.read_log(settings.kafka_options(), topic, 0, 0, end - 1):
-        for record in batch:
-            yield record if sealer is None else record._replace(value=sealer.open_message(record.value or b""))
-
-
-async def _examples(settings: Settings) -> tuple[dict[int, bytes], int]:
-    """{source position: the example's arrays} after the learner's own dedupe, and how many came twice even so."""
-    config = settings.learner_config(TEXT_DIM)
-    buffer = new_examples(config, seen_max=1 << 18)
-    applied: dict[int, Any] = {}
-    found: dict[int, bytes] = {}
-    doubled = 0
-    async for record in _messages(settings):
-        kind, partition, _ = examples.read_header(record.value)
-        if kind != examples.KIND_EXAMPLES:
-            continue
-        offsets = applied.setdefault(partition, np.full(len(examples.TOPICS), -1, np.int64))
-        batch = examples.unpack_examples(record.value, buffer, offsets)
-        for b in range(batch.count):
-            n = int(batch.history_count[b])
-            arrays = (
-                batch.item[b], batch.label[b], batch.ts[b], batch.history_item[b, :n], batch.history_weight[b, :n],
-                batch.history_ts[b, :n], batch.text_on[b], batch.text[b] if batch.text_on[b] else b"", batch.ranked[b],
-            )  # fmt: skip
-            doubled += int(batch.source[b]) in found
-            found[int(batch.source[b])] = b"|".join(bytes(a) if isinstance(a, bytes) else a.tobytes() for a in arrays)
-    return found, doubled
-
-
-async def _replay(settings: Settings) -> tuple[str, int]:
-    """The digest of an undisturbed learner over the disturbed log, and the messages that it found to be repeats."""
-    learner = ItemLearner(settings.learner_config(TEXT_DIM), TEXT_DIM)
-    repeats = 0
-    async for record in _messages(settings):
-        learnt = learner.learn(record.offset, record.value)
-        repeats += not learnt.examples and not learnt.entries
-    return learner.learner.digest(), repeats
+    threading.Event().wait(seconds)  # a fault's moment is the experiment's input

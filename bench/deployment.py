@@ -90,8 +90,10 @@ class WorkerProcess:
 class Deployment:
     """Topics of one prefix and app id on a broker, and its workers. `close` ends what still runs."""
 
-    def __init__(self, broker: str, folder: Path, **settings: Any) -> None:
+    def __init__(self, broker: str, folder: Path, *, module: str = "streams", **settings: Any) -> None:
+        """module: whose command `worker` is run."""
         self.folder = folder
+        self._module = module
         folder.mkdir(parents=True, exist_ok=True)
         self._told = {"broker": broker, "session_timeout_s": 6.0, **settings}
         self.settings = Settings(**self._told)
@@ -105,13 +107,13 @@ class Deployment:
         """The state folder of the worker of that name."""
         return self.folder / f"state-{name}"
 
-    def start_worker(self, name: str = "w", command: list[str] | None = None) -> WorkerProcess:
-        """Starts one on its own state folder and a free port; it may not be ready yet."""
-        told = {**self._told, "http_port": free_port(), "state_dir": self.state_dir(name)}
+    def start_worker(self, name: str = "w", command: list[str] | None = None, **more: Any) -> WorkerProcess:
+        """Starts one on its own state folder and a free port, with `more` settings; it may not be ready yet."""
+        told = {**self._told, "http_port": free_port(), "state_dir": self.state_dir(name), **more}
         settings = Settings(**told)
         plain = {key: value if isinstance(value, str) else str(value) for key, value in told.items()}
         variables = {**os.environ, **environment(plain)}
-        run = command or [sys.executable, "-m", "streams", "worker"]
+        run = command or [sys.executable, "-m", self._module, "worker"]
         worker = WorkerProcess(settings, self.folder / f"worker-{name}.log", variables, run)
         self.workers.append(worker)
         return worker

@@ -23,6 +23,7 @@ from model import learner, ranker
 from streams import kafka
 from streams.assignor import CopartitionedAssignor
 from streams.audit import Audit, audit_key
+from streams.encoding import Encoder
 from streams.keys import Gate
 from streams.settings import Settings
 from streams.worker import SEEK_WAIT_MAX_S, TP, Worker
@@ -246,16 +247,19 @@ class FaustWorker(faust.Worker):
         self.spinner = None
 
 
-def run(settings: Settings, gate: Gate, now: Callable[[], float]) -> None:
+def run(settings: Settings, gate: Gate, now: Callable[[], float], encoder: Encoder | None = None) -> None:
     """Runs a worker until SIGTERM or SIGINT; then the process ends: with 0, or 1 when the worker failed.
 
-    Kernels are compiled and the encoder is loaded before partitions are taken: neither delays a heartbeat.
+    Kernels are compiled and the encoder (that of the settings, unless one is given) is loaded before partitions are
+    taken: neither delays a heartbeat.
     """
-    from model.encoder import Encoder  # torch is for the worker alone, not for the command line's help
     from streams.view import View
     from streams.web import HttpService
 
-    encoder = Encoder(settings.encoder, device=settings.device)
+    if encoder is None:
+        from model.encoder import Encoder as TextEncoder  # torch is for the worker alone
+
+        encoder = TextEncoder(settings.encoder, device=settings.device)
     learner.warm_up(settings.learner_config(encoder.dim))
     source = FaustSource()
     assignor = CopartitionedAssignor(settings.http_url())

@@ -37,8 +37,10 @@ class EmbeddedBroker:
     kernel takes the end of the starting thread for the end of the parent.
     """
 
-    def __init__(self, port: int = 0, log_file: Path | None = None) -> None:
+    def __init__(self, port: int = 0, log_file: Path | None = None, advertised_port: int = 0) -> None:
+        """advertised_port: where clients are told to find it, when something stands in between."""
         self.port = port or free_port()
+        self.advertised_port = advertised_port or self.port
         self.log_file = log_file
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -64,9 +66,9 @@ class EmbeddedBroker:
             raise BrokerError(
                 f"the embedded broker's program is not here ({problem}); run Apache Kafka and set HEADWATER_BROKER"
             ) from None
-        url = f"tcp://{self.address}"
         command = [program, "broker", "--cluster-id", f"headwater-{self.port}", "--storage-engine", "memory://tansu/",
-                   "--listener-url", url, "--advertised-listener-url", url]  # fmt: skip
+                   "--listener-url", f"tcp://{self.address}",
+                   "--advertised-listener-url", f"tcp://{HOST}:{self.advertised_port}"]  # fmt: skip
         output: IO[bytes] | int = subprocess.DEVNULL
         if self.log_file is not None:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)

@@ -37,10 +37,15 @@ def item_vector(encoder: Encoder, item: Item, text_vector: F4 | None) -> F4 | No
 class Encoding:
     """The encoder's queue: `submit` at once gives a future of the text's unit vector."""
 
-    def __init__(self, encoder: Encoder, observe: Callable[[int, float], None], now: Callable[[], float]) -> None:
+    def __init__(
+        self, encoder: Encoder, observe: Callable[[int, float], None], now: Callable[[], float],
+        crash: Callable[[str], None] = lambda step: None,
+    ) -> None:  # fmt: skip
+        """observe: told (texts, seconds) of each batch. crash: called before each, for tests that end the process."""
         self.encoder = encoder
         self._observe = observe
         self._now = now
+        self._crash = crash
         self._waiting: list[tuple[str, asyncio.Future[F4]]] = []
         self._task: asyncio.Task[None] | None = None
         self._executor = ThreadPoolExecutor(1, "encoder")
@@ -74,6 +79,7 @@ class Encoding:
         while self._waiting:
             batch, self._waiting = self._waiting[:BATCH_TEXTS_MAX], self._waiting[BATCH_TEXTS_MAX:]
             started = self._now()
+            self._crash("encode")
             try:
                 vectors = await loop.run_in_executor(self._executor, self.encoder.encode, [text for text, _ in batch])
             except Exception as failure:  # every waiter is told

@@ -30,6 +30,10 @@ NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # what Kafka allows in 
 NAME_CHARS_MAX: Final = 128  # of a prefix or app id; Kafka's limit for a whole topic name is 249
 LOOPBACK_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+CRASH_STEPS: Final = (  # where `crash_at` can end a worker: state.partition's steps, and the encoder's
+    "open", "announce", "restore", "outbox", "adopt", "encode", "fold", "write", "publish", "chunk", "rows", "marker",
+    "commit",
+)  # fmt: skip
 SASL_MECHANISMS: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
@@ -155,6 +159,12 @@ class Settings(BaseSettings):
     rocksdb_write_buffers_bytes: int = _setting(
         64 << 20, "bytes", "Memtables of all stores of a worker together.", ge=1 << 20
     )
+
+    crash_at: str = _setting(
+        "", "STEP:N",
+        "For tests of recovery alone: the process ends as by kill -9 at the N-th such step of its opens and flushes.",
+        pattern=rf"^((?:{'|'.join(CRASH_STEPS)}):[1-9]\d*)?$",
+    )  # fmt: skip
 
     # -- texts
     encoder: str = _setting(

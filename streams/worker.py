@@ -5,11 +5,13 @@ streams.app drives it by Faust; a benchmark drives the same by a plain consumer,
 
 import asyncio
 import os
+import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
+from aiokafka.errors import KafkaError
 
 from model.items import ItemMatrix
 from model.learner import LearnerConfig
@@ -76,7 +78,8 @@ class Worker:
         self.producer = kafka.Producer(self.options)
         self.item_producer = kafka.Producer(self.options)  # item rows come by megabytes: nobody's acks wait for them
         self.sealer = sealer_of(settings)
-        self.encoding = Encoding(encoder, self.telemetry.encoded, now)
+        self.crash = crash_at(settings.crash_at)
+        self.encoding = Encoding(encoder, self.telemetry.encoded, now, self.crash)
         self.learner_config = settings.learner_config(encoder.dim)
         for parameter in ("phi", "y", "beta", "scale", "decay", "sharp"):
             step = float(getattr(self.learner_config, f"lr_{parameter}"))
@@ -137,10 +140,24 @@ class Worker:
         self.opening[key] = self._spawn(self._opened(key, keeper), f"open-{key[0]}-{key[1]}")
 
     async def _opened(self, key: tuple[str, int], keeper: Keeper[Any]) -> None:
-        try:
-            await keeper.open()
-        except Fenced:  # another claimant came in between: claim again, if it is still ours
-            await self._reopen(keeper)
+        """Opens the keeper, or another one in its place: until that goes well, or the partition is another worker's."""
+        while True:
+            try:
+                return await keeper.open()
+            except Exception as failure:
+                away = isinstance(failure, KafkaError) and failure.retriable
+                if not away and not isinstance(failure, Fenced):
+                    self._failed(keeper, failure)
+                    raise
+                log.warning("partition not opened; claiming it again", kind=key[0], partition=key[1],
+                            reason=repr(failure))  # fmt: skip
+            keeper = await self._replace(key, keeper)
+
+    async def _replace(self, key: tuple[str, int], keeper: Keeper[Any]) -> Keeper[Any]:
+        await keeper.close()
+        await asyncio.sleep(REOPEN_WAIT_S)
+        new = self.keepers[key] = self._new_keeper(*key)
+        return new
 
     async def _close(self, keeper: Keeper[Any], opening: asyncio.Task[None] | None) -> None:
         if opening is not None and not opening.done():
@@ -151,23 +168,26 @@ class Worker:
     async def revoked(self) -> None:
         """Everything durable and committed; what stays ours is resumed by `assigned`."""
         for key, keeper in list(self.keepers.items()):
-            opening = self.opening.get(key)
-            if opening is not None and opening.done() and not opening.exception():
-                await keeper.settle()
+            if self.open_keeper(*key) is keeper:
+                try:
+                    await keeper.settle()
+                except Fenced as fenced:  # we have slept, and others have taken over: nothing here counts any more
+                    self._failed(keeper, fenced)
         await self.commit()
 
-    async def _reopen(self, keeper: Keeper[Any]) -> None:
-        key = (keeper.kind, keeper.number)
-        await keeper.close()
-        await asyncio.sleep(REOPEN_WAIT_S)
-        if self.keepers.get(key) is keeper:
-            self._open(key)
-            await self.seek({tp for tp in self.source.assignment() if self.kind_of(tp) == key})
+    async def _reopen(self, key: tuple[str, int], keeper: Keeper[Any]) -> None:
+        """Claims a partition again that another owner has taken, if it is still ours to have."""
+        await self._opened(key, await self._replace(key, keeper))
+        held = {tp for tp in self.source.assignment() if self.kind_of(tp) == key}
+        if held:
+            await self.source.seek({tp: self.keepers[key].next_offset(tp.topic) for tp in held})
 
     def _failed(self, keeper: Keeper[Any], failure: BaseException) -> None:
+        key = keeper.kind, keeper.number
         if isinstance(failure, Fenced):
             log.warning("partition fenced; claiming it again", kind=keeper.kind, partition=keeper.number)
-            self._spawn(self._reopen(keeper), f"reopen-{keeper.kind}-{keeper.number}")
+            if self.open_keeper(*key) is keeper:  # while it is replaced, it is restoring: reads are told to come back
+                self.opening[key] = self._spawn(self._reopen(key, keeper), f"reopen-{key[0]}-{key[1]}")
             return
         log.error("worker ends: a partition's task failed", kind=keeper.kind, partition=keeper.number,
                   exc_info=failure)  # fmt: skip
@@ -191,6 +211,7 @@ class Worker:
             publish=self._publish_examples,
             sources=tuple(topics.values()),
             on_durable=lambda applied: self._applied(topics, number, applied),
+            crash=self.crash,
         )
         if kind == "users":
             return UserKeeper(number, partition, topics, self.around)
@@ -417,6 +438,21 @@ class Worker:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def crash_at(told: str) -> Callable[[str], None]:
+    """For `Settings.crash_at`: ends the process, as by kill -9, when it is called with the step for the N-th time."""
+    wanted, _, count = told.partition(":")
+    left = int(count or 0)
+
+    def crash(step: str) -> None:
+        nonlocal left
+        if step == wanted:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return crash
 
 
 def _matrix(config: LearnerConfig) -> ItemMatrix:

@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import pytest
 
+from bench.kafka_node import KafkaNode
 from streams import broker as embedded
 from streams.settings import PREFIX, Settings, kafka_test_dir
-from tests.kafka_node import KafkaNode
 
 EMBEDDED: Final = "embedded"
 KAFKA: Final = "kafka"

@@ -10,13 +10,13 @@ from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition
 
+from bench.kafka_node import KafkaNode
 from state.changelog import Reader
 from state.partition import Fenced, Partition, PartitionFailedError, digest
 from state.store import RocksDisk
 from streams import topics
 from streams.kafka import ChangelogTopic, Producer
 from streams.settings import Settings
-from tests.kafka_node import KafkaNode
 
 MakeSettings = Callable[..., Settings]
 

@@ -134,3 +134,12 @@ def test_child_process_gets_the_settings(monkeypatch: pytest.MonkeyPatch) -> Non
     _set(monkeypatch, APP_ID="x")
     child = module.environment({"http_port": "81"})
     assert (child["HEADWATER_APP_ID"], child["HEADWATER_HTTP_PORT"]) == ("x", "81")
+
+
+def test_a_step_to_end_at_is_one_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    _set(monkeypatch, CRASH_AT="marker:3")
+    assert load().crash_at == "marker:3"
+    for wrong in ("marker", "marker:0", "lunch:1", "marker:3x"):
+        _set(monkeypatch, CRASH_AT=wrong)
+        with pytest.raises(SettingsError, match="CRASH_AT"):
+            load()

@@ -16,10 +16,10 @@ from kafka.structs import TopicPartition
 
 from bench import chaos, load
 from bench.deployment import Deployment, WorkerProcess
+from bench.kafka_node import KafkaNode
 from streams.agents import INBOX_RECORDS_MAX
 from streams.kafka import partition_of
 from streams.settings import Settings
-from tests.kafka_node import KafkaNode
 
 FILMS = {
     "alien": "Alien. A crew in deep space meets a creature that hunts them. horror, science fiction",
@@ -150,14 +150,32 @@ def test_a_click_moves_the_list_and_a_withdrawn_item_leaves_it(deployment: Deplo
     worker.wait_until("withdrawn", lambda: "notebook" not in recommended(worker, "v"))
 
 
-def test_a_killed_worker_goes_on_where_it_was(broker: str, tmp_path: Path) -> None:
-    """kill -9 in mid-stream, once with the disk deleted: rows, examples and item matrix as if nothing had been."""
-    found = chaos.disturb(broker, tmp_path, kills=3, seed=next(_numbers), prefix=f"kills{next(_numbers)}-")
-    assert found["rows_different"] == 0
+def nothing_differs(found: dict[str, Any]) -> bool:
+    """Rows, examples and item matrix as if nothing had been, and no worker ended but by what was done to it."""
+    assert found["rows_different"] == 0 and found["partitions_different"] == []
     assert found["examples"] > 100
     assert found["examples_missing"] == found["examples_wrong"] == found["examples_doubled"] == 0
     assert found["item_state_equal"]
-    assert found["exit_codes"] == [0, 0]
+    assert set(found["exit_codes"]) == {0}
+    return bool(found["ended"] == [])
+
+
+def test_a_killed_worker_goes_on_where_it_was(broker: str, tmp_path: Path) -> None:
+    """kill -9 in mid-stream, once with the disk deleted."""
+    site = chaos.Site(broker, broker)
+    number = next(_numbers)
+    found = chaos.disturb(site, tmp_path, kills=3, seed=number, prefix=f"kills{number}-", surely=["all_ready"])
+    assert nothing_differs(found)
+    assert (found["kills"], found["wiped"]) == (3, 1)
+
+
+def test_a_zombie_is_fenced_and_a_cut_network_heals(tmp_path: Path) -> None:
+    """One of two workers sleeps through a takeover of its partitions and wakes; then both are cut off for a while."""
+    with chaos.site_of("embedded", tmp_path) as site:
+        found = chaos.disturb(site, tmp_path, kills=0, workers=2, seed=1, prefix="zombie-", surely=["freeze", "cut"])
+    assert nothing_differs(found)
+    assert found["fenced"] >= 1
+    assert found["faults"]["network cut"] == found["faults"]["frozen beyond the session"] == 1
 
 
 def test_two_workers_share_users_and_answer_for_each_other(deployment: Deployment, outside: Outside) -> None:

@@ -1,4 +1,4 @@
-"""One node of real Apache Kafka (KRaft: broker and controller in one JVM) on loopback, for tests.
+"""Real Apache Kafka (KRaft: each node is broker and controller in one JVM) on loopback, for tests and benchmarks.
 
 The jars are those of HEADWATER_TEST_KAFKA, a folder with `libs/` as every unpacked Kafka distribution has; java comes
 from the system. Kafka's own command line clients run from the same jars.
@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Self
 
@@ -38,13 +39,23 @@ Configuration:
 class KafkaNode:
     """`with KafkaNode(kafka_dir, data_dir) as node:` runs it on free ports; `node.address` is host:port."""
 
-    def __init__(self, kafka_dir: Path, data_dir: Path, **properties: str) -> None:
-        """properties: of the broker, with underscores for dots (`log_retention_ms="2000"`)."""
+    def __init__(
+        self, kafka_dir: Path, data_dir: Path, *, number: int = 1, cluster: str = "", proxy_port: int = 0,
+        **properties: str,
+    ) -> None:  # fmt: skip
+        """number, cluster: of a node of several (`nodes`). proxy_port: where `proxied_port` is told to be found.
+
+        properties: of the broker, with underscores for dots (`log_retention_ms="2000"`).
+        """
         self.libs = kafka_dir / "libs"
         assert any(self.libs.glob("kafka-clients-*.jar")), f"{self.libs} has no Kafka jars"
         assert shutil.which("java"), "real Kafka needs java 17 or newer (Debian: default-jre-headless)"
         self.data_dir = data_dir
-        self.port, self._controller_port = free_port(), free_port()
+        self.port, self.proxied_port, self._controller_port = free_port(), free_port(), free_port()
+        self.number = number
+        self._cluster = cluster or new_cluster()
+        self._proxy_port = proxy_port
+        self._voters = [self]
         self._properties = {name.replace("_", "."): value for name, value in properties.items()}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -55,20 +66,28 @@ class KafkaNode:
 
     def start(self) -> None:
         """Formats the folder when it is new; returns once the node accepts connections."""
+        self.launch()
+        self.wait()
+
+    def launch(self) -> None:
+        """As `start`, without waiting."""
         self.data_dir.mkdir(parents=True, exist_ok=True)
         config = self.data_dir / "server.properties"
         config.write_text("".join(f"{name}={value}\n" for name, value in self._server_properties().items()))
         with (self.data_dir / "broker.log").open("ab") as log:
             if not (self.data_dir / "logs" / "meta.properties").exists():
-                cluster = "K" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[1:22]
                 subprocess.run(
-                    self._java("kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(config)),
+                    self._java("kafka.tools.StorageTool", "format", "-t", self._cluster, "-c", str(config)),
                     check=True, stdout=log, stderr=log,
                 )  # fmt: skip
             self._process = subprocess.Popen(
                 self._java("kafka.Kafka", str(config), level="INFO"), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 preexec_fn=end_with_parent(),
             )  # fmt: skip
+
+    def wait(self) -> None:
+        """Until it accepts connections."""
+        assert self._process is not None
         deadline = time.monotonic() + START_S_MAX
         while not self._answers():
             try:
@@ -142,24 +161,51 @@ class KafkaNode:
         return True
 
     def _server_properties(self) -> dict[str, str]:
+        copies, in_sync = str(min(3, len(self._voters))), str(min(2, len(self._voters)))
+        own = f"PLAINTEXT://{self.address}"
+        heard = f",PROXIED://{HOST}:{self.proxied_port}" if self._proxy_port else ""
+        told = f",PROXIED://{HOST}:{self._proxy_port}" if self._proxy_port else ""
         return {
             "process.roles": "broker,controller",
-            "node.id": "1",
-            "listeners": f"PLAINTEXT://{self.address},CONTROLLER://{HOST}:{self._controller_port}",
-            "advertised.listeners": f"PLAINTEXT://{self.address}",
+            "node.id": str(self.number),
+            "listeners": f"{own}{heard},CONTROLLER://{HOST}:{self._controller_port}",
+            "advertised.listeners": own + told,
             "controller.listener.names": "CONTROLLER",
-            "controller.quorum.voters": f"1@{HOST}:{self._controller_port}",
-            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "controller.quorum.voters": ",".join(f"{n.number}@{HOST}:{n._controller_port}" for n in self._voters),
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT",
             "inter.broker.listener.name": "PLAINTEXT",
             "log.dirs": str(self.data_dir / "logs"),
-            "offsets.topic.replication.factor": "1",
+            "default.replication.factor": copies,
+            "min.insync.replicas": in_sync,
+            "offsets.topic.replication.factor": copies,
             "offsets.topic.num.partitions": "4",
-            "transaction.state.log.replication.factor": "1",
-            "transaction.state.log.min.isr": "1",
+            "transaction.state.log.replication.factor": copies,
+            "transaction.state.log.min.isr": in_sync,
             "transaction.state.log.num.partitions": "4",
-            "share.coordinator.state.topic.replication.factor": "1",
-            "share.coordinator.state.topic.min.isr": "1",
+            "share.coordinator.state.topic.replication.factor": copies,
+            "share.coordinator.state.topic.min.isr": in_sync,
             "group.initial.rebalance.delay.ms": "0",
             "auto.create.topics.enable": "false",
             **self._properties,
         }
+
+
+def new_cluster() -> str:
+    """A cluster id, as Kafka's StorageTool makes them; without a leading dash, which it would take for an option."""
+    return "K" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[1:22]
+
+
+def nodes(kafka_dir: Path, data_dir: Path, proxy_ports: Sequence[int], **properties: str) -> list[KafkaNode]:
+    """The nodes of one cluster, one a proxy port (0: without a proxied listener), all `launch`ed and waited for."""
+    cluster = new_cluster()
+    found = [
+        KafkaNode(kafka_dir, data_dir / f"node-{n}", number=n, cluster=cluster, proxy_port=port, **properties)
+        for n, port in enumerate(proxy_ports, 1)
+    ]
+    for node in found:
+        node._voters = found
+    for node in found:
+        node.launch()
+    for node in found:
+        node.wait()
+    return found
