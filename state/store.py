@@ -370,9 +370,13 @@ class RocksStore:
         return self._property("rocksdb.estimate-num-keys")
 
     def close(self) -> None:
-        """`Store.close`."""
-        with suppress(DbClosedError):
+        """`Store.close`. It loses nothing where the disk is full: what memtables hold is in RocksDB's log, too."""
+        try:
             self._database.close()
+        except DbClosedError:
+            return
+        except Exception as error:
+            self._failed(error)  # a bad block is remembered for the next open; each batch was written or refused
 
     def _property(self, name: str) -> int:
         value: int | None = self._database.property_int_value(name)

@@ -106,6 +106,9 @@ class Keeper(ABC, Generic[T]):
         self.resume()
         seconds = self.around.now() - started
         self.around.metrics.restored(self.kind, seconds)
+        if self.report.reason:
+            log.warning("what the disk had was discarded; restored from the changelog", kind=self.kind,
+                        partition=self.number, reason=self.report.reason)  # fmt: skip
         log.info("partition open", kind=self.kind, partition=self.number, opened=self.report.kind,
                  epoch=self.report.epoch, rows_read=self.report.read, applied=self.report.applied,
                  seconds=round(seconds, 3))  # fmt: skip

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import resource
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +25,12 @@ from state.changelog import (
     row_records,
 )
 from state.partition import ChangelogLostError, Fenced, Partition, PartitionFailedError, SourcesError, digest
-from state.store import Disk, RocksDisk, Store, StoreLockedError, StoreVersionError
+from state.store import Disk, RocksDisk, Store, StoreError, StoreLockedError, StoreVersionError
 
 SOURCES = ("clicks", "comments")
 STEPS = ("fold", "write", "publish", "rows", "marker", "commit")
+FULL_DISK_BYTES = 1 << 20
+LARGE_ROW = bytes(range(256)) * 200
 OPEN_STEPS = ("open", "announce", "restore", "outbox", "rows", "adopt")
 
 
@@ -667,6 +670,35 @@ async def test_corrupt_disk_is_restored_from_the_changelog_and_said(tmp_path: Pa
     assert "Corruption" in report.reason
     assert report.read > 0
     assert partition.digest() == digest_after(5)
+    await partition.close()
+
+
+async def add_large(partition: Partition, count: int) -> None:
+    for number in range(count):
+        rows, downstream, applied = add(number)
+        await partition.flush({**rows, b"large%d" % number: LARGE_ROW}, downstream, applied)
+
+
+async def test_full_disk_stops_the_partition_and_nothing_is_lost(tmp_path: Path) -> None:
+    """No file may grow any more, as on a full disk: the flush fails as a whole, and with room the next open goes on."""
+    around = Surroundings(disk=RocksDisk(), path=tmp_path)
+    partition = await around.opened()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, hard))
+    try:
+        with pytest.raises(StoreError, match="mend the disk"):
+            await add_large(partition, FULL_DISK_BYTES // len(LARGE_ROW) + 2)
+        reached = partition.applied["clicks"]
+        await partition.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 0 < reached < FULL_DISK_BYTES // len(LARGE_ROW) + 1
+    report = await partition.open()
+    assert report.applied["clicks"] == reached
+    large = {b"large%d" % number: LARGE_ROW for number in range(reached + 1)}
+    assert dict(partition.items()) == {**rows_after(reached), **large}
+    await add_all(partition, [reached + 1])
+    assert dict(partition.items()) == {**rows_after(reached + 1), **large} == log_rows(around.log.records)
     await partition.close()
 
 
