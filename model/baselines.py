@@ -1,21 +1,26 @@
-"""What a recommender has to beat: four simple ones that learn event by event, under the very protocol of the model.
+"""What a recommender has to beat, under the very protocol of the model: five that learn event by event, one refitted.
 
     popularity    positives counted with a half-life, in positives of the whole stream
     last_touched  the item that anybody touched last comes first
     item_knn      streaming item-to-item co-occurrence (Sarwar et al. 2001; Linden et al. 2003; streaming as TencentRec,
                   Huang et al. 2015) with damped popularity, a user history that fades, and popularity as a prior
     isgd          incremental matrix factorisation of positive-only feedback (Vinagre, Jorge, Gama 2014)
+    bpr           matrix factorisation by pairwise ranking (Rendle et al. 2009), stepped at every positive against
+                  sampled items that the user has not had
+    ease          the linear autoencoder in closed form (Steck 2019), fitted anew every EASE_REFIT events
 
 Each is a small family, and the member that does best *on the very stream* stands for it: a choice in hindsight that
 the model is not given. All take a `model.evaluate.Trace` and give a rank for each SCORED event, nan elsewhere.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import numba as nb
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_matrix
 
 from model.evaluate import ASIDE, CREATED, HITS_MAX, LOW, SCORED, Metrics, Trace
 
@@ -34,6 +39,16 @@ ISGD_DIM: Final = 32
 ISGD_RATES: Final = (0.05, 0.1, 0.2)
 ISGD_REGULARISATION: Final = 0.01
 ISGD_SEED: Final = 0
+
+BPR_DIM: Final = 32
+BPR_RATES: Final = (0.05, 0.1)
+BPR_NEGATIVES: Final = (1, 10)  # steps a positive, each against one sampled item
+BPR_REGULARISATION: Final = 0.01
+BPR_SEED: Final = 0
+
+EASE_REFIT: Final = 1000  # positives
+EASE_ITEMS_MAX: Final = 2000  # with the most positives; a fit costs their number cubed
+EASE_REGULARISATION: Final = (50.0, 250.0)
 
 OPTIONS: Final = {"nogil": True, "cache": True, "error_model": "numpy"}
 
@@ -94,11 +109,54 @@ def isgd(t: Trace) -> dict[str, Array]:
     return out
 
 
+def bpr(t: Trace) -> dict[str, Array]:
+    """Ranks by <p_u, q_j> + b_j; the grid is BPR_RATES x BPR_NEGATIVES."""
+    chain, out = _chain(t), {}
+    for rate in BPR_RATES:
+        for negatives in BPR_NEGATIVES:
+            random = np.random.default_rng(BPR_SEED)
+            p = (0.1 * random.standard_normal((t.users, BPR_DIM))).astype(np.float32)
+            q = (0.1 * random.standard_normal((len(t.order), BPR_DIM))).astype(np.float32)
+            draws = random.random((len(t.kind), negatives))
+            out[f"step {rate:g}, {negatives} negatives, {BPR_DIM} factors"] = _bpr(
+                t.kind, t.user, t.item, t.available, chain, p, q, draws, rate, BPR_REGULARISATION
+            )
+    return out
+
+
+def ease(t: Trace) -> dict[str, Array]:
+    """Ranks by x_u B of the last fit: B_ij = -P_ij / P_jj, B_jj = 0, P = (X'X + lambda I)^-1, over the items with the
+    most positives so far; the others, and all before the first fit, come last. One array a lambda."""
+    positive = (t.kind == SCORED) | (t.kind == CREATED)
+    fits = np.flatnonzero(positive)[EASE_REFIT - 1 :: EASE_REFIT] + 1
+    bounds = [0, *fits.tolist(), len(t.kind)]
+    chain = _chain(t)
+    out = {f"lambda {strength:g}": np.full(len(t.kind), np.nan) for strength in EASE_REGULARISATION}
+    for first, last in pairwise(bounds):
+        taken = np.flatnonzero(positive[:first])
+        counts = np.bincount(t.item[taken], minlength=len(t.order))
+        kept = np.argsort(-counts, kind="stable")[: min(EASE_ITEMS_MAX, int((counts > 0).sum()))]
+        place = np.full(len(t.order), -1, np.int32)
+        place[kept] = np.arange(len(kept), dtype=np.int32)
+        taken = taken[place[t.item[taken]] >= 0]
+        users, rows = np.unique(t.user[taken], return_inverse=True)
+        x = csr_matrix((np.ones(len(taken)), (rows, place[t.item[taken]])), (len(users), len(kept)))
+        gram = (x.T @ x).toarray()
+        for strength, ranks in zip(EASE_REGULARISATION, out.values(), strict=True):
+            inverse = np.linalg.inv(gram + strength * np.eye(len(kept)))
+            b = (inverse / -np.diag(inverse)).astype(np.float32)
+            np.fill_diagonal(b, 0)
+            _ease(t.kind, t.item, t.available, chain, first, last, place, b, ranks)
+    return out
+
+
 BASELINES: Final[dict[str, Callable[[Trace], dict[str, Array]]]] = {
     "popularity": popularity,
     "last_touched": last_touched,
     "item_knn": item_knn,
     "isgd": isgd,
+    "bpr": bpr,
+    "ease": ease,
 }
 
 
@@ -345,6 +403,70 @@ def _isgd(kind, user, item, available, chain, p, q, rate, regularisation):  # ty
                 p_u[d] += rate * (error * q[i, d] - regularisation * before)
                 q[i, d] += rate * (error * before - regularisation * q[i, d])
     return ranks
+
+
+@nb.njit(fastmath=True, **OPTIONS)
+def _bpr(kind, user, item, available, chain, p, q, draws, rate, regularisation):  # type: ignore[no-untyped-def]
+    """Steps on ln sigmoid(x_ui - x_uj), x_ui = <p_u, q_i> + b_i, j uniform among the items that u has not had."""
+    n = len(kind)
+    ranks = np.full(n, np.nan)
+    skip = np.zeros(len(q), np.uint8)
+    score = np.zeros(len(q), np.float32)
+    bias = np.zeros(len(q), np.float32)
+    rate = np.float32(rate)
+    regularisation = np.float32(regularisation)
+    for k in range(n):
+        if kind[k] != SCORED and kind[k] != CREATED:
+            continue
+        i = item[k]
+        p_u = p[user[k]]
+        _mark(skip, item, chain, k, 1)
+        if kind[k] == SCORED:
+            for j in range(available[k]):
+                x = bias[j]
+                for d in range(p.shape[1]):
+                    x += q[j, d] * p_u[d]
+                score[j] = x
+            ranks[k] = _rank_of(score, available[k], i, skip)
+        for draw in draws[k]:
+            rival = np.int64(draw * available[k])
+            if available[k] == 0 or rival == i or skip[rival]:
+                continue
+            x = bias[i] - bias[rival]
+            for d in range(p.shape[1]):
+                x += p_u[d] * (q[i, d] - q[rival, d])
+            g = np.float32(1) / (np.float32(1) + np.exp(x))
+            bias[i] += rate * (g - regularisation * bias[i])
+            bias[rival] -= rate * (g + regularisation * bias[rival])
+            for d in range(p.shape[1]):
+                before = p_u[d]
+                p_u[d] += rate * (g * (q[i, d] - q[rival, d]) - regularisation * before)
+                q[i, d] += rate * (g * before - regularisation * q[i, d])
+                q[rival, d] -= rate * (g * before + regularisation * q[rival, d])
+        _mark(skip, item, chain, k, 0)
+    return ranks
+
+
+@nb.njit(**OPTIONS)
+def _ease(kind, item, available, chain, first, last, place, b, ranks):  # type: ignore[no-untyped-def]
+    """Ranks of the tests first..last; place: item -> row of b, -1: not in it."""
+    skip = np.zeros(len(place), np.uint8)
+    score = np.zeros(len(place), np.float32)
+    total = np.zeros(len(b), np.float32)
+    for k in range(first, last):
+        if kind[k] != SCORED:
+            continue
+        total[:] = 0
+        e = chain[k]
+        while e >= 0:
+            if place[item[e]] >= 0 and kind[e] != LOW:
+                total += b[place[item[e]]]
+            e = chain[e]
+        for j in range(available[k]):
+            score[j] = total[place[j]] if place[j] >= 0 else np.float32(-1e30)
+        _mark(skip, item, chain, k, 1)
+        ranks[k] = _rank_of(score, available[k], item[k], skip)
+        _mark(skip, item, chain, k, 0)
 
 
 assert ASIDE > LOW, "events aside are no baseline's business"

@@ -14,6 +14,7 @@ figures are exact and two halves of a stream merge into the whole.
 Rank = 1 + #greater + ties / 2, so a constant score earns what chance does.
 """
 
+import math
 from bisect import bisect_left, insort
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
@@ -34,6 +35,9 @@ NEW_POSITIVES_MAX: Final = 5  # a user is new for the first 5 positives, an item
 HITS_MAX: Final = 10
 RECALL_MAX: Final = 20
 UNKNOWN: Final = -1  # positives of a user or item that nobody counted: in no slice
+MCNEMAR_WINDOW: Final = 1000  # tests
+MCNEMAR_ALPHA: Final = 0.01
+MCNEMAR_CHI2: Final = 6.6349  # the chi-square that it takes, of one degree of freedom
 WINDOW_TESTS: Final = 5000  # of the live figures: HR@10 of .25 is known to +-.006
 
 NAMES: Final = ("hr@10", "ndcg@10", "mrr", "recall@20")
@@ -197,6 +201,32 @@ def _is_new(positives: Array) -> Array:
 
 def _mean(values: Array) -> float | None:
     return float(np.mean(values)) if len(values) else None
+
+
+class McNemar(NamedTuple):
+    """Whether two recommenders hit alike: McNemar's test on HR@10 over the same tests, over all of them and over
+    sliding windows (Vinagre, Jorge, Gama 2014, "Evaluation of recommender systems in streaming environments")."""
+
+    only_first: int  # tests that the first alone hit
+    only_second: int
+    p: float  # chi-square with one degree of freedom, of no difference; 1 where neither hit alone
+    windows: int  # of MCNEMAR_WINDOW tests, one a test from the window's length on; 0: fewer tests
+    better: float | None  # share of the windows where the first is better at MCNEMAR_ALPHA
+    worse: float | None
+
+
+def mcnemar(first: Array, second: Array) -> McNemar:
+    """Of ranks (n,) and (n,) of the same tests, in order of time."""
+    hit, other = first <= HITS_MAX, second <= HITS_MAX
+    only_first, only_second = hit & ~other, other & ~hit
+    a, b = np.cumsum(np.append(0, only_first)), np.cumsum(np.append(0, only_second))
+    size = MCNEMAR_WINDOW
+    in_window = a[size:] - a[:-size], b[size:] - b[:-size]
+    total, gain = in_window[0] + in_window[1], in_window[0] - in_window[1]
+    significant = gain.astype(np.float64) ** 2 > MCNEMAR_CHI2 * np.maximum(total, 1)
+    n, m = int(a[-1]), int(b[-1])
+    p = math.erfc(math.sqrt((n - m) ** 2 / (2 * (n + m)))) if n + m else 1.0
+    return McNemar(n, m, p, len(gain), _mean(significant & (gain > 0)), _mean(significant & (gain < 0)))
 
 
 class LiveOutcome(Protocol):

@@ -1,7 +1,7 @@
 """The item matrix: everything that is known about every item, in arrays that grow by doubling.
 
 The learner owns one; every worker keeps a replica by applying the rows that the learner gives out. Row formats
-(little endian, version 1); a key is the kind's letter and the item key, i8:
+(little endian, version 2); a key is the kind's letter and the item key, i8:
 
     every item row   header 16 B   version u1 | kind u1 | flags u1 (s alone) | zero u1 | row i4 | item key i8
     s  static        header | id bytes u2 | text bytes u2 | dims u4 | id | text | vector f2[dims]
@@ -9,8 +9,9 @@ The learner owns one; every worker keeps a replica by applying the rows that the
     n  neighbours    header | rows i4[n] | C_kj f4[n]
     p  pending       header (row: -1) | ts f8 | order i8 | id bytes u2 | text bytes u2 | dims u4 | id | text | vector
                      deleted when the item becomes a candidate
-    g  globals       version u1 | kind u1 | zero u2 | D u4 | T u4 | M u4 | scalars f8[16] | theta f4[45]
-                     | its accumulators f4[45] | mu f4[T]       (one row, key "g")
+    m  text map      header (row, item key: the head, 0-4) | accumulators f4[n] | M's rows f4[n, T]; n = D, of head 4: 1
+    g  globals       version u1 | kind u1 | zero u2 | D u4 | T u4 | M u4 | scalars f8[16] | theta f4[325]
+                     | its accumulators f4[325] | mu f4[T]      (one row, key "g")
     a  adapter       as `Adapter.pack` has it       (one row, key "a"; deleted when texts are compared as they are)
 
 Text vectors are rounded to half precision on entry, so that memory equals what is stored.
@@ -20,6 +21,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -31,12 +33,12 @@ from model.kernels import Matrix
 
 Array = npt.NDArray[Any]
 
-ROW_VERSION: Final = 1
+ROW_VERSION: Final = 2
 TEXT_CHARS_MAX: Final = 512  # of the text that is kept to be shown
 ID_BYTES_MAX: Final = 65_535
 CAPACITY_START: Final = 1024
 
-STATIC, DENSE, NEIGHBOURS, PENDING, GLOBALS, ADAPTER = b"s", b"d", b"n", b"p", b"g", b"a"
+STATIC, DENSE, NEIGHBOURS, PENDING, MAP, GLOBALS, ADAPTER = b"s", b"d", b"n", b"p", b"m", b"g", b"a"
 
 _KEY = struct.Struct("<cq")
 _HEADER = struct.Struct("<BcBxiq")
@@ -104,6 +106,7 @@ class ItemMatrix:
         self.dense = np.dtype(
             [("header", "V16"), ("rec", kernels.RECORD), ("phi", "<f4", (dim,)), ("y", "<f4", (dim,))]
         )
+        self._project = _orthonormal(dim, text_dim)
         self.record_bytes = (HEADER_BYTES, self.dense.itemsize, NEIGHBOUR_BYTES)
         self.arrays = self._allocate(CAPACITY_START)
 
@@ -114,7 +117,7 @@ class ItemMatrix:
         theta[kernels.T_NEIGHBOUR] = 2
         decay = (1 + np.array(kernels.AGE_MIDS)) ** -0.5
         theta[kernels.T_AGE : kernels.T_GAP] = theta[kernels.T_AGE_K : kernels.T_GAP_K] = decay
-        theta[kernels.T_GAP : kernels.T_AGE_K] = theta[kernels.T_GAP_K :] = 1
+        theta[kernels.T_GAP : kernels.T_AGE_K] = theta[kernels.T_GAP_K : kernels.T_SINCE] = 1
         scalar = np.zeros(kernels.SCALARS, np.float64)
         scalar[kernels.CLOCK] = -1
         scalar[kernels.SHARP] = 1
@@ -133,6 +136,10 @@ class ItemMatrix:
             metric=np.zeros((0, 0), np.float32),
             theta=theta,
             square=np.full(kernels.THETA, kernels.SQUARE_START, np.float32),
+            map=np.zeros((4 * self.dim + 1, self.text_dim), np.float32),
+            map_square=np.full(4 * self.dim + 1, kernels.SQUARE_START, np.float32),
+            map_dirty=np.zeros(kernels.HEADS, np.uint8),
+            project=self._project,
             scalar=scalar,
             table_key=np.zeros(4 * capacity, np.int64),
             table_row=np.full(4 * capacity, -1, np.int32),
@@ -191,13 +198,9 @@ class ItemMatrix:
             new.weight[row, :n] = old.weight[row, :n]
         kernels.fill_table(new.table_key, new.table_row, new.key, 0, used)
         self.arrays = new._replace(
-            mu=old.mu,
-            metric=old.metric,
-            theta=old.theta,
-            square=old.square,
-            scalar=old.scalar,
-            dirty_total=old.dirty_total,
-        )
+            mu=old.mu, metric=old.metric, theta=old.theta, square=old.square, map=old.map, map_square=old.map_square,
+            map_dirty=old.map_dirty, scalar=old.scalar, dirty_total=old.dirty_total,
+        )  # fmt: skip
 
     def add_row(self, key: int) -> int:
         """A new stub: no id, no text, phi = y = 0, no candidate. The key must be unknown."""
@@ -288,6 +291,14 @@ class ItemMatrix:
         body = _pack_texts(item.item_id, item.text, vector)
         return row_key(PENDING, item.key), header + _WAIT.pack(item.ts, item.order) + body
 
+    def pack_maps(self, heads: Sequence[int]) -> Iterator[tuple[bytes, bytes]]:
+        """The rows of these heads of M."""
+        m = self.arrays
+        for head in heads:
+            part = slice(head * self.dim, (head + 1) * self.dim)
+            header = _HEADER.pack(ROW_VERSION, MAP, 0, head, head)
+            yield row_key(MAP, head), header + m.map_square[part].tobytes() + m.map[part].tobytes()
+
     def pack_globals(self) -> tuple[bytes, bytes]:
         """The one row of mu and the scalars."""
         m = self.arrays
@@ -309,6 +320,8 @@ class ItemMatrix:
             yield from self.pack_neighbours(part[self.arrays.length[part] > 0].tolist())
         for key in sorted(self.pending):
             yield self.pack_pending(self.pending[key])
+        changed = np.flatnonzero(self.arrays.map.any(axis=1))
+        yield from self.pack_maps(np.unique(changed // self.dim).tolist())
         yield self.pack_globals()
         if self.adapter is not None:
             yield ADAPTER, self.adapter.pack()
@@ -352,6 +365,8 @@ class ItemMatrix:
                 self._apply_static(value)
             elif kind == PENDING:
                 self._apply_pending(value)
+            elif kind == MAP:
+                self._apply_map(value)
             elif kind == GLOBALS:
                 self._apply_globals(value)
             else:
@@ -403,6 +418,16 @@ class ItemMatrix:
             at += part.nbytes
         self._open_rows(len(self))
 
+    def _apply_map(self, value: bytes) -> None:
+        head = _HEADER.unpack_from(value)[3]
+        m, part = self.arrays, slice(head * self.dim, (head + 1) * self.dim)
+        n = len(m.map_square[part])
+        numbers = np.frombuffer(value, np.float32, offset=HEADER_BYTES)
+        if len(numbers) != n * (1 + self.text_dim):
+            raise ValueError(f"text map row {head} is of {len(value)} bytes: of another dimension")
+        m.map_square[part] = numbers[:n]
+        m.map[part] = numbers[n:].reshape(n, self.text_dim)
+
     def _apply_dense(self, values: list[bytes]) -> None:
         if not values:
             return
@@ -423,6 +448,14 @@ class ItemMatrix:
         starts = np.cumsum(sizes) - sizes
         self._open_rows(int(words[starts + 1].max()) + 1)
         kernels.apply_neighbours(self.arrays, words, words.view(np.float32), starts, sizes)
+
+
+@cache
+def _orthonormal(dim: int, text_dim: int) -> Array:
+    """P: (D, T) float32, fixed, random, orthonormal rows (columns, where D > T)."""
+    shape = (max(dim, text_dim), min(dim, text_dim))
+    q = np.linalg.qr(np.random.default_rng(1).standard_normal(shape))[0]
+    return np.ascontiguousarray(q.T if dim <= text_dim else q, np.float32)
 
 
 def _pack_texts(item_id: str, text: str, vector: Array) -> bytes:

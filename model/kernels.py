@@ -3,12 +3,16 @@
 All of them live in one file because numba stamps its on-disk cache by the file of the called kernel alone: a helper
 changed in another file would leave a stale kernel in the cache. Symbols are those of the formulation:
 
-    s_j = beta_j + w . f_j(t) + <zC, phi_j> + sum_h aT_h <zT_h, e_j> + aX <zX, e_j>
+    s_j = beta_j + w . f_j(t) + <zC, phi_j> + sum_h aT_h <zT_h, e_j> + aX <zX, e_j> + <u, M e_j>
         + aK nK sum_k oK[age_k] tK[gap_k] tw_k S_kj,      S_kj = sqrt(C_kj) / ((c_k + 1)(c_j + 1))^.2
+    u = (zC, R zT_1, R zT_2, R zX, 1): M maps what is known of the user to the text of what comes next, so that an item
+        without a past profits from what others' texts have taught; R = sqrt(T / D) P, a fixed projection
+    (w, aT, aX, aK): one learnt vector, plus one of the user's newest entry's gap bucket, plus one of how long the
+        history is
 
-    softmax cross-entropy of the positive against K uniform candidates (each weighs exp(s) n / K), g_j = 1[j = i] - p_j;
-    all gradients of a message from the state at its start, one AdaGrad step (Duchi 2011) a touched row:
-    G += mean(d^2), x += lr d / sqrt(G), where d is the message's summed gradient.
+    softmax cross-entropy of the positive against the message's targets and K uniform candidates (each of these weighs
+    exp(s) n / K), g_j = 1[j = i] - p_j; all gradients of a message from the state at its start, one AdaGrad step
+    (Duchi 2011) a touched row: G += mean(d^2), x += lr d / sqrt(G), where d is the message's summed gradient.
 
 Arrays grow by doubling and keep their types, so nothing is compiled twice. Every kernel releases the GIL and is
 single-threaded; the matrix products go to BLAS, which the process is expected to keep at one thread.
@@ -73,18 +77,25 @@ SCALARS: Final = 16
 
 FEATURES: Final = 11
 AGES: Final = 11
-GAPS: Final = 4
+GAPS: Final = 9
 TEXT_HEADS: Final = 3  # texts of the history's items with g = .7 and .97, the user's own words
 
 # theta: all learnt scalars in one vector.
 T_FEATURE: Final = 0  # w
 T_TEXT: Final = T_FEATURE + FEATURES  # aT, aX
 T_NEIGHBOUR: Final = T_TEXT + TEXT_HEADS  # aK
-T_AGE: Final = T_NEIGHBOUR + 1  # om; from here on kept >= 0
+COEFFICIENTS: Final = T_NEIGHBOUR + 1  # w, aT, aX, aK
+T_AGE: Final = COEFFICIENTS  # om; from here on kept >= 0
 T_GAP: Final = T_AGE + AGES  # ta
 T_AGE_K: Final = T_GAP + GAPS  # oK
 T_GAP_K: Final = T_AGE_K + AGES  # tK
-THETA: Final = T_GAP_K + GAPS
+T_SINCE: Final = T_GAP_K + GAPS  # (SINCES, COEFFICIENTS) added by the newest entry's gap bucket + 1; 0: no entry
+SINCES: Final = GAPS + 1
+T_LENGTH: Final = T_SINCE + SINCES * COEFFICIENTS  # (LENGTHS, COEFFICIENTS) added by the length of the history
+LENGTHS: Final = 8  # 0, 1, 2-3, 4-7, 8-15, 16-31, 32-63, 64+ entries
+THETA: Final = T_LENGTH + LENGTHS * COEFFICIENTS
+
+HEADS: Final = 5  # of M: D rows each for zC and the texts (TEXT_HEADS of them), one row for the constant
 
 TEXT_HISTORY: Final = 40  # entries of the history in the text heads
 TEXT_DECAYS: Final = (0.7, 0.97)
@@ -130,11 +141,13 @@ class Matrix(NamedTuple):
     weight: Array  # (N, M) float32 C_kj
     length: Array  # (N,) int32 neighbours in use
     mu: Array  # (T,) float32
-    metric: (
-        Array  # (T, T) float32, W'W of the encoder's adapter W: texts are compared by <x, W'W e>; (0, 0) without one
-    )
+    metric: Array  # (T, T) float32, W'W of the encoder's adapter W: texts are compared by <x, W'W e>; (0, 0): none
     theta: Array  # (THETA,) float32
     square: Array  # (THETA,) float32 accumulators of theta
+    map: Array  # (4 D + 1, T) float32 M
+    map_square: Array  # (4 D + 1,) float32 accumulators of its rows
+    map_dirty: Array  # (HEADS,) uint8
+    project: Array  # (D, T) float32 P, fixed, orthonormal
     scalar: Array  # (SCALARS,) float64
     table_key: Array  # (C,) int64 open addressing, C a power of two
     table_row: Array  # (C,) int32, -1: empty
@@ -156,16 +169,22 @@ class Work(NamedTuple):
     norm: Array  # (B,) float32 n
     norm_k: Array  # (B,) float32 nK
     z: Array  # (B, D) float32 zC
-    user: Array  # (B, D + T) float32: zC and the metric times sum_h a_h zT_h
+    user: Array  # (B, D + T) float32: zC, and the metric times sum_h a_h zT_h, plus u M
     text: Array  # (B, 3, T) float32 zT_h, zX
     words: Array  # (B, T) float32: sum_h a_h zT_h, before the metric
-    logit: Array  # (B, K) float32: s of the candidates in the loss; CLOSED where one is no negative
+    logit: Array  # (B, K) float32: s in the loss, as if all weighed alike; CLOSED: no negative
+    unit: Array  # (B, 4 D + 1) float32 u
+    since: Array  # (B,) int32: 1 + gap bucket of the newest entry
+    length: Array  # (B,) int32 bucket of the history's length
+    coefficient: Array  # (B, COEFFICIENTS) float32
+    slope: Array  # (B, COEFFICIENTS) float32 their gradients
     slot: Array  # (N,) int16: 1 + candidate number
     cand: Array  # (K,) int32 rows
     item: Array  # (K, D + T) float32: phi and e of the candidates
     column: Array  # (COLUMNS, K) float32
     feature: Array  # (blocks, FEATURES, K) float32, of the candidates as of each block of examples
-    bias: Array  # (blocks, K) float32
+    beta: Array  # (K,) float32 of the candidates
+    bias: Array  # (K,) float32
     feature_i: Array  # (B, FEATURES, 1) float32 of the targets
     score_i: Array  # (B,) float32
     cooc: Array  # (B, K + 2) float32
@@ -213,8 +232,11 @@ class Steps(NamedTuple):
     lr_beta: float
     lr_scale: float
     lr_decay: float
+    lr_setting: float
+    lr_map: float
     lr_sharp: float
     start: float
+    backward: float
 
 
 @intrinsic
@@ -314,14 +336,25 @@ def age_bucket(back):
 
 @nb.njit(**OPTIONS)
 def gap_bucket(gap_s):
-    """Bucket of the seconds between an entry and now: a minute, an hour, two days, more."""
-    if gap_s <= 60.0:
+    """Bucket of the seconds between an entry and now: under a second (one act), 10 s, a minute, 10 minutes, an hour,
+    12 hours, 2 days, 2 weeks, more."""
+    if gap_s < 1.0:
         return 0
-    if gap_s <= 3600.0:
+    if gap_s <= 10.0:
         return 1
-    if gap_s <= 172800.0:
+    if gap_s <= 60.0:
         return 2
-    return 3
+    if gap_s <= 600.0:
+        return 3
+    if gap_s <= 3600.0:
+        return 4
+    if gap_s <= 43_200.0:
+        return 5
+    if gap_s <= 172_800.0:
+        return 6
+    if gap_s <= 1_209_600.0:
+        return 7
+    return 8
 
 
 # --- key -> row ---------------------------------------------------------------------------------------------------
@@ -434,9 +467,9 @@ def _columns(rec, row, step, ts, first_ts, column, at):
 
 
 @nb.njit(**INNER)
-def _bias_columns(column, n, w, feature, out):
-    """Features f_j (FEATURES, n) and b_j = beta_j + w . f_j (n,) of a block of rows, from its columns; the counts
-    are decayed in place. Popularity: 0-3, 6; age: 4, 7; recency: 5, 8, 9, 10."""
+def _feature_columns(column, n, feature):
+    """Features f_j (FEATURES, n) of a block of rows, from its columns; the counts are decayed in place. Popularity:
+    0-3, 6; age: 4, 7; recency: 5, 8, 9, 10."""
     for i in range(n):
         since = column[C_SINCE, i]
         column[C_COUNT_10, i] *= _exp2(since * f4(-0.1))
@@ -453,28 +486,45 @@ def _bias_columns(column, n, w, feature, out):
         feature[8, i] = f4(0.15) * _log(f4(1) + column[C_QUIET_S, i])
         feature[9, i] = f4(0.4) * feature[5, i] * feature[5, i]
         feature[10, i] = f4(0.4) * feature[8, i] * feature[8, i]
-    for i in range(n):
-        out[i] = column[C_BETA, i]
+
+
+@nb.njit(**INNER)
+def _add_bias(feature, n, coefficient, out):
+    """out[i] += w . f_i of n rows."""
     for q in range(FEATURES):
-        x = w[q]
+        x = coefficient[q]
         for i in range(n):
             out[i] += x * feature[q, i]
 
 
 @nb.njit(**OPTIONS)
-def bias_of(m, row, ts, feature):
-    """b_j(t) of one row; leaves f_j in feature (FEATURES, 1)."""
-    column = np.empty((COLUMNS, 1), np.float32)
-    out = np.empty(1, np.float32)
-    _columns(m.rec, row, np.int64(m.scalar[STEP]), np.int64(ts), np.int64(m.scalar[FIRST_TS]), column, 0)
-    _bias_columns(column, 1, m.theta, feature, out)
-    return out[0]
+def coefficients(theta, since, entries, out):
+    """(w, aT, aX, aK) for a user into out (COEFFICIENTS,). since: 1 + gap bucket of the newest entry, 0 where there is
+    none; entries: of the history. Returns the bucket of that length."""
+    length = 0
+    while length < LENGTHS - 1 and entries >> length > 0:
+        length += 1
+    for q in range(COEFFICIENTS):
+        out[q] = theta[q] + theta[T_SINCE + since * COEFFICIENTS + q] + theta[T_LENGTH + length * COEFFICIENTS + q]
+    return length
 
 
 @nb.njit(**OPTIONS)
-def bias_all(m, rows, ts, out, popularity):
+def bias_of(m, row, ts, coefficient, feature):
+    """b_j(t) of one row; leaves f_j in feature (FEATURES, 1)."""
+    column = np.empty((COLUMNS, 1), np.float32)
+    _columns(m.rec, row, np.int64(m.scalar[STEP]), np.int64(ts), np.int64(m.scalar[FIRST_TS]), column, 0)
+    _feature_columns(column, 1, feature)
+    total = m.rec[row].beta
+    for q in range(FEATURES):
+        total += coefficient[q] * feature[q, 0]
+    return total
+
+
+@nb.njit(**INNER)
+def _bias_all(m, rows, ts, coefficient, out, popularity):
     """b_j(t) of rows 0..rows-1 as of event time ts, s, into out; popularity (POPULARITIES, rows or more): positives
-    decayed to now with half-lives of 10, 100, 1000 positives of the stream, and undecayed; (0, 0): not wanted."""
+    decayed to now with half-lives of 10, 100, 1000 positives of the stream, and undecayed."""
     column = np.empty((COLUMNS, BLOCK), np.float32)
     feature = np.empty((FEATURES, BLOCK), np.float32)
     step = np.int64(m.scalar[STEP])
@@ -483,19 +533,36 @@ def bias_all(m, rows, ts, out, popularity):
         n = min(BLOCK, rows - start)
         for i in range(n):
             _columns(m.rec, start + i, step, np.int64(ts), first_ts, column, i)
-        _bias_columns(column, n, m.theta, feature, out[start : start + n])
+        _feature_columns(column, n, feature)
+        out[start : start + n] = column[C_BETA, :n]
+        _add_bias(feature, n, coefficient, out[start : start + n])
         for h in range(len(popularity)):
             popularity[h, start : start + n] = column[C_COUNT_10 + h, :n]
 
 
+@nb.njit(**OPTIONS)
+def features_all(m, rows, ts, out):
+    """f_j(t) of rows 0..rows-1 as of event time ts, s, into out (FEATURES, rows or more)."""
+    column = np.empty((COLUMNS, BLOCK), np.float32)
+    feature = np.empty((FEATURES, BLOCK), np.float32)
+    step = np.int64(m.scalar[STEP])
+    first_ts = np.int64(m.scalar[FIRST_TS])
+    for start in range(0, rows, BLOCK):
+        n = min(BLOCK, rows - start)
+        for i in range(n):
+            _columns(m.rec, start + i, step, np.int64(ts), first_ts, column, i)
+        _feature_columns(column, n, feature)
+        out[:, start : start + n] = feature[:, :n]
+
+
 @nb.njit(**INNER)
-def _bias_candidates(m, rows, ts, column, feature, out):
-    """As bias_all, for the given rows; keeps the features, (FEATURES, len(rows))."""
+def _feature_candidates(m, rows, ts, column, feature):
+    """As features_all, for the given rows; (FEATURES, len(rows))."""
     step = np.int64(m.scalar[STEP])
     first_ts = np.int64(m.scalar[FIRST_TS])
     for i in range(len(rows)):
         _columns(m.rec, rows[i], step, np.int64(ts), first_ts, column, i)
-    _bias_columns(column, len(rows), m.theta, feature, out)
+    _feature_columns(column, len(rows), feature)
 
 
 # --- the user's vectors -------------------------------------------------------------------------------------------
@@ -588,14 +655,30 @@ def adapted(m, vectors):
     return np.dot(vectors, m.metric) if m.metric.shape[0] > 0 else vectors
 
 
+@nb.njit(**OPTIONS)
+def map_user(m, z, text, unit, user_text):
+    """u of n users into unit (n, 4 D + 1), and user_text (n, T) += u M. z: (n, D); text: (n, 3, T) zT_h, zX."""
+    n = len(z)
+    dim = m.project.shape[0]
+    scale = f4(np.sqrt(m.project.shape[1] / dim))
+    unit[:n, :dim] = z
+    for h in range(TEXT_HEADS):
+        part = np.dot(np.ascontiguousarray(text[:, h]), m.project.T)
+        for b in range(n):
+            for d in range(dim):
+                unit[b, dim * (h + 1) + d] = scale * part[b, d]
+    unit[:n, 4 * dim] = 1
+    user_text += np.dot(unit[:n], m.map)
+
+
 # --- entering -----------------------------------------------------------------------------------------------------
 
 
 @nb.njit(**OPTIONS)
-def start_row(m, row, project, start):
+def start_row(m, row, start):
     """Takes the row's text vector into mu and starts phi and y from it: start sqrt(D) P(e - mu) / |P(e - mu)|.
 
-    project: (D, T) orthonormal P. An item that had been withdrawn keeps what it learnt.
+    An item that had been withdrawn keeps what it learnt.
     """
     if not m.flags[row] & VECTOR:
         return
@@ -606,13 +689,13 @@ def start_row(m, row, project, start):
         m.mu[d] += (e[d] - m.mu[d]) * share
     if m.flags[row] & WITHDRAWN:
         return
-    dim = project.shape[0]
+    dim = m.project.shape[0]
     direction = np.zeros(dim, np.float32)
     norm = f4(0)
     for a in range(dim):
         total = f4(0)
         for d in range(len(e)):
-            total += project[a, d] * (e[d] - m.mu[d])
+            total += m.project[a, d] * (e[d] - m.mu[d])
         direction[a] = total
         norm += total * total
     norm = f4(start) * np.sqrt(f4(dim)) / np.sqrt(norm + f4(1e-9))
@@ -666,8 +749,9 @@ def _count_pair(m, k, j, amount):
 
 
 @nb.njit(**OPTIONS)
-def count_event(m, row, positive, ts, history, record_bytes):
-    """One event's evidence: C_ki = C_ik += .9^q for the q-th entry of the history (rows), counters, recency.
+def count_event(m, row, positive, ts, history, backward, record_bytes):
+    """One event's evidence: C_ki += .9^q for the q-th entry k of the history (rows), C_ik += backward .9^q: what came
+    after tells more; counters, recency.
 
     A low rating starts at .5 and is no positive.
     """
@@ -688,7 +772,9 @@ def count_event(m, row, positive, ts, history, record_bytes):
         if k != row:
             mark(m, k, DIRTY_NEIGHBOURS, record_bytes)
             mark(m, row, DIRTY_NEIGHBOURS, record_bytes)
-            m.dirty_total[1] += record_bytes[2] * (_count_pair(m, k, row, amount) + _count_pair(m, row, k, amount))
+            m.dirty_total[1] += record_bytes[2] * (
+                _count_pair(m, k, row, amount) + _count_pair(m, row, k, amount * f4(backward))
+            )
         amount *= f4(COUNT_DECAY)
     r = m.rec[row]
     r.evidence += f4(1) if positive else f4(0.5)
@@ -724,10 +810,11 @@ def neighbour_scores(m, history, ck, out):
 
 
 @nb.njit(**INNER)
-def _draw(m, w, steps, rows, candidates, position):
-    """Up to K different candidates, uniform: row floor(rows mix(position, q) / 2^32) for q = 1, 2, ..., unless it
-    is taken or no candidate; all of them where there are K or fewer. Items that enter inside the message count, too.
-    Returns how many."""
+def _draw(m, w, x, steps, rows, candidates, position):
+    """Up to K different candidates: the message's targets, then uniformly row floor(rows mix(position, q) / 2^32) for
+    q = 1, 2, ..., unless it is taken or no candidate; all of them where there are K or fewer. Items that enter inside
+    the message count, too. Returns how many, and how many of them were not drawn: a stratum of its own, so that the
+    sum over the candidates stays unbiased."""
     count = 0
     if candidates <= steps.negatives:
         for row in range(rows):
@@ -735,7 +822,14 @@ def _draw(m, w, steps, rows, candidates, position):
                 w.cand[count] = row
                 count += 1
                 w.slot[row] = count
-        return count
+        return count, 0
+    for b in range(x.count):
+        row = w.target[b]
+        if m.flags[row] & (ACTIVE | ENTERING) and w.slot[row] == 0 and 2 * count < steps.negatives:
+            w.cand[count] = row
+            count += 1
+            w.slot[row] = count
+    named = count
     base = _mix(np.uint64(position) * GOLDEN + np.uint64(steps.seed) * SEED_STRIDE)
     for q in range(16 * steps.negatives):
         x = _mix(base + np.uint64(q + 1) * GOLDEN)
@@ -746,12 +840,12 @@ def _draw(m, w, steps, rows, candidates, position):
             w.slot[row] = count
             if count == steps.negatives:
                 break
-    return count
+    return count, named
 
 
 @nb.njit(**INNER)
 def _gather(m, w, count):
-    """The vectors of the candidates side by side: (count, D + T)."""
+    """The vectors of the candidates side by side: (count, D + T); their beta."""
     dim = m.phi.shape[1]
     for c in range(count):
         if c + 4 < count:
@@ -763,17 +857,18 @@ def _gather(m, w, count):
         row = w.cand[c]
         w.item[c, :dim] = m.phi[row]
         w.item[c, dim:] = m.e[row]
+        w.beta[c] = m.rec[row].beta
 
 
 @nb.njit(**INNER)
-def _user_side(m, w, x, steps, project, entry_row, entry_at, entries):
+def _user_side(m, w, x, steps, entry_row, entry_at, entries):
     """The users' vectors, example by example; items that enter inside the message get their start on the way."""
     done = 0
     dim = m.phi.shape[1]
     coefficient = np.empty((2, x.history_item.shape[1]), np.float32)
     for b in range(x.count):
         while done < entries and entry_at[done] <= 2 * b:
-            start_row(m, entry_row[done], project, steps.start)
+            start_row(m, entry_row[done], steps.start)
             m.flags[entry_row[done]] |= STARTING
             done += 1
         w.go[b] = x.label[b] == 1 and m.flags[w.target[b]] & (ACTIVE | STARTING) != 0
@@ -799,15 +894,19 @@ def _user_side(m, w, x, steps, project, entry_row, entry_at, entries):
         if x.text_on[b]:
             own_text(m.mu, x.text[b], x.text_weight[b], w.text[b, 2])
         w.user[b, :dim] = w.z[b]
+        w.since[b] = 1 + w.gap[b, 0] if used > 0 else 0
+        w.length[b] = coefficients(m.theta, w.since[b], used, w.coefficient[b])
         for h in range(TEXT_HEADS):
-            a = m.theta[T_TEXT + h]
+            a = w.coefficient[b, T_TEXT + h]
             for d in range(m.e.shape[1]):
                 w.words[b, d] += a * w.text[b, h, d]
     w.user[: x.count, dim:] = adapted(m, w.words[: x.count])
     while done < entries:
-        start_row(m, entry_row[done], project, steps.start)
+        start_row(m, entry_row[done], steps.start)
         m.flags[entry_row[done]] |= STARTING
         done += 1
+    n = x.count
+    map_user(m, w.z[:n], w.text[:n], w.unit, w.user[:n, dim:])
 
 
 @nb.njit(**INNER)
@@ -859,14 +958,14 @@ def _target_score(m, w, x, b):
     """s of the target from the state now; its features stay in w.feature_i."""
     target = w.target[b]
     dim = m.phi.shape[1]
-    total = bias_of(m, target, x.ts[b], w.feature_i[b])
+    total = bias_of(m, target, x.ts[b], w.coefficient[b], w.feature_i[b])
     learnt = f4(0)
     for d in range(dim):
         learnt += m.phi[target, d] * w.user[b, d]
     text = f4(0)
     for d in range(m.e.shape[1]):
         text += m.e[target, d] * w.user[b, dim + d]
-    return total + learnt + text + m.theta[T_NEIGHBOUR] * w.cooc_i[b]
+    return total + learnt + text + w.coefficient[b, T_NEIGHBOUR] * w.cooc_i[b]
 
 
 @nb.njit(**INNER)
@@ -900,8 +999,8 @@ def _rank(m, w, x, b, dense, rows, o):
 @nb.njit(**INNER)
 def _rank_candidates(m, w, ts, target, dense, rows, o, b):
     """The body of `_rank`: w.score holds the co-occurrence sums. Mid-ranks: 1 + #greater + ties / 2."""
-    a_k = m.theta[T_NEIGHBOUR]
-    bias_all(m, rows, ts, w.bias_j, w.popularity)
+    a_k = w.coefficient[b, T_NEIGHBOUR]
+    _bias_all(m, rows, ts, w.coefficient[b], w.bias_j, w.popularity)
     top = f4(-1e30)
     for j in range(rows):
         s = w.bias_j[j] + dense[j] + a_k * w.score[j] * m.rec[j].damping
@@ -986,13 +1085,13 @@ def _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts,
         m.scalar[CLOCK] = max(m.scalar[CLOCK], x.ts[b])
         block = b // steps.refresh
         if b % steps.refresh == 0:
-            _bias_candidates(m, w.cand[:count], x.ts[b], w.column, w.feature[block], w.bias[block])
+            _feature_candidates(m, w.cand[:count], x.ts[b], w.column, w.feature[block])
         while done < entries and entry_at[done] <= 2 * b:
             row = entry_row[done]
             activate(m, row, entry_ts[done])
             mark(m, row, DIRTY_DENSE | DIRTY_STATIC, record_bytes)
             if w.slot[row] > 0:
-                w.bias[block, w.slot[row] - 1] = bias_of(m, row, x.ts[b], feature)
+                bias_of(m, row, x.ts[b], m.theta, feature)
                 w.feature[block, :, w.slot[row] - 1] = feature[:, 0]
             done += 1
         used = x.history_count[b]
@@ -1005,7 +1104,9 @@ def _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts,
                 taken += 1
             links = _neighbours(m, w, x, b, steps, count, links)
             w.score_i[b] = _target_score(m, w, x, b)
-        count_event(m, w.target[b], x.label[b] == 1, x.ts[b], w.history[b, :used], record_bytes)
+        count_event(
+            m, w.target[b], x.label[b] == 1, x.ts[b], w.history[b, :used], steps.backward, record_bytes
+        )  # fmt: skip
     while done < entries:
         activate(m, entry_row[done], entry_ts[done])
         mark(m, entry_row[done], DIRTY_DENSE | DIRTY_STATIC, record_bytes)
@@ -1022,20 +1123,24 @@ def _close(w, row, g, logit):
 
 
 @nb.njit(**INNER)
-def _loss(m, w, x, steps, count, score, weight, entry_row, entry_at):
+def _loss(m, w, x, steps, count, named, score, weight, entry_row, entry_at):
     """Softmax cross-entropy: turns the scores (B, count) of the candidates into g_j, fills w.grad_i.
 
-    weight: n / K of each candidate. The target, the carried history and items that enter later are no negatives.
+    weight: n / K of each candidate but the first `named`, which weigh 1. The target, the carried history and items
+    that enter later are no negatives.
     """
-    a_k = m.theta[T_NEIGHBOUR]
     for b in range(x.count):
         g = score[b]
         logit = w.logit[b]
         if not w.go[b]:
             g[:] = 0
+            w.grad_i[b] = 0
             continue
         cooc = w.cooc[b]
-        bias = w.bias[b // steps.refresh]
+        bias = w.bias
+        bias[:count] = w.beta[:count]
+        _add_bias(w.feature[b // steps.refresh], count, w.coefficient[b], bias)
+        a_k = w.coefficient[b, T_NEIGHBOUR]
         top = w.score_i[b]
         for c in range(count):
             g[c] += bias[c] + a_k * cooc[c]
@@ -1043,6 +1148,9 @@ def _loss(m, w, x, steps, count, score, weight, entry_row, entry_at):
             top = max(top, g[c])
         for c in range(count):
             g[c] = _exp(g[c] - top) * weight
+        for c in range(named):
+            g[c] /= weight
+            logit[c] -= np.log(weight)
         _close(w, w.target[b], g, logit)
         for q in range(len(entry_row)):
             if entry_at[q] > 2 * b:
@@ -1065,6 +1173,7 @@ def _loss(m, w, x, steps, count, score, weight, entry_row, entry_at):
 def _history_gradients(m, w, x, b, steps, count, g, dz, touched):
     """Gradients that reach the history: y_k (into step_y), om, ta, oK, tK, aK. Returns rows of step_y in use."""
     theta = m.theta
+    a_k = w.coefficient[b, T_NEIGHBOUR]
     g_i = w.grad_i[b]
     used = x.history_count[b]
     total = g_i * w.cooc_i[b]
@@ -1072,13 +1181,13 @@ def _history_gradients(m, w, x, b, steps, count, g, dz, touched):
         total += g[c] * w.cooc[b, c]
         w.weight_c[c + 1] = g[c] * m.rec[w.cand[c]].damping
     w.weight_c[count + 1] = g_i * w.damping_i[b]
-    w.theta[T_NEIGHBOUR] += total
+    w.slope[b, T_NEIGHBOUR] = total
     for q in range(min(used, steps.cooccurrence_history)):
         k = w.history[b, q]
         slope = f4(0)
         for r in range(w.link_start[b, q], w.link_start[b, q + 1]):
             slope += w.weight_c[w.link_slot[r]] * w.link_value[r]
-        slope *= m.rec[k].damping * w.norm_k[b] * x.history_weight[b, q] * theta[T_NEIGHBOUR]
+        slope *= m.rec[k].damping * w.norm_k[b] * x.history_weight[b, q] * a_k
         a = w.age[b, q]
         gap = w.gap[b, q]
         w.theta[T_AGE_K + a] += slope * theta[T_GAP_K + gap]
@@ -1108,37 +1217,69 @@ def _history_gradients(m, w, x, b, steps, count, g, dz, touched):
 
 
 @nb.njit(**INNER)
-def _gradients(m, w, x, steps, count, g):
-    """Sums the message's gradients; g (B, count). Returns (rows of step_phi, rows of step_y)."""
+def _map_gradients(m, w, x, steps, users):
+    """Steps M; completes the users' gradients in users (B, D + T), sum_j g_j phi_j | sum_j g_j e_j: by the targets' e,
+    for zC by what reaches it through M, for the texts by the metric."""
+    n = x.count
     dim = m.phi.shape[1]
-    users = np.dot(g, w.item[:count])  # (B, D + T): sum_j g_j phi_j | sum_j g_j e_j
-    for b in range(x.count):
-        if w.go[b]:
-            for d in range(m.e.shape[1]):
-                users[b, dim + d] += w.grad_i[b] * m.e[w.target[b], d]
-    users[:, dim:] = adapted(m, np.ascontiguousarray(users[:, dim:]))
+    for b in range(n):
+        for d in range(m.e.shape[1]):
+            users[b, dim + d] += w.grad_i[b] * m.e[w.target[b], d]
+    texts = np.ascontiguousarray(users[:, dim:])
+    users[:, :dim] += np.dot(texts, m.map[:dim].T)
+    users[:, dim:] = adapted(m, texts)
+    step = np.dot(w.unit[:n].T, texts)
+    for u in range(len(step)):
+        total = f4(0)
+        for d in range(step.shape[1]):
+            total += step[u, d] * step[u, d]
+        if total == 0:
+            continue
+        m.map_square[u] += total / f4(step.shape[1])
+        rate = f4(steps.lr_map) / np.sqrt(m.map_square[u])
+        for d in range(step.shape[1]):
+            m.map[u, d] += rate * step[u, d]
+        m.map_dirty[u // dim] = 1
+
+
+@nb.njit(**INNER)
+def _coefficient_gradients(m, w, x, b, steps, count, g, text):
+    """Gradients of the example's coefficients, into the three vectors that they are the sum of. text: (T,)."""
+    slope = w.slope[b]
+    for q in range(FEATURES):
+        feature = w.feature[b // steps.refresh, q]
+        total = w.grad_i[b] * w.feature_i[b, q, 0]
+        for c in range(count):
+            total += g[c] * feature[c]
+        slope[q] = total
+    for h in range(TEXT_HEADS):
+        total = f4(0)
+        for d in range(len(text)):
+            total += text[d] * w.text[b, h, d]
+        slope[T_TEXT + h] = total
+    for q in range(COEFFICIENTS):
+        w.theta[q] += slope[q]
+        w.theta[T_SINCE + w.since[b] * COEFFICIENTS + q] += slope[q]
+        w.theta[T_LENGTH + w.length[b] * COEFFICIENTS + q] += slope[q]
+
+
+@nb.njit(**INNER)
+def _gradients(m, w, x, steps, count, g):
+    """Sums the message's gradients, and steps M; g (B, count). Returns (rows of step_phi, rows of step_y)."""
+    dim = m.phi.shape[1]
+    users = np.dot(g, w.item[:count])
     items = np.dot(g.T, w.z[: x.count])  # (count, D)
     w.theta[:] = 0
     w.step_beta[:count] = 0
-    for start in range(0, x.count, steps.refresh):
-        total = w.weight_c[:count]
-        total[:] = 0
-        for b in range(start, min(x.count, start + steps.refresh)):
-            for c in range(count):
-                total[c] += g[b, c]
-        for q in range(FEATURES):
-            feature = w.feature[start // steps.refresh, q]
-            slope = f4(0)
-            for c in range(count):
-                slope += total[c] * feature[c]
-            w.theta[T_FEATURE + q] += slope
+    for b in range(x.count):
         for c in range(count):
-            w.step_beta[c] += total[c]
+            w.step_beta[c] += g[b, c]
     for c in range(count):
         w.row_phi[c] = w.cand[c]
         w.step_phi[c] = items[c]
     touched = count
     touched_y = 0
+    _map_gradients(m, w, x, steps, users)
     for b in range(x.count):
         if not w.go[b]:
             continue
@@ -1156,14 +1297,8 @@ def _gradients(m, w, x, steps, count, g):
         for d in range(dim):
             w.step_phi[at, d] += g_i * w.z[b, d]
             dz[d] += g_i * m.phi[target, d]
-        for q in range(FEATURES):
-            w.theta[T_FEATURE + q] += g_i * w.feature_i[b, q, 0]
-        for h in range(TEXT_HEADS):
-            total = f4(0)
-            for d in range(m.e.shape[1]):
-                total += users[b, dim + d] * w.text[b, h, d]
-            w.theta[T_TEXT + h] += total
         touched_y = _history_gradients(m, w, x, b, steps, count, g[b], dz, touched_y)
+        _coefficient_gradients(m, w, x, b, steps, count, g[b], users[b, dim:])
     return touched, touched_y
 
 
@@ -1204,18 +1339,18 @@ def _step_rows(m, w, steps, touched, touched_y, record_bytes):
         d_q = w.theta[q]
         if d_q != 0:
             m.square[q] += d_q * d_q
-            rate = f4(steps.lr_scale) if q < T_AGE else f4(steps.lr_decay)
+            rate = f4(steps.lr_scale) if q < T_AGE else f4(steps.lr_decay) if q < T_SINCE else f4(steps.lr_setting)
             m.theta[q] += rate * d_q / np.sqrt(m.square[q])
-            if q >= T_AGE:
+            if q >= T_AGE and q < T_SINCE:
                 m.theta[q] = max(f4(0), m.theta[q])
 
 
 @nb.njit(**OPTIONS)
-def learn_message(m, w, x, o, steps, project, entry_row, entry_at, entry_ts, position, record_bytes):
+def learn_message(m, w, x, o, steps, entry_row, entry_at, entry_ts, position, record_bytes):
     """One micro-batch. w.target and w.history hold rows; entries are rows that become candidates inside the message,
     before example b (entry_at 2 b) or right after it (2 b + 1), in order.
 
-    Returns (examples with a gradient, candidates drawn, candidates that they were drawn from).
+    Returns (examples with a gradient, candidates, what each of them weighs that is not the message's target).
     """
     rows = np.int64(m.scalar[ROWS])
     if m.scalar[CLOCK] < 0:
@@ -1225,17 +1360,18 @@ def learn_message(m, w, x, o, steps, project, entry_row, entry_at, entry_ts, pos
     for q in range(entries):
         m.flags[entry_row[q]] |= ENTERING
     candidates = m.scalar[ACTIVES] + entries
-    count = _draw(m, w, steps, rows, candidates, position)
-    _user_side(m, w, x, steps, project, entry_row, entry_at, entries)
+    count, named = _draw(m, w, x, steps, rows, candidates, position)
+    _user_side(m, w, x, steps, entry_row, entry_at, entries)
     _gather(m, w, count)
     slope = _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts, entries, record_bytes)
     learnt = 0
     for b in range(x.count):
         learnt += w.go[b]
     touched = count
+    weight = f4((candidates - named) / max(1, count - named))
     if learnt > 0 and count > 0:
         score = np.dot(w.user[: x.count], w.item[:count].T)
-        _loss(m, w, x, steps, count, score, f4(candidates / count), entry_row, entry_at)
+        _loss(m, w, x, steps, count, named, score, weight, entry_row, entry_at)
         touched, touched_y = _gradients(m, w, x, steps, count, score)
         _step_rows(m, w, steps, touched, touched_y, record_bytes)
     else:
@@ -1246,7 +1382,7 @@ def learn_message(m, w, x, o, steps, project, entry_row, entry_at, entry_ts, pos
         m.scalar[SHARP_SQUARE] += slope * slope
         m.scalar[SHARP] += steps.lr_sharp * slope / np.sqrt(m.scalar[SHARP_SQUARE])
         m.scalar[SHARP] = max(0.05, m.scalar[SHARP])
-    return learnt, count, candidates
+    return learnt, count, weight
 
 
 # --- replicas -----------------------------------------------------------------------------------------------------
@@ -1269,13 +1405,16 @@ def apply_neighbours(m, words, values, starts, sizes):
 
 
 @nb.njit(**OPTIONS)
-def score_rows(m, rows, history, ck, z, v, bias, excluded, out):
-    """s_j of every row into out (rows,); CLOSED where it is no candidate or excluded (keys).
+def score_rows(m, rows, history, ck, z, v, coefficient, feature, excluded, out):
+    """s_j of every row into out (rows,); CLOSED where it is no candidate or excluded (keys). feature: (FEATURES, N).
 
     Returns (sum_j exp(a (s_j - top)), top).
     """
     neighbour_scores(m, history, ck, out)
-    a_k = m.theta[T_NEIGHBOUR]
+    a_k = coefficient[T_NEIGHBOUR]
+    for j in range(rows):
+        out[j] = m.rec[j].beta + a_k * out[j] * m.rec[j].damping
+    _add_bias(feature, rows, coefficient, out)
     for j in range(rows):
         phi = m.phi[j]
         learnt = f4(0)
@@ -1285,7 +1424,7 @@ def score_rows(m, rows, history, ck, z, v, bias, excluded, out):
         text = f4(0)
         for d in range(len(v)):
             text += e[d] * v[d]
-        s = bias[j] + a_k * out[j] * m.rec[j].damping + learnt + text
+        s = out[j] + learnt + text
         out[j] = s if m.flags[j] & ACTIVE else f4(CLOSED)
     for q in range(len(excluded)):
         row = find(m.table_key, m.table_row, excluded[q])

@@ -7,7 +7,6 @@ loaded again at any message boundary in between, and whenever `take_dirty` was c
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -31,7 +30,7 @@ class LearnerConfig:
     dim: int = 64  # D of the learnt block
     text_dim: int = 384  # T, the encoder's
     negatives: int = 512  # K candidates drawn a message, shared by its examples
-    neighbours_max: int = 256  # M co-occurring items kept an item, 8 B each
+    neighbours_max: int = 384  # M co-occurring items kept an item, 8 B each
     history_max: int = 100  # L history entries an example
     cooccurrence_history: int = 32  # of these in the co-occurrence block
     y_history: int = 32  # of these whose y gets a gradient
@@ -43,7 +42,10 @@ class LearnerConfig:
     lr_beta: float = 0.02
     lr_scale: float = 0.2  # w, aT, aX, aK
     lr_decay: float = 0.05  # om, ta, oK, tK
+    lr_setting: float = 0.05  # what w, aT, aX, aK differ by, by gap and by length of the history
+    lr_map: float = 0.02  # M
     lr_sharp: float = 0.1  # the calibration a
+    backward: float = 0.7  # what an item counts as the neighbour of one that came after it; of one before it: 1
     start: float = 0.1  # length of phi and y at entry, a dimension
 
     def __post_init__(self) -> None:
@@ -74,7 +76,8 @@ class Outcome:
 class Problem(NamedTuple):
     """The softmax of one message, text apart: n examples against the K candidates that they share.
 
-    s_bj = offset_bj + <words_b, M e_j> with the adapter's metric M; each candidate weighs exp(log_weight).
+    s_bj = offset_bj + <words_b, M e_j> with the adapter's metric M; each candidate weighs exp(log_weight), and the
+    message's targets, which weigh 1, have that much less in their offset.
     """
 
     words: Array  # (n, T) float32: sum_h a_h zT_h
@@ -93,13 +96,14 @@ class Learner:
         self.matrix = ItemMatrix(config.dim, config.text_dim, config.neighbours_max)
         self._steps = kernels.Steps(
             config.negatives, config.cooccurrence_history, config.y_history, config.seed, config.refresh_examples,
-            config.lr_phi, config.lr_y, config.lr_beta, config.lr_scale, config.lr_decay, config.lr_sharp, config.start,
+            config.lr_phi, config.lr_y, config.lr_beta, config.lr_scale, config.lr_decay,
+            config.lr_setting, config.lr_map, config.lr_sharp, config.start,
+            config.backward,
         )  # fmt: skip
-        self._project = _orthonormal(config.dim, config.text_dim)
         self._heap: list[tuple[float, int, int]] = []  # (ts, order, key) of pending items; stale ones are skipped
         self._dirty_pending: set[int] = set()
         self._dirty_adapter = False
-        self._drawn = (0, 0, 0.0)  # of the last message: examples (0: no gradient), candidates, out of how many
+        self._drawn = (0, 0, 0.0)  # of the last message: examples (0: no gradient), candidates, what each weighs
         self._work = _new_work(config, self._capacity)
         self._outcomes = _new_outcomes(config.message_examples_max)
 
@@ -131,7 +135,7 @@ class Learner:
             item = PendingItem(key, item_id, text, vector, ts or 0.0, order)
             fresh = self._describe(item)
             m = self.matrix.arrays
-            kernels.start_row(m, fresh, self._project, self.config.start)
+            kernels.start_row(m, fresh, self.config.start)
             kernels.activate(m, fresh, ts or max(0.0, self.matrix.clock))
             self.matrix.mark(fresh, kernels.DIRTY_STATIC | kernels.DIRTY_DENSE)
         else:
@@ -206,30 +210,28 @@ class Learner:
             if len(self._work.slot) != self._capacity:
                 target, history = self._work.target, self._work.history
                 self._work = _new_work(self.config, self._capacity)._replace(target=target, history=history)
-            learnt, count, candidates = kernels.learn_message(
-                self.matrix.arrays, self._work, examples, self._outcomes, self._steps, self._project,
+            learnt, count, weight = kernels.learn_message(
+                self.matrix.arrays, self._work, examples, self._outcomes, self._steps,
                 rows, times, stamps, position, self.matrix.record_bytes,
             )  # fmt: skip
-            self._drawn = (n if learnt else 0, count, candidates)
+            self._drawn = (n if learnt else 0, count, float(weight))
             self.matrix.version += 1
         return self._outcome(n)
 
     def problem(self) -> Problem | None:
         """What the loss of the last message was made of; None where it had none, or no text."""
-        n, count, candidates = self._drawn
+        n, count, weight = self._drawn
         if not (n and count):
             return None
         w, m, dim = self._work, self.matrix.arrays, self.config.dim
         told = np.flatnonzero(w.go[:n] & w.words[:n].any(axis=1))
         if not len(told):
             return None
-        target, texts = w.target[told], w.user[told, dim:]
+        target, texts = w.target[told], self.matrix.adapted(w.words[told])
         offset = w.logit[told, :count]
         offset = np.where(offset > kernels.CLOSED, offset - texts @ w.item[:count, dim:].T, offset)
         offset_target = w.score_i[told] - (m.e[target] * texts).sum(axis=1)
-        return Problem(
-            w.words[told], target, w.cand[:count].copy(), offset, offset_target, float(np.log(candidates / count))
-        )
+        return Problem(w.words[told], target, w.cand[:count].copy(), offset, offset_target, float(np.log(weight)))
 
     def _schedule(self, examples: Examples) -> tuple[Array, Array, Array]:
         """Gives every key of the message a row, and says which items become candidates inside it.
@@ -329,6 +331,7 @@ class Learner:
         for key in sorted(self._dirty_pending):
             item = self.pending.get(key)
             taken.update([self.matrix.pack_pending(item) if item else (row_key(PENDING, key), None)])
+        taken.update(self.matrix.pack_maps(np.flatnonzero(m.map_dirty).tolist()))
         taken.update([self.matrix.pack_globals()])
         if self._dirty_adapter:
             taken.update([self.matrix.pack_adapter()])
@@ -339,6 +342,7 @@ class Learner:
         m = self.matrix.arrays
         m.dirty[:] = 0
         m.dirty_total[:] = 0
+        m.map_dirty[:] = 0
         self._dirty_pending.clear()
         self._dirty_adapter = False
 
@@ -355,19 +359,12 @@ class Learner:
         return self.matrix.digest()
 
 
-@cache
-def _orthonormal(dim: int, text_dim: int) -> Array:
-    """P: (D, T) float32, fixed, random, orthonormal rows (columns, where D > T)."""
-    shape = (max(dim, text_dim), min(dim, text_dim))
-    q = np.linalg.qr(np.random.default_rng(1).standard_normal(shape))[0]
-    return np.ascontiguousarray(q.T if dim <= text_dim else q, np.float32)
-
-
 def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
     b, k, length = config.message_examples_max, config.negatives, config.history_max
     d, t = config.dim, config.text_dim
     near = min(length, config.cooccurrence_history)
     blocks = -(-b // config.refresh_examples)
+    coefficients = kernels.COEFFICIENTS
     links = b * near * config.neighbours_max + config.neighbours_max
 
     def f(*shape: int) -> Array:
@@ -379,9 +376,11 @@ def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
     return kernels.Work(
         target=i(b), history=i(b, length), go=np.zeros(b, np.bool_), wt=f(b, length), ck=f(b, length),
         age=i(b, length), gap=i(b, length), norm=f(b), norm_k=f(b), z=f(b, d), user=f(b, d + t),
-        text=f(b, kernels.TEXT_HEADS, t), words=f(b, t), logit=f(b, k),
+        text=f(b, kernels.TEXT_HEADS, t), words=f(b, t), logit=f(b, k), unit=f(b, 4 * d + 1),
+        since=i(b), length=i(b),
+        coefficient=f(b, coefficients), slope=f(b, coefficients),
         slot=np.zeros(capacity, np.int16), cand=i(k), item=f(k, d + t),
-        column=f(kernels.COLUMNS, k), feature=f(blocks, kernels.FEATURES, k), bias=f(blocks, k),
+        column=f(kernels.COLUMNS, k), feature=f(blocks, kernels.FEATURES, k), beta=f(k), bias=f(k),
         feature_i=f(b, kernels.FEATURES, 1), score_i=f(b),
         cooc=f(b, k + 2), cooc_i=f(b),
         damping_i=f(b), link_slot=i(links), link_value=f(links), link_start=i(b, near + 1),

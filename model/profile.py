@@ -50,7 +50,8 @@ class Profile:
     ck: Array  # (m',) float32: of the co-occurrence block, without aK
     text: Array  # (3, T) float32: zT of the history for g = .7 and .97, zX of the user's words
     text_coefficient: Array  # (2, m') float32: zT_h = sum_k text_coefficient[h, k] (e_k - mu)
-    v: Array  # (T,) float32: the metric times sum_h aT_h zT_h + aX zX, to be multiplied with e_j
+    coefficient: Array  # (COEFFICIENTS,) float32: w, aT, aX, aK of a user like this
+    v: Array  # (T,) float32: the metric times sum_h aT_h zT_h + aX zX, plus u M, to be multiplied with e_j
 
 
 def profile_of(matrix: ItemMatrix, user: User, now: float, cooccurrence_history: int = COOCCURRENCE_HISTORY) -> Profile:
@@ -71,5 +72,18 @@ def profile_of(matrix: ItemMatrix, user: User, now: float, cooccurrence_history:
     if user.text is not None and user.text_weight > 0:
         words = np.ascontiguousarray(user.text, np.float32)
         kernels.own_text(m.mu, words, np.float32(user.text_weight), text[2])
-    heads = m.theta[kernels.T_TEXT : kernels.T_NEIGHBOUR]
-    return Profile(entry, rows, z, wt, ck, text, coefficient, matrix.adapted(heads @ text))
+    own = np.zeros(kernels.COEFFICIENTS, np.float32)
+    kernels.coefficients(m.theta, 1 + int(bucket[1, 0]) if used else 0, used, own)
+    v = matrix.adapted(own[kernels.T_TEXT : kernels.T_NEIGHBOUR] @ text)[None, :]
+    kernels.map_user(m, z[None, :], text[None, :], np.zeros((1, len(m.map)), np.float32), v)
+    return Profile(entry, rows, z, wt, ck, text, coefficient, own, v[0])
+
+
+def text_terms(matrix: ItemMatrix, profile: Profile, head: int, vectors: Array) -> Array:
+    """(n, T): what vectors (n, T), each a part of this text head's vector (zT_h, or zX: 2), add to v."""
+    m = matrix.arrays
+    first = matrix.dim * (1 + head)
+    scale = np.float32(np.sqrt(matrix.text_dim / matrix.dim))
+    lifted = (vectors @ m.project.T) * scale @ m.map[first : first + matrix.dim]
+    terms: Array = profile.coefficient[kernels.T_TEXT + head] * matrix.adapted(vectors) + lifted
+    return terms

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from model import kernels
 from model.items import ItemMatrix
-from model.profile import COOCCURRENCE_HISTORY, Profile, User, profile_of
+from model.profile import COOCCURRENCE_HISTORY, Profile, User, profile_of, text_terms
 
 Array = npt.NDArray[Any]
 
@@ -39,7 +39,7 @@ class Scored:
 class Bias:
     """What the item's score owes to no event of the user, in logits; `total` is their sum."""
 
-    constant: float  # a beta_j
+    constant: float  # a (beta_j + M's constant row . e_j)
     popularity: float
     age: float
     recency: float
@@ -52,7 +52,7 @@ class Term:
     """What one entry of the history adds, in logits; `total` is the sum of the three heads."""
 
     entry: int  # index in the user's history, 0 the newest
-    learnt: float  # <wt_k y_k, phi_j>
+    learnt: float  # <wt_k y_k, phi_j + M e_j>
     cooccurrence: float
     text: float  # the text of the entry's item against this item's
     total: float
@@ -75,8 +75,8 @@ class Explanation:
 class Ranker:
     """Ranks users over one item matrix (the learner's own, or a replica). Not safe for concurrent use.
 
-    The bias does not depend on the user: it is taken once a tick, that is when the matrix has changed or `now` has
-    moved by `tick_s` since.
+    The items' features do not depend on the user: they are taken once a tick, that is when the matrix has changed or
+    `now` has moved by `tick_s` since.
     """
 
     def __init__(
@@ -86,9 +86,8 @@ class Ranker:
         self.tick_s = tick_s
         self.cooccurrence_history = cooccurrence_history
         self._tick: tuple[int, float] | None = None  # (matrix version, now)
-        self._bias = np.zeros(0, np.float32)
+        self._feature = np.zeros((kernels.FEATURES, 0), np.float32)
         self._score = np.zeros(0, np.float32)
-        self._no_popularity = np.zeros((0, 0), np.float32)
 
     @property
     def bias_at(self) -> float:
@@ -150,38 +149,38 @@ class Ranker:
         m = self.matrix.arrays
         sharp = np.float32(m.scalar[kernels.SHARP])
         near = profile.row[: self.cooccurrence_history]
-        a_near, a_far, _ = m.theta[kernels.T_TEXT : kernels.T_NEIGHBOUR]
         heads = np.zeros((3, len(rows), len(profile.row)), np.float32)
-        heads[0] = (m.phi[rows] @ m.y[profile.row].T) * profile.wt
+        learnt = m.phi[rows] + m.e[rows] @ m.map[: self.matrix.dim].T
+        heads[0] = (learnt @ m.y[profile.row].T) * profile.wt
         for at, row in enumerate(rows):
             kernels.neighbour_terms(m, near, np.int32(row), heads[1, at])
         damping = m.rec["damping"][rows][:, None]
-        heads[1] *= profile.ck * (m.theta[kernels.T_NEIGHBOUR] * damping)
-        weight = a_near * profile.text_coefficient[0] + a_far * profile.text_coefficient[1]
-        heads[2] = (self.matrix.adapted(m.e[rows]) @ (m.e[profile.row] - m.mu).T) * weight
+        heads[1] *= profile.ck * (profile.coefficient[kernels.T_NEIGHBOUR] * damping)
+        for h, weight in enumerate(profile.text_coefficient):
+            texts = text_terms(self.matrix, profile, h, m.e[profile.row] - m.mu)
+            heads[2] += (m.e[rows] @ texts.T) * weight
         heads *= sharp
         return heads
 
     def _explain(self, user: User, profile: Profile, scored: Scored, heads: Array) -> Explanation:
         """heads: (3, m') of this item."""
         m = self.matrix.arrays
-        bias = self._bias_parts(scored.row, scored)
+        bias = self._bias_parts(profile, scored.row, scored)
         total = heads.sum(axis=0)
         terms = tuple(
             Term(*values) for values in zip(profile.entry.tolist(), *heads.tolist(), total.tolist(), strict=True)
         )
-        own = float(m.scalar[kernels.SHARP] * m.theta[kernels.T_NEIGHBOUR - 1])
-        comments, rest = self._own_terms(user, self.matrix.adapted(m.e[scored.row]), own)
+        comments, rest = self._own_terms(user, profile, m.e[scored.row])
         return Explanation(scored.key, scored.row, scored.logit, scored.score, bias, terms, comments, rest)
 
-    def _bias_parts(self, row: int, scored: Scored) -> Bias:
+    def _bias_parts(self, profile: Profile, row: int, scored: Scored) -> Bias:
         m = self.matrix.arrays
         sharp = float(m.scalar[kernels.SHARP])
         assert self._tick is not None
         feature = np.zeros((kernels.FEATURES, 1), np.float32)
-        kernels.bias_of(m, np.int32(row), self._tick[1], feature)
-        parts = sharp * (m.theta[: kernels.FEATURES] * feature[:, 0])
-        constant = sharp * float(m.rec[row]["beta"])
+        kernels.bias_of(m, np.int32(row), self._tick[1], profile.coefficient, feature)
+        parts = sharp * (profile.coefficient[: kernels.FEATURES] * feature[:, 0])
+        constant = sharp * float(m.rec[row]["beta"] + m.map[-1] @ m.e[row])
         popularity, age, recency = (
             float(parts[list(group)].sum()) for group in (POPULARITY_FEATURES, AGE_FEATURES, RECENCY_FEATURES)
         )
@@ -189,20 +188,19 @@ class Ranker:
         total = constant + popularity + age + recency + calibration
         return Bias(constant, popularity, age, recency, calibration, total)
 
-    def _own_terms(self, user: User, e: Array, gain: float) -> tuple[tuple[float, ...], float]:
-        """aX (w_c / W) <x_c - mu, e> sqrt(min(W, 4)) of each kept comment x_c, and of all older texts together.
-
-        e: e_j times the metric.
-        """
+    def _own_terms(self, user: User, profile: Profile, e: Array) -> tuple[tuple[float, ...], float]:
+        """(w_c / W) <aX (x_c - mu) + M's part, e_j> sqrt(min(W, 4)) of each kept comment x_c, and of all older texts
+        together."""
         if user.text is None or user.text_weight <= 0:
             return (), 0.0
         mu = self.matrix.arrays.mu
+        gain = float(self.matrix.arrays.scalar[kernels.SHARP])
         root = float(np.sqrt(min(user.text_weight, kernels.TEXT_WEIGHT_MAX)))
-        whole = gain * root * float((user.text - mu) @ e)
+        whole = gain * root * float((text_terms(self.matrix, profile, 2, (user.text - mu)[None, :]) @ e)[0])
         if user.comment is None:
             return (), whole
         share = user.comment_weight.astype(np.float64) * (gain * root / user.text_weight)
-        comments = tuple((share * ((user.comment - mu) @ e)).tolist())
+        comments = tuple((share * (text_terms(self.matrix, profile, 2, user.comment - mu) @ e)).tolist())
         return comments, whole - sum(comments)
 
     # --- scores ---
@@ -216,7 +214,7 @@ class Ranker:
         near = self.cooccurrence_history
         mass, top = kernels.score_rows(
             self.matrix.arrays, rows, profile.row[:near], profile.ck[:near], profile.z, profile.v,
-            self._bias[:rows], excluded, scores,
+            profile.coefficient, self._feature, excluded, scores,
         )  # fmt: skip
         return profile, scores, float(mass), float(top)
 
@@ -224,10 +222,11 @@ class Ranker:
         rows = len(self.matrix)
         if self._tick and self._tick[0] == self.matrix.version and 0 <= now - self._tick[1] < self.tick_s:
             return
-        if len(self._bias) < rows:
+        if len(self._score) < rows:
             capacity = len(self.matrix.arrays.key)
-            self._bias, self._score = np.zeros(capacity, np.float32), np.zeros(capacity, np.float32)
-        kernels.bias_all(self.matrix.arrays, rows, float(now), self._bias, self._no_popularity)
+            self._feature = np.zeros((kernels.FEATURES, capacity), np.float32)
+            self._score = np.zeros(capacity, np.float32)
+        kernels.features_all(self.matrix.arrays, rows, float(now), self._feature)
         self._tick = (self.matrix.version, float(now))
 
     def _scored(self, row: int, s: float, mass: float, top: float) -> Scored:

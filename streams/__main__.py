@@ -193,6 +193,7 @@ def evaluate(
     events: EventsFile,
     report: Annotated[Path | None, typer.Option(help="Write the report to this file, as JSON.")] = None,
     ranks: Annotated[Path | None, typer.Option(help="Write every test's rank to this file, one JSON a line.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report with plots to this file, as one page.")] = None,
     baselines: Annotated[str, typer.Option(help="all, none, or names with commas between.")] = "all",
     until: Annotated[int | None, typer.Option(min=1, help="Stop after about N events.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Save the state into this folder at the end.")] = None,
@@ -218,7 +219,7 @@ def evaluate(
         except ValueError as problem:
             raise typer.BadParameter(str(problem), param_hint="--baselines") from None
         options = tool.EvaluateOptions(
-            items=items, events=events, report=report, ranks=ranks, baselines=chosen, until=until,
+            items=items, events=events, report=report, ranks=ranks, html=html, baselines=chosen, until=until,
             checkpoint=checkpoint, resume=resume, cache=cache_dir() / "vectors",
         )  # fmt: skip
         encoder = Encoder(settings.encoder, device=settings.device)

@@ -24,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from model import baselines
-from model.evaluate import CREATED, LOW, SCORED, DriftMonitor, Metrics, Report, Trace, trace
+from model.evaluate import CREATED, LOW, SCORED, DriftMonitor, Metrics, Report, Trace, mcnemar, trace
 from model.examples import new_examples
 from model.learner import LearnerConfig, Outcome, warm_up
 from streams import codec, examples, pipeline
+from streams import report as html_report
 from streams.encoding import Encoder, item_vector
 from streams.events import Click, Comment, Item
 from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
@@ -56,6 +57,7 @@ class EvaluateOptions:
     events: Path
     report: Path | None = None
     ranks: Path | None = None
+    html: Path | None = None
     baselines: tuple[str, ...] = tuple(baselines.BASELINES)
     until: int | None = None  # events: stop at the last message that ends at or before it
     checkpoint: Path | None = None  # folder: save the state at the end
@@ -110,6 +112,8 @@ def evaluate(
     report = run.report(options.baselines, progress)
     if options.report is not None:
         options.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if options.html is not None:
+        options.html.write_text(html_report.render(report, run.records()), encoding="utf-8")
     if options.ranks is not None:
         run.write_ranks(options.ranks)
     return report
@@ -214,6 +218,7 @@ class Run:
         self._entered = 0  # items
         self._position = 0  # in the examples log
         self._started = 0
+        self._baselines: dict[str, Metrics] = {}
         self._learner_rows: dict[bytes, bytes] = {}
         self._item_vectors: dict[int, F4 | None] = {}
         self._text_vectors: dict[int, F4] = {}
@@ -347,15 +352,21 @@ class Run:
         }
         out.update(self._costs())
         reached = laid.head(self.done)
-        out["baselines"], out["baseline_variants"] = {}, {}
+        out["baselines"], out["baseline_variants"], out["significance"] = {}, {}, {}
         for done, name in enumerate(names):
             progress("baselines", done, len(names))
             best = baselines.run(name, reached)
             out["baselines"][name] = best.metrics.report()
             out["baseline_variants"][name] = best.variant
+            out["significance"][name] = mcnemar(self.rank[: self.done][tests], best.ranks[tests])._asdict()
+            self._baselines[name] = best.metrics
         if names:
             progress("baselines", len(names), len(names))
         return out
+
+    def records(self) -> dict[str, Array]:
+        """(tests,) TEST of the model and of each baseline of the report, in order of time."""
+        return {"model": self.metrics().records} | {name: m.records for name, m in self._baselines.items()}
 
     def digest(self) -> dict[str, str]:
         """Of the user rows, of the learner's state, and of both."""
@@ -483,6 +494,11 @@ def render(report: Report) -> str:
         )  # fmt: skip
         cells = (f"{'-':>10}" if figure is None else f"{figure:10.4f}" for figure in figures)
         lines.append(f"{name:14}" + "".join(cells))
+    for name, told in report["significance"].items():
+        line = f"against {name}: p {told['p']:.1e} of no difference"
+        if told["better"] is not None:
+            line += f"; better in {told['better']:.0%} of the windows, worse in {told['worse']:.0%}"
+        lines.append(line)
     lines += [f"best {name}: {variant}" for name, variant in report["baseline_variants"].items()]
     loss = report["model"]["log_loss"]
     lines.append(

@@ -18,7 +18,7 @@ from msgspec import UNSET, Meta, UnsetType
 from prometheus_client import CollectorRegistry, Histogram
 
 from model import kernels, texts
-from model.profile import Profile, User, profile_of
+from model.profile import Profile, User, profile_of, text_terms
 from model.ranker import Explanation as RankerExplanation
 from model.ranker import Ranker, Scored
 from state import rows
@@ -589,21 +589,24 @@ def _vectors(reader: Reader, profile: Profile) -> Vectors:
 
 def _parts(reader: Reader, profile: Profile) -> list[Part]:
     m = reader.view.ranker.matrix.arrays
-    near, far, own = m.theta[kernels.T_TEXT : kernels.T_NEIGHBOUR]
     positions = [reader.row.history_positions()[entry] for entry in profile.entry]
     learnt = profile.wt[:, None] * m.y[profile.row]
-    weight = near * profile.text_coefficient[0] + far * profile.text_coefficient[1]
-    item_texts = weight[:, None] * (m.e[profile.row] - m.mu)
+    matrix = reader.view.ranker.matrix
+    texts = m.e[profile.row] - m.mu
+    item_texts = np.zeros_like(texts)
+    for head, weight in enumerate(profile.text_coefficient):
+        item_texts += weight[:, None] * text_terms(matrix, profile, head, texts)
     parts = [
         _part(reader, "behaviour", profile.z, learnt, positions),
-        _part(reader, "item_texts", near * profile.text[0] + far * profile.text[1], item_texts, positions),
+        _part(reader, "item_texts", item_texts.sum(axis=0), item_texts, positions),
     ]
     user = reader.user
     if user.comment is not None:
         root = math.sqrt(min(user.text_weight, kernels.TEXT_WEIGHT_MAX)) / user.text_weight
-        words = own * np.float32(root) * user.comment_weight[:, None] * (user.comment - m.mu)
+        own = text_terms(matrix, profile, 2, user.comment - m.mu)
+        words = np.float32(root) * user.comment_weight[:, None] * own
         comments = [(c.topic, c.offset) for c in reader.comments]
-        parts.append(_part(reader, "own_words", own * profile.text[2], words, comments))
+        parts.append(_part(reader, "own_words", text_terms(matrix, profile, 2, profile.text[2:])[0], words, comments))
     ck = profile.ck
     parts.append(_part(reader, "cooccurrence", ck, np.diag(ck), positions))
     return parts
@@ -640,8 +643,9 @@ def item(view: WorkerView, item_id: str) -> ItemView | None:
     m = matrix.arrays
     record = m.rec[row]
     feature = np.zeros((kernels.FEATURES, 1), np.float32)
+    coefficient = profile_of(matrix, User(), view.now()).coefficient
     return ItemView(
-        item_id, matrix.texts[row], float(kernels.bias_of(m, np.int32(row), view.now(), feature)),
+        item_id, matrix.texts[row], float(kernels.bias_of(m, np.int32(row), view.now(), coefficient, feature)),
         float(np.linalg.norm(m.phi[row])), matrix.is_active(row), round(float(record["count"])),
         float(record["evidence"]), float(record["entered_ts"]) or None, float(record["last_ts"]) or None,
     )  # fmt: skip

@@ -204,7 +204,7 @@ class Settings(BaseSettings):
         ge=1, le=16_384,
     )  # fmt: skip
     learner_neighbours_max: int = _setting(
-        256, "items", "Co-occurring items kept an item, 8 bytes each.", ge=1, le=4096
+        384, "items", "Co-occurring items kept an item, 8 bytes each.", ge=1, le=4096
     )
     learner_cooccurrence_history: int = _setting(
         32, "events", "Newest of a user's history that the co-occurrence block reads.", ge=1, le=100
@@ -221,6 +221,13 @@ class Settings(BaseSettings):
     learner_lr_beta: float = _setting(0.02, "step", "AdaGrad step of the items' biases.", gt=0, le=10)
     learner_lr_scale: float = _setting(0.2, "step", "AdaGrad step of the blocks' scales.", gt=0, le=10)
     learner_lr_decay: float = _setting(0.05, "step", "AdaGrad step of the age and gap weights.", gt=0, le=10)
+    learner_lr_setting: float = _setting(
+        0.05, "step", "AdaGrad step of what the scales differ by, by gap and by length of the history.", gt=0, le=10
+    )
+    learner_lr_map: float = _setting(0.02, "step", "AdaGrad step of the map from users to item texts.", gt=0, le=10)
+    learner_backward: float = _setting(
+        0.7, "share", "What an item counts as the neighbour of one that came after it; of one before it: 1.", ge=0, le=1
+    )
     learner_lr_sharp: float = _setting(0.1, "step", "AdaGrad step of the probabilities' sharpness.", gt=0, le=10)
 
     @field_validator("topic_prefix", "app_id")

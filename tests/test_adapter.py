@@ -46,8 +46,8 @@ def test_pack_round_trip_and_refusals() -> None:
 
 
 def test_learning_through_an_adapter_is_learning_from_mapped_vectors() -> None:
-    """With phi and y started at zero, the two differ by rounding alone."""
-    config, adapter = replace(SMALL, start=0.0), adapter_of(5)
+    """With phi and y started at zero, and no map to the texts as they are, the two differ by rounding alone."""
+    config, adapter = replace(SMALL, start=0.0, lr_map=0.0), adapter_of(5)
     through, mapped = Learner(config), Learner(config)
     through.adapt(adapter)
     enter_all(through)

@@ -144,6 +144,64 @@ def test_isgd_equals_its_formulas(laid: Trace) -> None:
     assert np.mean(got[scored] == expected[scored]) > 0.98
 
 
+def test_bpr_equals_its_formulas(laid: Trace) -> None:
+    rate, negatives = baselines.BPR_RATES[1], baselines.BPR_NEGATIVES[0]
+    random = np.random.default_rng(baselines.BPR_SEED)
+    p = 0.1 * random.standard_normal((laid.users, baselines.BPR_DIM))
+    q = 0.1 * random.standard_normal((ITEMS, baselines.BPR_DIM))
+    draws, bias, r = random.random(len(laid.kind)), np.zeros(ITEMS), baselines.BPR_REGULARISATION
+
+    def learn(k: int, history: list[int]) -> None:
+        u, i, j = int(laid.user[k]), int(laid.item[k]), int(draws[k] * laid.available[k])
+        if not is_positive(laid, k) or laid.available[k] == 0 or j == i or j in history:
+            return
+        before, apart = p[u].copy(), q[i] - q[j]
+        g = 1 / (1 + np.exp(bias[i] - bias[j] + before @ apart))
+        p[u] += rate * (g * apart - r * before)
+        q[i] += rate * (g * before - r * q[i])
+        q[j] -= rate * (g * before + r * q[j])
+        bias[i] += rate * (g - r * bias[i])
+        bias[j] -= rate * (g + r * bias[j])
+
+    expected = replay(laid, lambda k, history: q @ p[int(laid.user[k])] + bias, learn)
+    got = baselines.bpr(laid)[f"step {rate:g}, {negatives} negatives, {baselines.BPR_DIM} factors"]
+    scored = laid.kind == SCORED
+    assert np.mean(got[scored] == expected[scored]) > 0.97
+
+
+def test_ease_is_the_closed_form_of_all_that_came_before_its_last_fit(
+    laid: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "EASE_REFIT", 50)
+    strength = baselines.EASE_REGULARISATION[0]
+    x, b, taken = np.zeros((laid.users, ITEMS)), np.zeros((ITEMS, ITEMS)), [0]
+    known = np.zeros(ITEMS, np.bool_)
+    liked: dict[int, list[int]] = {}
+
+    def score(k: int, history: list[int]) -> Array:
+        total = b[liked.get(int(laid.user[k]), [])].sum(axis=0)
+        return np.where(known, total, -1e30)
+
+    def learn(k: int, history: list[int]) -> None:
+        if not is_positive(laid, k):
+            return
+        u, i = int(laid.user[k]), int(laid.item[k])
+        x[u, i] = 1
+        liked.setdefault(u, []).append(i)
+        taken[0] += 1
+        if taken[0] % 50 == 0:
+            inverse = np.linalg.inv(x.T @ x + strength * np.eye(ITEMS))
+            b[:] = -inverse / np.diag(inverse)
+            b[np.arange(ITEMS), np.arange(ITEMS)] = 0
+            known[:] = x.any(axis=0)
+
+    expected = replay(laid, score, learn)
+    got = baselines.ease(laid)[f"lambda {strength:g}"]
+    scored = laid.kind == SCORED
+    assert taken[0] > 150
+    assert np.mean(np.abs(got[scored] - expected[scored]) <= 0.5) > 0.98
+
+
 def plain(user: list[int], item: list[int], items: int) -> Trace:
     n = len(user)
     nothing = np.zeros(n, np.bool_)
@@ -189,5 +247,5 @@ def test_isgd_learns_tastes_better_than_chance() -> None:
 
 
 def test_unknown_baseline_is_an_error_that_names_the_known() -> None:
-    with pytest.raises(ValueError, match="popularity, last_touched, item_knn, isgd"):
+    with pytest.raises(ValueError, match="popularity, last_touched, item_knn, isgd, bpr, ease"):
         baselines.run("oracle", plain([0], [0], 1))

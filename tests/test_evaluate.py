@@ -15,11 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from river import metrics as river_metrics
+from scipy.stats import chi2
 
 from model.evaluate import (
     ASIDE,
     CREATED,
     LOW,
+    MCNEMAR_ALPHA,
+    MCNEMAR_CHI2,
     REPEAT,
     SCORED,
     UNKNOWN,
@@ -27,6 +30,7 @@ from model.evaluate import (
     LiveMetrics,
     Metrics,
     Trace,
+    mcnemar,
     trace,
 )
 from model.learner import LearnerConfig
@@ -391,6 +395,18 @@ def test_late_events_see_the_catalogue_of_the_newest_one(tmp_path: Path) -> None
     assert files.run(until=300)["events"] > 200
 
 
+def test_the_page_has_every_curve_and_needs_no_network(stream: Files, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    report = stream.run(html=page, baselines=("popularity", "last_touched"))
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<svg") == 4
+    assert "http" not in text and "<script" not in text
+    assert all(text.count(f">{name}</text>") == 4 for name in ("model", "popularity", "last_touched"))
+    assert f"{report['model']['ndcg@10']:.4f}" in text
+    assert set(report["significance"]) == {"popularity", "last_touched"}
+    assert 0 <= report["significance"]["popularity"]["p"] <= 1
+
+
 def test_report_and_ranks_tell_the_same_figures(stream: Files, tmp_path: Path) -> None:
     report = stream.run(report=tmp_path / "r.json", ranks=tmp_path / "ranks.jsonl", baselines=("popularity",))
     assert json.loads((tmp_path / "r.json").read_text()) == report
@@ -483,7 +499,7 @@ def test_item_vectors_of_producers_take_part(tmp_path: Path) -> None:
 
 
 def test_baseline_names_are_checked() -> None:
-    assert parse_baselines("all") == ("popularity", "last_touched", "item_knn", "isgd")
+    assert parse_baselines("all") == ("popularity", "last_touched", "item_knn", "isgd", "bpr", "ease")
     assert parse_baselines("none") == ()
     assert parse_baselines("isgd, popularity") == ("isgd", "popularity")
     with pytest.raises(ValueError, match="no baseline 'best'"):
@@ -544,3 +560,21 @@ def test_cache_is_bounded_and_forgets_the_oldest(tmp_path: Path) -> None:
     before = encoder.texts
     cache.encode(["text 24"], encoder.encode)
     assert encoder.texts == before
+
+
+def test_mcnemar_tells_a_difference_from_chance() -> None:
+    chance = np.random.default_rng(4)
+    even = chance.random((2, 4000)) < 0.3
+    ranks = np.where(even, 1.0, 50.0)
+    told = mcnemar(ranks[0], ranks[1])
+    assert told.only_first == int((even[0] & ~even[1]).sum())
+    alone = told.only_first + told.only_second
+    assert told.p == pytest.approx(chi2.sf((told.only_first - told.only_second) ** 2 / alone, 1))
+    assert told.p > 0.01
+    better = np.where(chance.random(4000) < 0.1, 1.0, ranks[0])
+    told = mcnemar(better, ranks[0])
+    assert told.only_second == 0 and told.p < 1e-9
+    assert (told.windows, told.better, told.worse) == (3001, 1.0, 0.0)
+    assert mcnemar(ranks[0], better).worse == 1.0
+    assert mcnemar(ranks[0][:999], ranks[0][:999]) == (0, 0, 1.0, 0, None, None)
+    assert chi2.isf(MCNEMAR_ALPHA, 1) == pytest.approx(MCNEMAR_CHI2, abs=1e-4)

@@ -62,7 +62,7 @@ def test_a_replica_grows_past_its_capacity_from_rows_alone() -> None:
 
 def test_a_row_of_another_version_is_refused_with_what_to_do() -> None:
     key, value = next(iter(learnt(1).matrix.rows()))
-    with pytest.raises(RowVersionError, match="row is v9, this build reads v1; deploy"):
+    with pytest.raises(RowVersionError, match="row is v9, this build reads v2; deploy"):
         replica().apply([(key, b"\x09" + value[1:])])
 
 
@@ -86,7 +86,7 @@ def test_a_row_that_never_was_complete_is_taken_back() -> None:
 
 def test_broken_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="no such kind"):
-        replica().apply([(b"zzz", b"\x01zzz")])
+        replica().apply([(b"zzz", b"\x02zzz")])
     tail = replica()
     rows = list(learnt(1).matrix.rows())
     tail.apply(rows)

@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 from model import kernels
 from model.examples import Examples, new_examples
 from model.items import ItemMatrix
-from model.kernels import AGES, FEATURES, GAPS, T_AGE, T_AGE_K, T_FEATURE, T_GAP, T_GAP_K, T_NEIGHBOUR, T_TEXT
+from model.kernels import (
+    COEFFICIENTS,
+    FEATURES,
+    T_AGE,
+    T_AGE_K,
+    T_FEATURE,
+    T_GAP,
+    T_GAP_K,
+    T_LENGTH,
+    T_NEIGHBOUR,
+    T_SINCE,
+    T_TEXT,
+)
 from model.learner import Learner, LearnerConfig, Outcome, warm_up
 from tests.model_stream import ITEMS, SMALL, START_TS, enter_all, stream, vector_of
 
@@ -50,7 +62,7 @@ class Reference:
         self.config, self.rows = learner.config, len(learner.matrix)
         self.theta = m.theta.astype(np.float64)
         self.phi, self.y, self.e = (part[: self.rows].astype(np.float64) for part in (m.phi, m.y, m.e))
-        self.mu = m.mu.astype(np.float64)
+        self.mu, self.map, self.project = (part.astype(np.float64) for part in (m.mu, m.map, m.project))
         self.rec = {name: m.rec[name][: self.rows].astype(np.float64) for name in kernels.RECORD.names or ()}
         self.counts = [
             dict(zip(m.neighbour[k, : m.length[k]].tolist(), m.weight[k, : m.length[k]].tolist(), strict=True))
@@ -104,27 +116,35 @@ class Reference:
         return [*out, own]
 
     def loss(
-        self, x: Examples, rows_of: Any, candidates: list[int], active: int, theta: Array, phi: Array, y: Array
-    ) -> float:
+        self, x: Examples, rows_of: Any, candidates: list[int], active: int, theta: Array, phi: Array, y: Array,
+        text_map: Array,
+    ) -> float:  # fmt: skip
         """Softmax cross-entropy of one message of one example."""
+        newest = 1 + int(kernels.gap_bucket(x.ts[0] - x.history_ts[0, 0]))
+        length = int(x.history_count[0]).bit_length()
+        firsts = (0, T_SINCE + newest * COEFFICIENTS, T_LENGTH + length * COEFFICIENTS)
+        own = np.sum([theta[at : at + COEFFICIENTS] for at in firsts], axis=0)
         target, history = rows_of(x.item[0]), [rows_of(key) for key in x.history_item[0, : x.history_count[0]]]
         wt, ck = self.coefficients(x, 0, theta)
         z = sum((w * y[k] for w, k in zip(wt, history, strict=True)), np.zeros(self.config.dim))
-        text = sum(theta[T_TEXT + h] * vector for h, vector in enumerate(self.texts(x, 0, history)))
+        texts = self.texts(x, 0, history)
+        scale = math.sqrt(self.config.text_dim / self.config.dim)
+        unit = np.concatenate([z, *(scale * self.project @ vector for vector in texts), [1.0]])
+        text = sum(own[T_TEXT + h] * vector for h, vector in enumerate(texts)) + unit @ text_map
 
         def score(j: int) -> float:
-            s = self.rec["beta"][j] + theta[T_FEATURE : T_FEATURE + FEATURES] @ self.features(j, x.ts[0])
+            s = self.rec["beta"][j] + own[T_FEATURE : T_FEATURE + FEATURES] @ self.features(j, x.ts[0])
             s += z @ phi[j] + text @ self.e[j]
             for c, k in zip(ck, history, strict=False):
                 pair = math.sqrt(self.counts[k].get(j, 0.0))
                 pair /= ((self.rec["evidence"][k] + 1) * (self.rec["evidence"][j] + 1)) ** 0.2
-                s += theta[T_NEIGHBOUR] * c * pair
+                s += own[T_NEIGHBOUR] * c * pair
             return float(s)
 
-        own = score(target)
+        target_score = score(target)
         others = [score(j) for j in candidates if j != target and j not in history]
-        mass = math.exp(own) + active / len(candidates) * sum(math.exp(s) for s in others)
-        return -own + math.log(mass)
+        mass = math.exp(target_score) + active / len(candidates) * sum(math.exp(s) for s in others)
+        return -target_score + math.log(mass)
 
 
 def test_one_message_makes_the_steps_of_the_equations() -> None:
@@ -135,34 +155,38 @@ def test_one_message_makes_the_steps_of_the_equations() -> None:
     x.text_on[0], x.text[0], x.text_weight[0] = True, vector_of(99, 12), 2.5
     m = learner.matrix.arrays
     candidates = [row for row in range(before.rows) if learner.matrix.is_active(row)]
-    old = {name: getattr(m, name).copy() for name in ("phi", "y", "theta", "square")}
+    old = {name: getattr(m, name).copy() for name in ("phi", "y", "theta", "square", "map", "map_square")}
     old_rec = m.rec.copy()
 
     def slope(variable: str, at: tuple[int, ...], h: float = 1e-5) -> float:
         values = []
         for sign in (1, -1):
-            parts = {"theta": before.theta.copy(), "phi": before.phi.copy(), "y": before.y.copy()}
+            parts = {name: getattr(before, name).copy() for name in ("theta", "phi", "y", "map")}
             parts[variable][at] += sign * h
-            values.append(before.loss(x, learner.matrix.index, candidates, len(candidates), **parts))
+            values.append(before.loss(x, learner.matrix.index, candidates, len(candidates), *parts.values()))
         return -(values[0] - values[1]) / (2 * h)
 
-    loss = before.loss(x, learner.matrix.index, candidates, len(candidates), before.theta, before.phi, before.y)
+    loss = before.loss(
+        x, learner.matrix.index, candidates, len(candidates), before.theta, before.phi, before.y, before.map
+    )
     sum_before = m.scalar[kernels.LOSS]
     learner.learn(x, 30)
     assert m.scalar[kernels.LOSS] - sum_before == pytest.approx(loss, abs=2e-4)
     for q in range(kernels.THETA):
         d = slope("theta", (q,))
-        rate = config.lr_scale if q < T_AGE else config.lr_decay
+        rate = config.lr_scale if q < T_AGE else config.lr_decay if q < T_SINCE else config.lr_setting
         expected = old["theta"][q] + (rate * d / math.sqrt(old["square"][q] + d * d) if abs(d) > 1e-9 else 0)
-        assert m.theta[q] == pytest.approx(max(0.0, expected) if q >= T_AGE else expected, abs=2e-4), q
+        assert m.theta[q] == pytest.approx(max(0.0, expected) if T_AGE <= q < T_SINCE else expected, abs=2e-4), q
     for name, square, rate in (("phi", "square_phi", config.lr_phi), ("y", "square_y", config.lr_y)):
         for item in (7, 3, 12, 8, 30, 20, 33):
             row = learner.matrix.index(item)
             d_row = np.array([slope(name, (row, a)) for a in range(config.dim)])
             size = math.sqrt(old_rec[square][row] + float((d_row**2).mean()))
             np.testing.assert_allclose(getattr(m, name)[row], old[name][row] + rate * d_row / size, atol=2e-4)
-    assert T_GAP == T_AGE + AGES
-    assert T_GAP_K + GAPS == kernels.THETA
+    for u in (0, 5, 9, 17, 31, 32):
+        d_row = np.array([slope("map", (u, a)) for a in range(config.text_dim)])
+        size = math.sqrt(old["map_square"][u] + float((d_row**2).mean()))
+        np.testing.assert_allclose(m.map[u], old["map"][u] + config.lr_map * d_row / size, atol=2e-4)
 
 
 def test_counters_and_cooccurrence_follow_every_event() -> None:
@@ -173,7 +197,7 @@ def test_counters_and_cooccurrence_follow_every_event() -> None:
     m = learner.matrix.arrays
     a, b, c = (learner.matrix.index(key) for key in (1, 2, 3))
     assert dict(zip(m.neighbour[a, :2].tolist(), m.weight[a, :2].tolist(), strict=True)) == pytest.approx(
-        {b: 1.5, c: 0.9}
+        {b: 1.5 * SMALL.backward, c: 0.9 * SMALL.backward}
     )
     assert m.weight[b, 0] == pytest.approx(1.5)
     assert m.rec[a]["evidence"] == 1.5
@@ -198,9 +222,9 @@ def test_a_low_rating_moves_no_vector() -> None:
     learner = trained(5)
     learner.learn(one(3, START_TS + 1e5), 5)  # every late item has entered
     m = learner.matrix.arrays
-    before = m.phi.tobytes(), m.y.tobytes(), m.theta.tobytes()
+    before = m.phi.tobytes(), m.y.tobytes(), m.theta.tobytes(), m.map.tobytes()
     learner.learn(one(3, START_TS + 1e5, (4, 5), label=0), 6)
-    assert (m.phi.tobytes(), m.y.tobytes(), m.theta.tobytes()) == before
+    assert (m.phi.tobytes(), m.y.tobytes(), m.theta.tobytes(), m.map.tobytes()) == before
 
 
 # --- the state machine ---
@@ -263,6 +287,7 @@ def test_dirty_bytes_are_those_of_the_rows_taken() -> None:
     taken = learner.take_dirty()
     assert expected == sum(len(value or b"") for key, value in taken.items() if key[:1] in b"dn")
     assert learner.dirty_bytes == 0
+    assert {key[:1] for key in taken} == {b"s", b"d", b"n", b"p", b"m", b"g"}
     assert list(learner.take_dirty()) == [b"g"]
 
 

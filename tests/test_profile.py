@@ -5,7 +5,7 @@ import pytest
 
 from model import kernels
 from model.learner import Learner
-from model.profile import User, profile_of
+from model.profile import User, profile_of, text_terms
 from tests.model_stream import SMALL, START_TS, enter_all, stream, vector_of
 
 
@@ -33,7 +33,7 @@ def test_z_is_the_weighted_sum_of_the_history(learner: Learner) -> None:
     user = user_of(3, 8, 12, 20, 5)
     profile = profile_of(learner.matrix, user, START_TS, 5)
     om, ta = m.theta[kernels.T_AGE : kernels.T_GAP], m.theta[kernels.T_GAP : kernels.T_AGE_K]
-    gaps = [0, 0, 1, 1, 1]  # 0, 30, 240, 810, 1920 s
+    gaps = [0, 2, 3, 4, 4]  # 0, 30, 240, 810, 1920 s
     weights = om[[0, 1, 2, 3, 4]] * ta[gaps] * user.history_weight
     expected = (weights / np.sqrt(weights.sum())) @ m.y[profile.row]
     np.testing.assert_allclose(profile.z, expected, rtol=1e-4, atol=1e-5)
@@ -63,7 +63,29 @@ def test_entries_of_unknown_items_are_left_out(learner: Learner) -> None:
 def test_a_user_of_whom_nothing_is_known_is_zero(learner: Learner) -> None:
     profile = profile_of(learner.matrix, User(), START_TS)
     assert not profile.z.any()
-    assert not profile.v.any()
+    np.testing.assert_array_equal(profile.v, learner.matrix.arrays.map[-1])
+
+
+def test_coefficients_are_the_shared_ones_plus_those_of_the_gap_and_of_the_length(learner: Learner) -> None:
+    theta, size = learner.matrix.arrays.theta, kernels.COEFFICIENTS
+    for keys, since, length in (((), 0, 0), ((3,), 1, 1), ((3, 8, 12), 1, 2), (range(1, 9), 1, 4)):
+        own = profile_of(learner.matrix, user_of(*keys), START_TS).coefficient
+        by_gap = theta[kernels.T_SINCE :][since * size : (since + 1) * size]
+        by_length = theta[kernels.T_LENGTH :][length * size : (length + 1) * size]
+        np.testing.assert_allclose(own, theta[:size] + by_gap + by_length, atol=1e-6)
+
+
+def test_v_maps_what_is_known_of_the_user_to_texts(learner: Learner) -> None:
+    m = learner.matrix.arrays
+    profile = profile_of(learner.matrix, user_of(3, 8, 12), START_TS)
+    scale = np.sqrt(SMALL.text_dim / SMALL.dim)
+    unit = np.concatenate([profile.z, *(scale * m.project @ text for text in profile.text), [1]])
+    direct = profile.coefficient[kernels.T_TEXT : kernels.T_NEIGHBOUR] @ profile.text
+    np.testing.assert_allclose(profile.v, direct + unit @ m.map, rtol=1e-4, atol=1e-5)
+    heads = [text_terms(learner.matrix, profile, h, profile.text[h : h + 1])[0] for h in range(3)]
+    rest = profile.z @ m.map[: SMALL.dim] + m.map[-1]
+    np.testing.assert_allclose(sum(heads) + rest, profile.v, rtol=1e-4, atol=1e-5)
+    assert np.abs(m.map).max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -75,7 +97,20 @@ def test_age_buckets(back: int, bucket: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gap_s", "bucket"), [(-5.0, 0), (60.0, 0), (61.0, 1), (3600.0, 1), (172_800.0, 2), (172_801.0, 3)]
+    ("gap_s", "bucket"),
+    [
+        (-5.0, 0),
+        (0.9, 0),
+        (1.0, 1),
+        (10.0, 1),
+        (60.0, 2),
+        (61.0, 3),
+        (3600.0, 4),
+        (4e4, 5),
+        (172_800.0, 6),
+        (2e5, 7),
+        (2e6, 8),
+    ],
 )
 def test_gap_buckets(gap_s: float, bucket: int) -> None:
     assert kernels.gap_bucket(gap_s) == bucket

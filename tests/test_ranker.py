@@ -54,12 +54,14 @@ def test_the_score_is_what_the_formulation_says(learner: Learner) -> None:
     sharp = m.scalar[kernels.SHARP]
     s = np.zeros(len(rows))
     for at, j in enumerate(rows):
-        s[at] = kernels.bias_of(m, np.int32(j), NOW, np.zeros((kernels.FEATURES, 1), np.float32))
+        s[at] = kernels.bias_of(m, np.int32(j), NOW, profile.coefficient, np.zeros((kernels.FEATURES, 1), np.float32))
         s[at] += m.phi[j] @ profile.z + m.e[j] @ profile.v
         for k, c in zip(profile.row[:NEAR], profile.ck, strict=False):
             for r in range(m.length[k]):
                 if m.neighbour[k, r] == j:
-                    s[at] += m.theta[kernels.T_NEIGHBOUR] * c * np.sqrt(m.weight[k, r]) * m.rec[j]["damping"]
+                    s[at] += (
+                        profile.coefficient[kernels.T_NEIGHBOUR] * c * np.sqrt(m.weight[k, r]) * m.rec[j]["damping"]
+                    )
     order = np.argsort(-s, kind="stable")
     p = np.exp(sharp * (s - s.max()))
     p /= p.sum()
@@ -112,9 +114,10 @@ def test_a_term_is_what_the_score_loses_without_its_event_up_to_the_norms(learne
     (reason,) = ranker.explain(user, NOW, [16])
     m, profile = learner.matrix.arrays, profile_of(learner.matrix, user, NOW, NEAR)
     row, sharp = learner.matrix.index(16), m.scalar[kernels.SHARP]
+    phi = m.phi[row] + m.map[: SMALL.dim] @ m.e[row]
     for q, term in enumerate(reason.terms):
         assert term.entry == q
-        assert term.learnt == pytest.approx(sharp * profile.wt[q] * (m.y[profile.row[q]] @ m.phi[row]), abs=1e-5)
+        assert term.learnt == pytest.approx(sharp * profile.wt[q] * (m.y[profile.row[q]] @ phi), abs=1e-5)
 
 
 def test_the_bias_is_taken_anew_when_the_state_or_the_clock_moves(learner: Learner) -> None:
