@@ -1,6 +1,6 @@
 """The benchmarks run, small: none rots. Their speed is not judged here."""
 
-from bench import freshness, pipeline
+from bench import freshness, pipeline, rank, store
 
 
 def test_pipeline_compares_faust_with_a_plain_loop() -> None:
@@ -15,3 +15,17 @@ def test_freshness_sees_every_probe() -> None:
     assert result["clicks_ms"]["count"] >= 20
     assert result["comments_ms"]["count"] >= 2
     assert 0 < result["clicks_ms"]["p50"] <= result["clicks_ms"]["p99"]
+
+
+def test_rank_finds_ten_items_of_every_catalogue() -> None:
+    result = rank.run(["--items", "300,900", "--lists", "5"])
+    assert result["items"].keys() == {"300", "900"}
+    for figures in result["items"].values():
+        assert 0 < figures["p50_ms"] <= figures["p99_ms"]
+        assert len(set(figures["first"].split(","))) == 10
+
+
+def test_store_reads_what_it_wrote() -> None:
+    result, again = store.run(["--rows", "1200"]), store.run(["--rows", "1200"])
+    assert result["digest"] == again["digest"] != store.run(["--rows", "1100"])["digest"]
+    assert min(result["write_ratio"], result["read_ratio"]) > 0
