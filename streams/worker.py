@@ -122,7 +122,9 @@ class Worker:
         return self.topic_kinds[tp.topic][0], tp.partition
 
     def assigned(self, tps: set[TP]) -> None:
-        """Opens what is new, resumes what stays, closes what has gone to another worker."""
+        """Opens what is new, resumes what stays, closes what has gone to another worker. While it stops: nothing."""
+        if self.stopping:
+            return
         wanted = {self.kind_of(tp) for tp in tps if tp.topic in self.topic_kinds}
         self.telemetry.rebalanced()
         self._reading_again.clear()

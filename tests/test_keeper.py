@@ -1,5 +1,6 @@
-"""A keeper beside its partition: what it tells its operators when it opens."""
+"""Keepers as a worker opens them, and what they tell its operators."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,9 +8,12 @@ from typing import Any
 from structlog.testing import capture_logs
 
 from bench.doubles import MemoryLog
+from bench.words import WordVectors
 from state.partition import Partition
 from state.store import RocksDisk
 from streams.agents import LearnerKeeper
+from streams.settings import Settings
+from streams.worker import TP, Worker
 
 
 class RowsKeeper(LearnerKeeper):
@@ -56,3 +60,12 @@ async def test_a_damaged_disk_is_told_with_its_reason(tmp_path: Path) -> None:
     assert dict(keeper.partition.items()) == {b"row": b"value"}
     assert keeper.applied() == {"examples": 4}
     await keeper.close()
+
+
+async def test_a_rebalance_while_a_worker_stops_claims_nothing(make_settings: Callable[..., Settings]) -> None:
+    settings = make_settings()
+    source: Any = SimpleNamespace(end_of=lambda topic, partition: None, assignment=set)
+    worker = Worker(settings, lambda: 0.0, WordVectors(), source, lambda topic, partition: None)
+    await worker.stop()
+    worker.assigned({TP(settings.topic("clicks"), 0), TP(settings.topic("items"), 0)})
+    assert worker.keepers == {} == worker.opening
