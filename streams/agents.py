@@ -56,6 +56,24 @@ UserEvent: TypeAlias = Click | Comment | Erasure
 class LogTruncatedError(RuntimeError):
     """A source log no longer holds what the state still needs."""
 
+    def __init__(self, topic: str, partition: int, begins: int, expected: int) -> None:
+        super().__init__(
+            f"{topic}:{partition} begins at offset {begins}, but the state needs {expected}: {begins - expected} "
+            "offsets are gone (retention). Restore them; or, to start from what is left, delete the state folders and "
+            "the changelogs of this app id, or set another HEADWATER_APP_ID"
+        )
+
+
+class LogResetError(RuntimeError):
+    """A source log ends before what the state has applied of it."""
+
+    def __init__(self, topic: str, partition: int, ends: int, expected: int) -> None:
+        super().__init__(
+            f"{topic}:{partition} ends at offset {ends}, but the state has applied it up to {expected - 1}: the topic "
+            "was made anew, or its broker has lost acknowledged records. Restore the topic; or, to start with the new "
+            "one, delete the state folders and the changelogs of this app id, or set another HEADWATER_APP_ID"
+        )
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -166,12 +184,8 @@ class Keeper(ABC, Generic[T]):
             return None
         if records[0].offset > source.expected:
             first, beginning = await self.around.first_at(topic, self.number, source.expected)
-            if beginning > source.expected and first == records[0].offset:
-                raise LogTruncatedError(
-                    f"{topic}:{self.number} begins at offset {beginning}, but the state needs {source.expected}: "
-                    f"{beginning - source.expected} offsets are gone (retention). Restore them, or delete the "
-                    "partition's state and changelog to start from what is left"
-                )
+            if beginning > source.expected > 0 and first == records[0].offset:
+                raise LogTruncatedError(topic, self.number, beginning, source.expected)
             if first < records[0].offset:
                 return source.expected
         self.inbox.put(topic, self.prepare(topic, records), records[-1].offset + 1, self.around.now())

@@ -31,7 +31,7 @@ class Source(Generic[T]):
     """One topic's queue. `expected` is the offset that comes next."""
 
     expected: int
-    arrived: float = float("-inf")
+    since: float = float("-inf")  # when something came, or the last of it went
     caught_up_to: int = -1
     entries: deque[Entry[T]] = field(default_factory=deque)
 
@@ -50,7 +50,7 @@ class Inbox(Generic[T]):
         """Takes (time, offset, work) of a topic in offset order; `next_offset` is what will come after them."""
         source = self.sources[topic]
         source.entries.extend(Entry(at, offset, now, work) for at, offset, work in records)
-        source.arrived = now
+        source.since = now
         source.expected = next_offset
 
     def take(
@@ -72,7 +72,10 @@ class Inbox(Generic[T]):
             wait = self._wait_s(head, now, end_of)
             if wait > 0:
                 return taken, wait
-            taken.append((topic, self.sources[topic].entries.popleft()))
+            source = self.sources[topic]
+            taken.append((topic, source.entries.popleft()))
+            if not source.entries:  # it may have been paused until now: what comes next has its time from here on
+                source.since = now
         return taken, 0.0
 
     def _wait_s(self, head: Entry[T], now: float, end_of: Callable[[str], int | None]) -> float:
@@ -83,7 +86,7 @@ class Inbox(Generic[T]):
                 continue
             end = end_of(topic)
             if end is None or end > max(source.expected, source.caught_up_to):
-                left = max(head.arrived, source.arrived) + LAG_WAIT_MAX_S - now
+                left = max(head.arrived, source.since) + LAG_WAIT_MAX_S - now
                 if left <= 0 and end is not None:
                     source.caught_up_to = end
                 wait = max(wait, left)

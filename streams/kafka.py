@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,7 +12,9 @@ from aiokafka.errors import KafkaError, OffsetOutOfRangeError, UnknownError
 from aiokafka.partitioner import murmur2
 
 from state.changelog import LogRecord
+from streams import headers
 
+headers.install()
 log = structlog.get_logger(__name__)
 
 BATCH_BYTES_MAX: Final = 1 << 19
@@ -277,6 +279,18 @@ async def log_start(options: Mapping[str, Any], topic: str, partition: int) -> i
     tp = TopicPartition(topic, partition)
     async with consumer(options) as reader:
         return int((await reader.beginning_offsets([tp]))[tp])
+
+
+async def log_bounds(options: Mapping[str, Any], topics: Iterable[str], partition: int) -> dict[str, tuple[int, int]]:
+    """{topic: (`log_start`, end)} of the same partition of some topics, by one connection.
+
+    The end may be too low, on the embedded broker alone: where that matters, ask `log_end`.
+    """
+    tps = [TopicPartition(topic, partition) for topic in topics]
+    async with consumer(options) as reader:
+        starts = await reader.beginning_offsets(tps)
+        ends = await reader.end_offsets(tps)
+    return {tp.topic: (int(starts[tp]), int(ends[tp])) for tp in tps}
 
 
 async def log_end(options: Mapping[str, Any], topic: str, partition: int) -> int:

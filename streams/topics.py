@@ -213,11 +213,19 @@ def _compare(topic: Topic, described: Mapping[str, Any], configs: Mapping[str, s
     if len(partitions) != topic.partitions:
         differences.insert(
             0,
-            f"it has {len(partitions)} partitions, planned {topic.partitions}: set HEADWATER_PARTITIONS to what clicks "
-            "has, or use another HEADWATER_TOPIC_PREFIX",
+            other_partitions(len(partitions), topic.partitions),
         )
         state = State.WRONG
     return Report(topic, state, tuple(differences))
+
+
+def other_partitions(found: int, planned: int) -> str:
+    """What to say of a topic with another number of partitions: keys are placed by it, so it is refused."""
+    return (
+        f"it has {found} partitions, planned {planned}: keys would be looked for where they are not. Set "
+        "HEADWATER_PARTITIONS to what clicks has before the first event; later, replay the events into topics of "
+        "another HEADWATER_TOPIC_PREFIX"
+    )
 
 
 def _ms(hours: float) -> str:

@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -21,7 +22,15 @@ from state.partition import Fenced, Partition
 from state.sealing import SealedPartition
 from state.store import RocksDisk
 from streams import audit, kafka
-from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, Surroundings, UserKeeper
+from streams.agents import (
+    CatalogueKeeper,
+    Keeper,
+    LearnerKeeper,
+    LogResetError,
+    LogTruncatedError,
+    Surroundings,
+    UserKeeper,
+)
 from streams.codec import DeadLetter
 from streams.datakeys import sealer_of
 from streams.encoding import Encoder, Encoding
@@ -29,6 +38,7 @@ from streams.events import Click, Comment
 from streams.pipeline import SOURCES_KEY, ItemLearner
 from streams.settings import Settings
 from streams.telemetry import Telemetry
+from streams.topics import TopicsError, other_partitions, planned
 
 log = structlog.get_logger(__name__)
 
@@ -38,6 +48,7 @@ RESUME_INTERVAL_S: Final = 0.05
 OBSERVE_INTERVAL_S: Final = 5.0
 SEEK_WAIT_MAX_S: Final = 5.0  # a seek must not outlast the request timeout: slower opens seek on their own
 REOPEN_WAIT_S: Final = 1.0
+READ_AGAIN_WAIT_S: Final = 0.25  # then what was sought is sought once more
 TAIL_RECORDS_MAX: Final = 1000  # of item rows read at once: some 5 ms of the loop
 
 
@@ -46,6 +57,15 @@ class TP(NamedTuple):
 
     topic: str
     partition: int
+
+
+@dataclass(slots=True)
+class _Sought:
+    """A partition sought back: what comes from beyond the first record there was on its way before, and is dropped."""
+
+    at_s: float
+    first: int | None = None  # offset of that record; None: not asked for yet
+    is_passed: bool = False  # something from beyond has come
 
 
 class Source(Protocol):
@@ -104,8 +124,7 @@ class Worker:
         }
         self._commits: dict[TP, int] = {}
         self._paused: set[TP] = set()
-        # Sought back: what comes from beyond the first record there (None: not known yet) was on its way before.
-        self._reading_again: dict[TP, int | None] = {}
+        self._reading_again: dict[TP, _Sought] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self.source: Source = source
         self.around = Surroundings(
@@ -145,7 +164,8 @@ class Worker:
         """Opens the keeper, or another one in its place: until that goes well, or the partition is another worker's."""
         while True:
             try:
-                return await keeper.open()
+                await keeper.open()
+                return await self._check_logs(keeper)
             except Exception as failure:
                 away = isinstance(failure, KafkaError) and failure.retriable
                 if not away and not isinstance(failure, Fenced):
@@ -160,6 +180,21 @@ class Worker:
         await asyncio.sleep(REOPEN_WAIT_S)
         new = self.keepers[key] = self._new_keeper(*key)
         return new
+
+    async def _check_logs(self, keeper: Keeper[Any]) -> None:
+        """Raises LogTruncatedError or LogResetError unless the source logs hold what comes next.
+
+        A source that nothing was applied of is read from wherever it begins.
+        """
+        told = await kafka.log_bounds(self.options, keeper.topics, keeper.number)
+        for topic, (begins, ends) in told.items():
+            expected = keeper.next_offset(topic)
+            if 0 < expected < begins:
+                raise LogTruncatedError(topic, keeper.number, begins, expected)
+            if expected > ends:
+                ends = await kafka.log_end(self.options, topic, keeper.number)
+            if expected > ends:
+                raise LogResetError(topic, keeper.number, ends, expected)
 
     async def _close(self, keeper: Keeper[Any], opening: asyncio.Task[None] | None) -> None:
         if opening is not None and not opening.done():
@@ -192,7 +227,7 @@ class Worker:
                 self.opening[key] = self._spawn(self._reopen(key, keeper), f"reopen-{key[0]}-{key[1]}")
             return
         log.error("worker ends: a partition's task failed", kind=keeper.kind, partition=keeper.number,
-                  exc_info=failure)  # fmt: skip
+                  reason=str(failure), exc_info=failure)  # fmt: skip
         os._exit(1)  # as by kill -9: nothing half done is written, and the next owner reads again
 
     def _new_keeper(self, kind: str, number: int) -> Keeper[Any]:
@@ -264,19 +299,27 @@ class Worker:
     async def _is_from_beyond(self, tp: TP, offset: int, keeper: Keeper[Any]) -> bool:
         """Whether a slice was on its way when its partition was sought back. What was sought may be a legal gap."""
         expected = keeper.inbox.sources[tp.topic].expected
+        sought = self._reading_again[tp]
         if offset > expected:
-            first = self._reading_again[tp]
-            if first is None:
-                first, _ = await self._first_at(*tp, expected)
-            if offset > first:
-                self._reading_again[tp] = first
+            if sought.first is None:
+                sought.first, _ = await self._first_at(*tp, expected)
+            if offset > sought.first:
+                sought.is_passed = True
                 return True
         self._reading_again.pop(tp, None)
         return False
 
     async def _read_again(self, tp: TP, offset: int) -> None:
-        self._reading_again[tp] = None
+        self._reading_again[tp] = _Sought(self.now())
         await self.source.seek({tp: offset})
+
+    async def _seek_once_more(self) -> None:
+        """Where what was sought should have come by now, and has been lost again."""
+        for tp, sought in list(self._reading_again.items()):
+            keeper = self.open_keeper(*self.kind_of(tp))
+            is_late = sought.is_passed and self.now() - sought.at_s >= READ_AGAIN_WAIT_S
+            if keeper is not None and is_late and tp in self.source.assignment():
+                await self._read_again(tp, keeper.inbox.sources[tp.topic].expected)
 
     async def seek(self, tps: set[TP]) -> None:
         """Reads each from just after what its keeper has applied; those that still open follow by themselves."""
@@ -285,7 +328,7 @@ class Worker:
         if tasks:
             await asyncio.wait(tasks, timeout=SEEK_WAIT_MAX_S)
         targets: dict[TP, int] = {}
-        for tp in tps:
+        for tp in sorted(tps):
             opening = self.opening.get(self.kind_of(tp))
             if opening is None:
                 continue
@@ -329,12 +372,21 @@ class Worker:
         return behind
 
     async def observe(self) -> None:
-        """State sizes and lags, for the metrics."""
+        """State sizes and lags, for the metrics. Raises LogResetError where a source log was made anew meanwhile."""
+        self._check_ends()
         for kind in ("users", "catalogue", "learner"):
             own = [k for (of, n), k in self.keepers.items() if of == kind and self.open_keeper(of, n) is k]
             rows = sum(k.partition.row_count_estimate() for k in own)
             size = sum(k.partition.disk_bytes() for k in own)
             self.telemetry.state(kind, rows, size, self.lag_records(kind))
+
+    def _check_ends(self) -> None:
+        for key, keeper in self.keepers.items():
+            if self.open_keeper(*key) is keeper:
+                for topic in keeper.topics:
+                    end = self.source.end_of(topic, keeper.number)
+                    if end is not None and end < keeper.next_offset(topic):
+                        raise LogResetError(topic, keeper.number, end, keeper.next_offset(topic))
 
     async def _first_at(self, topic: str, partition: int, offset: int) -> tuple[int, int]:
         return await kafka.first_at_or_after(self.options, topic, partition, offset)
@@ -387,9 +439,12 @@ class Worker:
         self._spawn(self._guarded(self._every(RESUME_INTERVAL_S, self._resume_paused)), "resume")
 
     async def _check_partitions(self) -> None:
-        counts = {t: await self.producer.partitions(t) for t, (kind, _) in self.topic_kinds.items() if kind == "users"}
-        if len(set(counts.values())) != 1:
-            raise RuntimeError(f"clicks, comments and erasures must have as many partitions as each other: {counts}")
+        """Raises TopicsError unless every topic has as many partitions as the state was laid out for."""
+        for topic in planned(self.settings):
+            if topic.name in self.topic_kinds or topic.name.endswith("-changelog"):
+                found = await self.producer.partitions(topic.name)
+                if found != topic.partitions:
+                    raise TopicsError(f"topic {topic.name}: {other_partitions(found, topic.partitions)}")
 
     async def _every(self, interval_s: float, work: Any) -> None:
         while not self.stopping:
@@ -397,7 +452,8 @@ class Worker:
             await work()
 
     async def _resume_paused(self) -> None:
-        for tp in list(self._paused):
+        await self._seek_once_more()
+        for tp in sorted(self._paused):
             keeper = self.keepers.get(self.kind_of(tp))
             if keeper is None or tp.topic not in keeper.inbox.sources or keeper.is_low(tp.topic):
                 self._paused.discard(tp)

@@ -70,6 +70,18 @@ def test_a_topic_that_is_behind_is_waited_for() -> None:
     assert drain(box, 10.6, {"clicks": 1, "comments": 1}) == ["b0", "a0"]
 
 
+def test_a_topic_that_ran_empty_a_moment_ago_is_waited_for_as_long_as_any() -> None:
+    """Its queue was full, so it was paused: what lies behind could not come until now."""
+    box = inbox()
+    box.put("clicks", [(1.0, 0, "a0")], 1, now=10)
+    box.put("comments", [(2.0, 0, "b0")], 1, now=10)
+    ends = {"clicks": 2, "comments": 1}
+    assert drain(box, 15, ends) == ["a0"]
+    assert drain(box, 15.5, ends) == []
+    box.put("clicks", [(1.5, 1, "a1")], 2, now=15.6)
+    assert drain(box, 15.6, ends) == ["a1", "b0"]
+
+
 def test_an_unknown_end_is_waited_for_too() -> None:
     box = inbox()
     box.put("clicks", [(1.0, 0, "a0")], 1, now=10)

@@ -1,0 +1,95 @@
+"""Planted faults: partitions and workers with one mistake each, which the simulation must tell from the real ones."""
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from state.changelog import Marker, marker_record, row_records
+from state.partition import Partition
+from streams.codec import DeadLetter
+from streams.worker import Worker
+
+
+class MarkerBeforeRows(Partition):
+    """A marker tells of rows that are still to come."""
+
+    async def _append_rows(self, rows: Iterable[tuple[bytes, bytes | None]], marker: Marker) -> int:
+        last = await self._append([marker_record(marker)])
+        for record in row_records(marker.epoch, marker.flush, rows):
+            await self._append([record])
+        return last
+
+
+class SettledBeforeMarker(Partition):
+    """The outbox forgets a flush before it is in the changelog."""
+
+    async def _settle_rows(self, flush: Any) -> None:
+        self._store.write({}, settled=[flush.outbox_id] if flush.outbox_id else [])
+        await super()._settle_rows(flush)
+
+
+class OutboxNotPublished(Partition):
+    """What a killed worker owed downstream stays unsaid."""
+
+    async def _adopt(self, opened: Any, kind: str, reason: str) -> Any:
+        opened.outbox = [(key, replace(entry, downstream=[])) for key, entry in opened.outbox]
+        return await super()._adopt(opened, kind, reason)
+
+
+class OutboxRowsForgotten(Partition):
+    """What a killed worker owed the changelog stays unsaid."""
+
+    async def _adopt(self, opened: Any, kind: str, reason: str) -> Any:
+        opened.outbox = [(key, replace(entry, keys=[])) for key, entry in opened.outbox]
+        return await super()._adopt(opened, kind, reason)
+
+
+class FlushesOvertake(Partition):
+    """A flush does not wait for the one before it."""
+
+    async def _settle(self, flush: Any, before: Any) -> None:
+        await super()._settle(flush, None)
+
+
+class ZombieNotFenced(Partition):
+    """What others have written in between is not looked at."""
+
+    async def _inspect(self, start: int, begins: int, last: int) -> None:
+        pass
+
+
+class SweptTooEarly(Partition):
+    """SWEPT is said before every row is written again."""
+
+    def _add_sweep(self, rows: dict[bytes, bytes | None]) -> bool:
+        was_sweeping = self._sweep_from is not None
+        super()._add_sweep(rows)
+        self._sweep_from = None
+        return was_sweeping
+
+
+PARTITIONS: Final = (
+    MarkerBeforeRows, SettledBeforeMarker, OutboxNotPublished, OutboxRowsForgotten, FlushesOvertake, ZombieNotFenced,
+    SweptTooEarly,
+)  # fmt: skip
+
+
+async def _letter_not_awaited(self: Worker, letter: DeadLetter) -> None:
+    self._tasks.add(asyncio.create_task(self.producer.send_one(letter.topic, letter.key, letter.value, letter.headers)))
+
+
+async def _every_gap_is_legal(self: Worker, topic: str, partition: int, offset: int) -> tuple[int, int]:
+    return 1 << 62, 0
+
+
+def _not_held(self: Any, head: Any, now: float, end_of: Any) -> float:
+    return 0.0
+
+
+# Name -> what is replaced in the product.
+WORKERS: Final[Mapping[str, tuple[str, Any]]] = {
+    "LetterNotAwaited": ("streams.worker.Worker._dead_letter", _letter_not_awaited),
+    "EveryGapIsLegal": ("streams.worker.Worker._first_at", _every_gap_is_legal),
+    "NotHeld": ("streams.inbox.Inbox._wait_s", _not_held),
+}

@@ -1,0 +1,1029 @@
+"""Whole workers in one process: the real keepers, pipeline, store protocol and learner over simulated logs, disks,
+group and clock. A seed draws events, batches and faults; the end must be that of an undisturbed run.
+
+Drawn: kills between any two steps and at any moment, torn, doubled, failed and late appends, disks that are wiped or
+lose their tail, workers that join, leave and stop, a worker that is told late what it has lost, records that come
+twice or leave a hole, offsets that are missing by right, poison, repeats, events out of order, compaction with a lag,
+deletion of a swept head. Time jumps to the next timer, so that hours cost nothing.
+
+Within one topic events may be as late as they like; across topics within the hold (a user of both would else have no
+order to be compared with).
+"""
+
+import asyncio
+import contextvars
+import json
+import random
+import selectors
+import sys
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.doubles import MemoryDisk
+from monitoring.metrics import Metrics
+from state.changelog import STORE_ID_BYTES, LogRecord, Reader
+from state.partition import Fenced, Partition, PartitionFailedError
+from state.store import Store
+from streams import examples, rebuild
+from streams.assignor import share
+from streams.pipeline import ItemLearner
+from streams.settings import Settings
+from streams.worker import TP, Worker
+
+HOLD_S: Final = 0.05
+SKEW_S: Final = 0.02  # an event of one topic reaches its log this much later than a younger one of another, at most
+START_S: Final = 1.7e9
+TEXT_DIM: Final = 8
+EVENTS: Final = (10, 50)
+CAUGHT_UP_S_MAX: Final = 60.0  # of simulated time
+TURNS_MAX: Final = 50_000  # of the loop, a world; some 700 are usual
+LAG_MARKERS: Final = 8  # compaction leaves the last ones alone; more than repairs may take
+WORKERS: Final = ("w1", "w2")
+SOURCES: Final = {"users": ("clicks", "comments", "erasures"), "catalogue": ("items",), "learner": ("examples",)}
+CHANGELOGS: Final = {"users": "users-changelog", "catalogue": "catalogue-changelog", "learner": "items-changelog"}
+
+MakePartition = Callable[..., Partition]
+Story = Callable[["World"], Coroutine[Any, Any, None]]
+LIFE: contextvars.ContextVar["Life"] = contextvars.ContextVar("life")
+
+
+class KilledError(BaseException):
+    """The process ends here."""
+
+
+class LogFailedError(Exception):
+    """The broker did not acknowledge in time."""
+
+
+class StuckError(AssertionError):
+    """Everybody waits for ever."""
+
+
+# -- time
+
+
+class _Jump(selectors.SelectSelector):
+    """Waits for nothing but the clock, and moves that."""
+
+    loop: "VirtualLoop"
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        if timeout is None:
+            raise StuckError("nobody has anything left to wait for")
+        self.loop.turns += 1
+        if self.loop.turns > TURNS_MAX:
+            raise StuckError(f"no end after {TURNS_MAX} turns of the loop")
+        self.loop.now_s += max(timeout, 0.0)
+        return []
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time is simulated, and whose threads are moments of it."""
+
+    def __init__(self, chance: random.Random) -> None:
+        selector = _Jump()
+        selector.loop = self
+        self.now_s = 0.0
+        self.turns = 0
+        self._chance = chance
+        super().__init__(selector)
+        self._clock_resolution = 1e-6
+        self.set_task_factory(_task_of_life)
+        self.set_exception_handler(lambda loop, context: None)  # tasks that a kill has ended
+
+    def time(self) -> float:
+        return self.now_s
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> "asyncio.Future[Any]":
+        """The work is done at one moment, a little later."""
+        future = self.create_future()
+
+        def work() -> None:
+            try:
+                result = func(*args)
+            except BaseException as failure:
+                if not future.done():
+                    future.set_exception(failure)
+            else:
+                if not future.done():
+                    future.set_result(result)
+
+        self.call_later(self._chance.choice((0.0, 0.0, 0.003)), work)
+        return future
+
+
+def _task_of_life(loop: asyncio.AbstractEventLoop, coro: Any, **more: Any) -> "asyncio.Task[Any]":
+    task = asyncio.Task(coro, loop=loop, **more)
+    context = more.get("context")
+    life = context.get(LIFE) if context is not None else LIFE.get(None)
+    if life is not None:
+        life.tasks.append(task)
+    return task
+
+
+# -- logs
+
+
+class Log:
+    """A topic's partition. Offsets may be missing (`skip`, compaction); watchers are told of every record."""
+
+    def __init__(self) -> None:
+        self.records: list[Any] = []
+        self.end = 0
+        self.begins = 0
+        self.watchers: list[asyncio.Event] = []
+
+    def land(self, records: Iterable[tuple[bytes, bytes | None]]) -> int:
+        """Appends; the last offset."""
+        for key, value in records:
+            self.put(LogRecord(self.end, key, value))
+        return self.end - 1
+
+    def put(self, record: Any) -> None:
+        """Appends a record that has its offset."""
+        assert record.offset == self.end
+        self.records.append(record)
+        self.end += 1
+        for watcher in self.watchers:
+            watcher.set()
+
+    def skip(self, offsets: int) -> None:
+        """As control records and aborted transactions do."""
+        self.end += offsets
+
+    def at(self, start: int, count: int, last: int | None = None) -> list[Any]:
+        """The next records from an offset on, up to `last`."""
+        place = bisect_left(self.records, start, key=_offset)
+        found = self.records[place : place + count]
+        return found if last is None else [r for r in found if r.offset <= last]
+
+    def compact(self, bound: int) -> None:
+        """Below the offset `bound`, the last record of each key stays."""
+        last = {r.key: r.offset for r in self.records if r.offset < bound}
+        self.records = [r for r in self.records if r.offset >= bound or last[r.key] == r.offset]
+
+    def delete_before(self, offset: int) -> None:
+        """DeleteRecords."""
+        self.begins = max(self.begins, offset)
+        self.records = [r for r in self.records if r.offset >= self.begins]
+
+
+def _offset(record: Any) -> int:
+    offset: int = record.offset
+    return offset
+
+
+class Published(NamedTuple):
+    """A record of a source topic, as a consumer hands it over."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes | None], ...] = ()
+
+
+# -- a process
+
+
+class Life:
+    """One process, from its start to its end. Nothing of it has an effect after the kill."""
+
+    def __init__(self, world: "World", name: str, steps_left: int | None, fault_rate: float) -> None:
+        self.world, self.name = world, name
+        self.steps_left, self.fault_rate = steps_left, fault_rate
+        self.killed = False
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.stores: list[Store] = []
+        self.last_step = "start"
+        self.is_deaf = False  # not told of rebalances for now
+        self.context = contextvars.copy_context()
+        self.context.run(LIFE.set, self)
+        self.source = SimSource(self)
+        settings = _settings(name, world.partitions)
+        self.worker: Worker = self.context.run(
+            Worker, settings, world.now, world.encoder, self.source, lambda topic, partition: None
+        )
+
+    def alive(self) -> None:
+        """Raises KilledError after the end."""
+        if self.killed:
+            raise KilledError(self.last_step)
+
+    def step(self, name: str) -> None:
+        """A named step of a flush, an open or a restore: perhaps the last one."""
+        self.alive()
+        self.last_step = name
+        if self.steps_left is not None:
+            self.steps_left -= 1
+            if self.steps_left <= 0:
+                self.kill()
+
+    def kill(self) -> None:
+        """kill -9, from inside."""
+        self.end()
+        raise KilledError(self.last_step)
+
+    def end(self) -> None:
+        """kill -9, from outside."""
+        if not self.killed:
+            self.killed = True
+            self.world.kills.append(self.last_step)
+            asyncio.get_running_loop().call_soon(self._reap)
+
+    def _reap(self) -> None:
+        for task in self.tasks:
+            if not task.done():
+                task.cancel()
+        self.source.unwatch()
+        for store in self.stores:
+            store.close()
+        if self in self.world.members:
+            self.world.members.remove(self)
+
+    def fail(self, failure: BaseException | None) -> None:
+        """The process ends itself: rightly so only for what the world has done to it."""
+        if self.killed:
+            return
+        if not isinstance(failure, LogFailedError | PartitionFailedError | KilledError | Fenced):
+            self.world.wrong.append(failure or AssertionError("ended without a reason"))
+        self.end()
+
+    async def do(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Something that the driver asks of the process; what fails there ends it."""
+        task = asyncio.get_running_loop().create_task(work, context=self.context)
+        await asyncio.wait({task})
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            self.fail(failure)
+
+
+class SimSource:
+    """The consumer of one process (`streams.worker.Source`)."""
+
+    def __init__(self, life: Life) -> None:
+        self.life, self.world = life, life.world
+        self.assigned: set[TP] = set()
+        self.number = 0
+        self.positions: dict[TP, int] = {}
+        self.paused: set[TP] = set()
+        self.wakes = [asyncio.Event() for _ in SOURCES]
+
+    def assignment(self) -> Iterable[TP]:
+        return self.assigned
+
+    def generation(self) -> int:
+        return self.number
+
+    async def seek(self, targets: Mapping[TP, int]) -> None:
+        await asyncio.sleep(0)
+        self.life.alive()
+        self.positions.update({tp: offset for tp, offset in targets.items() if tp in self.assigned})
+        self.wake()
+
+    def pause(self, tps: Iterable[TP]) -> None:
+        self.paused.update(tps)
+
+    def resume(self, tps: Iterable[TP]) -> None:
+        self.paused.difference_update(tps)
+        self.wake()
+
+    async def commit(self, offsets: Mapping[TP, int]) -> None:
+        await asyncio.sleep(0)
+        self.life.alive()
+        assert offsets
+        self.world.committed.update(offsets)
+
+    def end_of(self, topic: str, partition: int) -> int | None:
+        tp = TP(topic, partition)
+        return self.world.logs[tp].end if tp in self.assigned else None
+
+    def give(self, tps: set[TP]) -> None:
+        """The group's answer: read on from what was committed, until somebody seeks."""
+        self.unwatch()
+        self.number += 1
+        self.assigned = tps
+        self.paused &= tps
+        self.positions = {tp: self.positions.get(tp, self.world.committed.get(tp, 0)) for tp in tps}
+        for wake, topics in zip(self.wakes, self.topics(), strict=True):
+            for tp in sorted(tps):
+                if tp.topic in topics:
+                    self.world.logs[tp].watchers.append(wake)
+        self.wake()
+
+    def topics(self) -> Iterator[tuple[str, ...]]:
+        """Of each agent."""
+        return ((*map(self.world.topic, names),) for names in SOURCES.values())
+
+    def wake(self) -> None:
+        for wake in self.wakes:
+            wake.set()
+
+    def unwatch(self) -> None:
+        for log in self.world.logs.values():
+            log.watchers = [wake for wake in log.watchers if wake not in self.wakes]
+
+    async def feed(self, topics: tuple[str, ...], wake: asyncio.Event) -> None:
+        """One agent: what has come is offered, in slices."""
+        chance = self.world.random
+        try:
+            while True:
+                ready = [
+                    tp
+                    for tp in sorted(self.assigned - self.paused)
+                    if tp.topic in topics and self.world.logs[tp].at(self.positions[tp], 1)
+                ]
+                if not ready:
+                    wake.clear()
+                    await wake.wait()
+                    continue
+                await asyncio.sleep(chance.choice((0.0, 0.001, 0.004, 0.02)))
+                self.life.alive()
+                tp = chance.choice(ready)
+                if tp in self.assigned and tp not in self.paused:
+                    await self._deliver(tp)
+        except Exception as failure:  # Faust's agent crashes, and the worker with it
+            self.life.fail(failure)
+
+    async def _deliver(self, tp: TP) -> None:
+        chance = self.world.random
+        at = self.positions[tp]
+        fault = chance.random()
+        if fault < self.life.fault_rate:
+            at = max(0, at + chance.choice((-6, -2, -1, 1, 2)))  # again, or with a hole
+        batch = self.world.logs[tp].at(at, chance.choice((1, 3, 10, 40)))
+        if batch:
+            self.positions[tp] = batch[-1].offset + 1
+            await self.life.worker.offer(tp.topic, tp.partition, batch)
+
+
+class SimKafka:
+    """What streams.worker takes from streams.kafka, for whichever process asks."""
+
+    def __init__(self, world: "World") -> None:
+        self.world = world
+
+    def Producer(self, options: Any) -> "SimProducer":
+        return SimProducer(LIFE.get())
+
+    def ChangelogTopic(self, topic: str, partition: int, producer: "SimProducer", options: Any) -> "SimChangelog":
+        return SimChangelog(producer, TP(topic, partition))
+
+    async def read_log(
+        self, options: Any, topic: str, partition: int, start: int, stop: int | None = None, **more: Any
+    ) -> AsyncIterator[list[Any]]:
+        log, life = self.world.logs[TP(topic, partition)], LIFE.get()
+        at = max(start, log.begins)
+        while stop is None or at <= stop:
+            life.alive()
+            batch = log.at(at, 7, stop)
+            if batch or stop is None:
+                yield batch
+            elif stop is not None:
+                return
+            at = batch[-1].offset + 1 if batch else at
+            await asyncio.sleep(0 if batch else 0.3)
+
+    async def log_end(self, options: Any, topic: str, partition: int) -> int:
+        return self.world.logs[TP(topic, partition)].end
+
+    async def log_bounds(self, options: Any, topics: Iterable[str], partition: int) -> dict[str, tuple[int, int]]:
+        logs = {topic: self.world.logs[TP(topic, partition)] for topic in topics}
+        return {topic: (log.begins, log.end) for topic, log in logs.items()}
+
+    async def first_at_or_after(self, options: Any, topic: str, partition: int, offset: int) -> tuple[int, int]:
+        log = self.world.logs[TP(topic, partition)]
+        while not (found := log.at(offset, 1)):
+            await asyncio.sleep(0.05)
+        return found[0].offset, log.begins
+
+
+class SimProducer:
+    """A producer whose batches may be torn, doubled, late or lost."""
+
+    idempotent = False
+
+    def __init__(self, life: Life) -> None:
+        self.life, self.world = life, life.world
+        self._locks: defaultdict[TP, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def partitions(self, topic: str) -> int:
+        return 1 if topic.endswith(("examples", "items-changelog")) else self.world.partitions
+
+    async def send(self, topic: str, partition: int, records: Sequence[tuple[bytes, bytes | None]]) -> int:
+        tp = TP(topic, partition)
+        async with self._locks[tp]:
+            return await self._deliver(list(records), self.world.logs[tp].land)
+
+    async def send_one(
+        self, topic: str, key: bytes | None, value: bytes | None, headers: Any = (), partition: int | None = None
+    ) -> tuple[int, int]:
+        log = self.world.logs[TP(topic, 0)]
+
+        def land(records: list[Any]) -> int:
+            for _ in records:
+                log.put(Published(topic, 0, log.end, 0, key, value, tuple(headers)))
+            return log.end - 1
+
+        return 0, await self._deliver([None], land)
+
+    async def _deliver(self, records: list[Any], land: Callable[[list[Any]], int]) -> int:
+        life, chance = self.life, self.world.random
+        life.alive()
+        try:
+            await asyncio.sleep(chance.choice((0.0, 0.0, 0.001, 0.005, 0.03)))
+        except asyncio.CancelledError:
+            self._lose(records, land)
+            raise
+        life.alive()
+        self.world.land_late()
+        if chance.random() >= life.fault_rate:
+            return land(records)
+        fault = chance.choice(("torn", "doubled", "failed", "killed"))
+        if fault == "doubled":
+            land(records[: chance.randint(1, len(records))])
+            return land(records)
+        if fault == "torn":
+            land(records[: chance.randrange(len(records))])
+            raise LogFailedError
+        self._lose(records, land)
+        if fault == "failed":
+            raise LogFailedError
+        life.kill()
+        raise AssertionError
+
+    def _lose(self, records: list[Any], land: Callable[[list[Any]], int]) -> None:
+        """Nobody waits for this batch any more: it lands never, now, or later, and a prefix of it at that."""
+        chance = self.world.random
+        prefix = records[: chance.randint(0, len(records))]
+        if prefix and chance.random() < 0.5:
+            land(prefix)
+        elif prefix:
+            self.world.late.append(lambda: land(prefix))
+
+
+class SimChangelog:
+    """One partition of a changelog as one process sees it (`state.changelog.Log`)."""
+
+    def __init__(self, producer: SimProducer, tp: TP) -> None:
+        self.producer, self.tp = producer, tp
+
+    async def append(self, records: Sequence[tuple[bytes, bytes | None]]) -> int:
+        return await self.producer.send(*self.tp, records)
+
+    async def read(self, start: int, stop: int | None) -> AsyncIterator[list[LogRecord]]:
+        life, log = self.producer.life, self.producer.world.logs[self.tp]
+        last = log.end - 1 if stop is None else stop
+        while batch := log.at(start, 7, last):
+            life.alive()
+            start = batch[-1].offset + 1
+            yield batch
+            await asyncio.sleep(0)
+
+    async def first(self) -> int:
+        self.producer.life.alive()
+        return self.producer.world.logs[self.tp].begins
+
+
+class LifeDisk:
+    """The disk as one process sees it: nothing is written after its end."""
+
+    def __init__(self, life: Life) -> None:
+        self.life = life
+
+    def open(self, path: Path) -> Store:
+        self.life.alive()
+        store = self.life.world.disk.open(path)
+        self.life.stores.append(store)
+        wrapped: Any = LifeStore(store, self.life)
+        return wrapped  # type: ignore[no-any-return]
+
+    def wipe(self, path: Path) -> None:
+        self.life.alive()
+        self.life.world.disk.wipe(path)
+
+
+class LifeStore:
+    """A store of one process."""
+
+    def __init__(self, store: Store, life: Life) -> None:
+        self._store, self._life = store, life
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "close":
+            self._life.alive()
+        return getattr(self._store, name)
+
+    def write(self, *arguments: Any, **more: Any) -> None:
+        self._life.alive()
+        self._store.write(*arguments, **more)
+
+
+class _System:
+    """`os` for streams.worker."""
+
+    @staticmethod
+    def _exit(code: int) -> None:
+        life, failure = LIFE.get(None), sys.exception()
+        if life is not None and not life.killed and not isinstance(failure, GeneratorExit):
+            life.fail(failure)
+            raise KilledError(life.last_step)
+
+
+class _Silent:
+    """A logger."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **more: None
+
+
+class WordEncoder:
+    """Vectors that follow from the text alone."""
+
+    dim = TEXT_DIM
+    name = "words"
+
+    def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        raw = b"".join(blake2b(text.encode(), digest_size=TEXT_DIM).digest() for text in texts)
+        vectors = np.frombuffer(raw, np.int8).reshape(-1, TEXT_DIM).astype(np.float32) + np.float32(0.5)
+        unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return unit
+
+    def project(self, vector: Any) -> npt.NDArray[np.float32]:
+        raise AssertionError("no item of the simulation brings a vector")
+
+    combine = project
+
+
+@cache
+def _settings(name: str, partitions: int) -> Settings:
+    return Settings(
+        state_dir=Path("/simulated") / name, partitions=partitions, merge_hold_ms=1e3 * HOLD_S, rank_sample=0.3,
+        item_flush_bytes_per_s=2e5, learner_dim=8, learner_negatives=4, learner_neighbours_max=4,
+        learner_cooccurrence_history=4, learner_y_history=4,
+    )  # fmt: skip
+
+
+@cache
+def _metrics() -> Metrics:
+    return Metrics()  # its making costs more than a small world
+
+
+# -- the world
+
+
+class World:
+    """Everything that outlives a process."""
+
+    def __init__(self, seed: int, make: MakePartition) -> None:
+        self.random = chance = random.Random(seed)
+        self.make = make
+        self.partitions = chance.choice((1, 1, 2))
+        self.settings = _settings("world", self.partitions)
+        self.encoder: Any = WordEncoder()
+        self.disk = MemoryDisk()
+        self.logs: defaultdict[TP, Log] = defaultdict(Log)
+        self.late: list[Callable[[], object]] = []  # batches of dead or fenced processes on their way to the broker
+        self.committed: dict[TP, int] = {}
+        self.members: list[Life] = []
+        self.kills: list[str] = []
+        self.wrong: list[BaseException] = []
+        self.schedule = _events(chance, self.partitions)
+        self.poison: list[Published] = []
+        self.depth = chance.choice((1, 2, 3, 5))
+        self._followers: dict[TP, tuple[Reader, list[int]]] = {}
+        self._followed: dict[TP, int] = {}
+
+    def now(self) -> float:
+        """Unix s."""
+        return START_S + asyncio.get_running_loop().time()
+
+    def topic(self, name: str) -> str:
+        """Full name."""
+        return self.settings.internal_topic(name) if name == "examples" else self.settings.topic(name)
+
+    def new_store_id(self) -> bytes:
+        """`state.store.new_store_id`, by the seed."""
+        return self.random.randbytes(STORE_ID_BYTES)
+
+    def fingerprint(self) -> str:
+        """Of every log as it is: equal for equal seeds, in whichever process."""
+        hasher = blake2b(digest_size=8)
+        for tp, log in sorted(self.logs.items()):
+            hasher.update(f"{tp} {log.begins} {log.end} {[(r.offset, r.key, r.value) for r in log.records]}".encode())
+        return hasher.hexdigest()
+
+    def make_partition(self, **told: Any) -> Partition:
+        """A partition whose steps may be the process's last."""
+        chance = self.random
+        told |= {
+            "crash": LIFE.get().step, "pipeline_depth": self.depth, "sweep_rows": chance.choice((1, 5, 50)),
+            "append_bytes_max": chance.choice((1, 600, 1 << 20)),
+        }  # fmt: skip
+        return self.make(**told)
+
+    def land_late(self) -> None:
+        """Some batches of the dead arrive."""
+        while self.late and self.random.random() < 0.5:
+            self.late.pop(self.random.randrange(len(self.late)))()
+
+    async def publish(self) -> None:
+        """The producers: each event at its time, between gaps that are legal."""
+        for at, tp, key, value, is_poison in self.schedule:
+            await asyncio.sleep(max(0.0, at - self.now()))
+            log = self.logs[tp]
+            if self.random.random() < 0.1:
+                log.skip(self.random.randint(1, 3))
+            record = Published(tp.topic, tp.partition, log.end, int(self.now() * 1e3), key, value)
+            log.put(record)
+            if is_poison:
+                self.poison.append(record)
+            if self.random.random() < 0.03:
+                log.skip(1)
+
+    def maintain(self) -> None:
+        """What brokers and operators do at any time: compact with a lag, delete the head after SWEPT."""
+        chance = self.random
+        for kind, name in CHANGELOGS.items():
+            for p in range(self.partitions if kind != "learner" else 1):
+                tp = TP(self.settings.internal_topic(name), p)
+                if chance.random() < 0.3:
+                    self._compact(tp)
+                for life in self.members:
+                    keeper = life.worker.open_keeper(kind, p)
+                    if keeper is not None and kind != "learner" and chance.random() < 0.7:
+                        self.logs[tp].delete_before(keeper.partition.truncatable_to or 0)
+        for p in range(self.partitions):
+            items = self.logs[TP("items", p)]
+            if chance.random() < 0.3:
+                items.compact(items.end - 3)
+
+    def _compact(self, tp: TP) -> None:
+        log = self.logs[tp]
+        reader, markers = self._followers.setdefault(tp, (Reader(keys_only=True), []))
+        for record in log.at(self._followed.get(tp, 0), 1 << 30):
+            if (accepted := reader.feed(record)) is not None:
+                markers.append(accepted.position)
+        self._followed[tp] = log.end
+        if len(markers) > LAG_MARKERS:
+            log.compact(markers[-LAG_MARKERS - 1])
+
+    # -- the group
+
+    async def start(self, name: str, steps_left: int | None, fault_rate: float) -> Life:
+        """A process starts and joins."""
+        life = Life(self, name, steps_left, fault_rate)
+        await life.do(life.worker.start())
+        for topics, wake in zip(life.source.topics(), life.source.wakes, strict=True):
+            asyncio.get_running_loop().create_task(life.source.feed(topics, wake), context=life.context)
+        if not life.killed:
+            self.members.append(life)
+            await self.rebalance()
+        return life
+
+    async def rebalance(self) -> None:
+        """Everybody settles, then everybody is told; a deaf member keeps what it had until it hears again."""
+        members = [life for life in self.members if not life.is_deaf]
+        for life in members:
+            await life.do(life.worker.revoked())
+        members = [life for life in members if not life.killed]
+        if not members:
+            return
+        held = {life.name: sorted({tp.partition for tp in life.source.assigned}) for life in members}
+        owners = share(self.partitions, held)
+        for life in members:
+            mine = {p for p, name in owners.items() if name == life.name}
+            topics = [t for names in SOURCES.values() for t in names if t != "examples"]
+            tps = {TP(self.topic(t), p) for t in topics for p in mine}
+            if 0 in mine:
+                tps.add(TP(self.topic("examples"), 0))
+            await life.do(self._told(life, tps))
+
+    async def _told(self, life: Life, tps: set[TP]) -> None:
+        life.source.give(tps)
+        life.worker.assigned(tps)
+        await asyncio.sleep(self.random.choice((0.0, 0.01)))
+        await life.worker.seek(set(tps))
+
+    def alive(self, name: str) -> Life | None:
+        """The process of that name, if it runs."""
+        return next((life for life in self.members if life.name == name and not life.killed), None)
+
+
+def _events(chance: random.Random, partitions: int) -> list[tuple[float, TP, bytes | None, bytes | None, bool]]:
+    """(when published, where, key, value, whether it is poison), in order of publication."""
+    users, items = chance.randint(2, 9), chance.randint(3, 12)
+    at = START_S + 0.5
+    found = [_item(chance, at - 0.4 + 0.01 * n, f"i{n}", partitions, is_new=True) for n in range(items)]
+    for _ in range(chance.randint(*EVENTS)):
+        at += chance.choice((0.0, 0.001, 0.01, 0.05, 0.3))
+        user, item = chance.randrange(users), chance.randrange(items + 1)
+        kind = chance.random()
+        if kind < 0.05:
+            found.append(_item(chance, at, f"i{item}", partitions, is_new=False))
+            continue
+        event: dict[str, Any] = {"user_id": f"u{user}", "item_id": f"i{item}", "ts": round(at, 3)}
+        topic = "clicks"
+        if user % 3 == 0:
+            event["ts"] -= chance.choice((0, 0, 1, 100))  # of one topic only: as late as it likes
+        elif kind < 0.35:
+            topic = "comments"
+            event |= {"text": f"words {chance.randrange(40)}"}
+            if chance.random() < 0.5:
+                del event["item_id"]
+            if chance.random() < 0.1:
+                topic, event = "erasures", {"user_id": event["user_id"], "ts": event["ts"]}
+        if topic == "clicks":
+            event |= {"action": chance.choice(("click", "like", "rating", "skip", "hum")), "value": 3.5}
+        late = chance.uniform(0, SKEW_S) if chance.random() < 0.3 else 0.0
+        key = event["user_id"].encode()
+        value = json.dumps(event).encode()
+        is_poison = chance.random() < 0.12
+        if is_poison:
+            value = chance.choice((b"{", b"", b"[]", value.replace(b"user_id", b"nobody")))
+        found.append((at + late, TP(topic, user % partitions), key, value, is_poison))
+    return sorted(found, key=lambda one: one[0])
+
+
+def _item(
+    chance: random.Random, at: float, item: str, partitions: int, *, is_new: bool
+) -> tuple[float, TP, bytes, bytes | None, bool]:
+    value = json.dumps({"item_id": item, "text": f"about {chance.randrange(99)}"}).encode()
+    if not is_new and chance.random() < 0.3:
+        return at, TP("items", int(item[1:]) % partitions), item.encode(), None, False
+    return at, TP("items", int(item[1:]) % partitions), item.encode(), value, False
+
+
+# -- the story
+
+
+async def _story(world: World) -> None:
+    """Lives and disasters while events come, then an undisturbed worker to the end, then all that must hold."""
+    chance = world.random
+    loop = asyncio.get_running_loop()
+    publishing = loop.create_task(world.publish())
+    for _ in range(chance.randint(1, 5)):
+        await _disaster(world)
+        await asyncio.sleep(chance.choice((0.0, 0.02, 0.1, 0.5, 1.5)))
+        world.maintain()
+    await publishing
+    for life in list(world.members):
+        if chance.random() < 0.5:
+            await life.do(life.worker.stop())
+        life.end()
+    await asyncio.sleep(0.1)
+    while world.late:
+        world.land_late()
+    last = await world.start(chance.choice((*WORKERS, "w3")), None, 0.0)
+    await caught_up(world, last)
+    world.maintain()
+    await check(world, last)
+    await last.do(last.worker.stop())
+    last.end()
+    if world.wrong:
+        raise world.wrong[0]
+
+
+async def caught_up(world: World, life: Life) -> None:
+    """Until a worker has all that its logs hold. Raises what went wrong, StuckError."""
+    deadline = asyncio.get_running_loop().time() + CAUGHT_UP_S_MAX
+    while not _has_all(world, life):
+        if world.wrong:
+            raise world.wrong[0]
+        if asyncio.get_running_loop().time() > deadline or life.killed:
+            raise StuckError(f"the last worker does not reach the end: {_standing(world, life)}")
+        await asyncio.sleep(0.25)
+
+
+async def _disaster(world: World) -> None:
+    chance = world.random
+    name = chance.choice(WORKERS)
+    life = world.alive(name)
+    if life is None:
+        if chance.random() < 0.3:
+            for kind in SOURCES:
+                for p in range(world.partitions):
+                    _harm_disk(world, world.settings.state_dir.parent / name / f"{kind}-{p}")
+        await _start(world, name)
+        return
+    deed = chance.random()
+    if deed < 0.4:
+        life.end()
+        await asyncio.sleep(chance.choice((0.0, 0.2)))
+        await world.rebalance()
+    elif deed < 0.55:
+        await life.do(life.worker.stop())
+        life.end()
+        await asyncio.sleep(0)
+        await world.rebalance()
+    else:  # it hears nothing for a while: another takes what it still believes to have
+        life.is_deaf = not life.is_deaf
+        other = next(other for other in WORKERS if other != name)
+        if life.is_deaf and world.alive(other) is None:
+            await _start(world, other)
+        else:
+            await world.rebalance()
+
+
+async def _start(world: World, name: str) -> None:
+    chance = world.random
+    steps = chance.choice((None, *(chance.randint(1, most) for most in (15, 60, 200))))
+    await world.start(name, steps, chance.choice((0.0, 0.0, 0.02, 0.1)))
+
+
+def _harm_disk(world: World, path: Path) -> None:
+    if world.random.random() < 0.5:
+        world.disk.wipe(path)
+    else:
+        world.disk.lose_tail(path, world.random.randint(1, 6))
+
+
+def _keepers(world: World, life: Life) -> Iterator[tuple[str, int, Any]]:
+    for kind in SOURCES:
+        for p in range(1 if kind == "learner" else world.partitions):
+            yield kind, p, life.worker.open_keeper(kind, p)
+
+
+def _last(world: World, kind: str, p: int) -> dict[str, int]:
+    """Offset of the last record of each source."""
+    logs = {name: world.logs[TP(world.topic(name), p)] for name in SOURCES[kind]}
+    return {name: log.records[-1].offset if log.records else -1 for name, log in logs.items()}
+
+
+def _has_all(world: World, life: Life) -> bool:
+    """Applied and flushed, all of it."""
+    for kind, p, keeper in _keepers(world, life):
+        if keeper is None or keeper.partition._under_way or dict(keeper.partition.applied) != _last(world, kind, p):
+            return False
+    return life.worker.replica_applied == _last(world, "learner", 0)["examples"]
+
+
+def _standing(world: World, life: Life) -> str:
+    """How far the last worker has come, and what it waits for."""
+    told = [f"killed at {life.last_step}" if life.killed else f"alive, replica at {life.worker.replica_applied}"]
+    for kind, p, keeper in _keepers(world, life):
+        if keeper is None:
+            told.append(f"{kind} {p} not open")
+        else:
+            partition = keeper.partition
+            told.append(
+                f"{kind} {p} at {dict(partition._meta.applied)} of {_last(world, kind, p)}, "
+                f"{len(partition._under_way)} flushes under way, sweep {partition._sweep_from!r}, "
+                f"{len(keeper.inbox)} wait"
+            )
+    return "; ".join(told)
+
+
+# -- what must hold
+
+
+async def check(world: World, last: Life) -> None:
+    """Raises AssertionError unless everything that the last worker has is that of an undisturbed run."""
+    found = _examples(world)
+    for kind, p, keeper in _keepers(world, last):
+        applied, rows = keeper.partition.snapshot()
+        rows = dict(rows)
+        where = f"{kind} {p}"
+        assert applied == _last(world, kind, p), where
+        assert _restored(world, kind, p) == (rows, applied), f"{where}: the changelog as compacted and truncated"
+        if kind == "users":
+            truth, told = await _undisturbed_users(world, p, applied)
+            _same(truth, rows, where)
+            _same(told, found.get(p, {}), f"{where}: examples")
+        elif kind == "catalogue":
+            store = MemoryDisk().open(Path("truth"))
+            await rebuild.catalogue_rows(world_read(world), p, applied["items"], store, world.encoder)
+            _same(dict(store.items()), rows, where)
+        else:
+            learner = ItemLearner(world.settings.learner_config(TEXT_DIM), TEXT_DIM)
+            await rebuild.learn_examples(world_read(world), learner, applied["examples"])
+            assert learner.learner.digest() == keeper.learner.learner.digest(), "item state"
+            assert last.worker.replica.digest() == learner.learner.digest(), "replica"
+    _check_letters(world)
+
+
+def world_read(world: World) -> rebuild.Read:
+    """The world's logs, for streams.rebuild."""
+
+    async def read(name: str, partition: int, start: int, stop: int) -> AsyncIterator[Sequence[Any]]:
+        yield world.logs[TP(world.topic(name), partition)].at(start, 1 << 30, stop)
+
+    return read
+
+
+async def _undisturbed_users(
+    world: World, p: int, applied: Mapping[str, int]
+) -> tuple[dict[bytes, bytes], dict[int, bytes]]:
+    """(rows, examples by position) of one run over the whole logs."""
+    store = MemoryDisk().open(Path("truth"))
+    messages: list[bytes] = []
+    await rebuild.user_rows(
+        world_read(world), p, applied, store, world.encoder, world.settings.evidence_config(), messages=messages
+    )
+    return dict(store.items()), {at: example for m in messages for at, example in _parted(m)}
+
+
+def _examples(world: World) -> dict[int, dict[int, bytes]]:
+    """{partition: {position: example}} of the examples log as its reader takes them: repeats dropped by offset."""
+    found: dict[int, dict[int, bytes]] = defaultdict(dict)
+    highest: dict[tuple[int, int], int] = {}
+    for record in world.logs[TP(world.topic("examples"), 0)].records:
+        kind, p, _ = examples.read_header(record.value)
+        if kind != examples.KIND_EXAMPLES:
+            continue
+        for position, example in _parted(record.value):
+            topic, offset = position >> 56, position & (1 << 56) - 1
+            if offset > highest.get((p, topic), -1):
+                highest[p, topic] = offset
+                found[p][position] = example
+    return found
+
+
+def _parted(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """(source position, bytes) of each example of a message (docs/data.md)."""
+    _, _, count = examples.read_header(message)
+    at = examples.HEADER.size
+    for _ in range(count):
+        _, _, position, _, history, flags, _, _ = examples.EXAMPLE.unpack_from(message, at)
+        end = at + examples.EXAMPLE.size + 16 * history
+        if flags & examples.FLAG_TEXT:
+            end += examples.TEXT.size + TEXT_DIM
+        if flags & examples.FLAG_RANKED:
+            end += examples.COUNT.size + 8 * examples.COUNT.unpack_from(message, end)[0]
+        yield position, message[at:end]
+        at = end
+
+
+def _restored(world: World, kind: str, p: int) -> tuple[dict[bytes, bytes], dict[str, int]]:
+    reader = Reader()
+    rows: dict[bytes, bytes] = {}
+    for record in world.logs[TP(world.settings.internal_topic(CHANGELOGS[kind]), p)].records:
+        accepted = reader.feed(record)
+        for key, row in accepted.rows.items() if accepted is not None else ():
+            if row is None:
+                rows.pop(key, None)
+            else:
+                rows[key] = row
+    return rows, reader.applied
+
+
+def _same(truth: Mapping[Any, bytes], found: Mapping[Any, bytes], where: str) -> None:
+    wrong = sorted(key for key in truth.keys() | found.keys() if truth.get(key) != found.get(key))
+    assert not wrong, f"{where}: {len(wrong)} of {len(truth)} differ from the undisturbed run's: {wrong[:5]}"
+
+
+def _check_letters(world: World) -> None:
+    """Every poison message lies in its dead-letter log byte for byte, and nothing else does."""
+    letters = {
+        (topic, dict(r.headers)["__streams.errors.partition"], dict(r.headers)["__streams.errors.offset"], r.value)
+        for topic in ("clicks", "comments", "erasures", "items")
+        for r in world.logs[TP(f"{topic}.dlq", 0)].records
+    }
+    sent = {(r.topic, b"%d" % r.partition, b"%d" % r.offset, r.value) for r in world.poison}
+    assert letters == sent, f"dead letters: {len(letters)} of {len(sent)}"
+
+
+def run_seed(seed: int, make: MakePartition = Partition, story: Story | None = None) -> World:
+    """One world, with the story of a seed or another. Raises AssertionError where a promise is broken."""
+    world = World(seed, make)
+    chance = world.random
+    with ExitStack() as stack:
+        for target, told in (
+            ("streams.worker", {
+                "kafka": SimKafka(world), "Metrics": _metrics, "RocksDisk": lambda **_: LifeDisk(LIFE.get()),
+                "Partition": world.make_partition, "os": _System, "log": _Silent(), "RESUME_INTERVAL_S": 0.2,
+            }),
+            ("streams.agents", {"INBOX_RECORDS_MAX": chance.choice((6, 20_000)), "INBOX_RECORDS_LOW": 3,
+                                "BATCH_EVENTS_MAX": chance.choice((3, 1000)), "SWEEP_IDLE_S": 0.2, "log": _Silent()}),
+            ("streams.telemetry", {"REPORT_INTERVAL_S": 1e9}),
+            ("state.rows", {"HISTORY_MAX": 5, "SEEN_MAX": 8, "COMMENTS_MAX": 2}),
+            ("model.learner", {"DENSE_FLOATS_MAX": 10_000}),
+            ("model.items", {"CAPACITY_START": 16}),
+            ("state.partition", {
+                "new_store_id": world.new_store_id,
+                "RESTORE_BYTES_MAX": chance.choice((1, 2000, 4 << 20)),
+                "RESTORE_META_BYTES": chance.choice((1, 10_000, 64 << 20)),
+                "MARKER_SLOT_BYTES": chance.choice((1, 20_000, 16 << 20)),
+            }),
+        ):  # fmt: skip
+            stack.enter_context(patch.multiple(target, **told))
+        with asyncio.Runner(loop_factory=lambda: VirtualLoop(chance)) as runner:
+            runner.run((story or _story)(world))
+    return world

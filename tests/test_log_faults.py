@@ -1,0 +1,172 @@
+"""What a worker does when its logs are not what they were: it says what is lost and how to go on, and stops.
+
+The workers are real, the logs simulated (bench/simulation.py); where the logs begin and end is asked of real brokers.
+"""
+
+import asyncio
+import itertools
+
+import pytest
+from kafka import KafkaAdminClient, KafkaProducer
+from kafka import TopicPartition as KafkaPartition
+
+from bench.kafka_node import KafkaNode
+from bench.simulation import CHANGELOGS, Life, Log, Published, World, caught_up, check, run_seed
+from streams import kafka, topics
+from streams.agents import LogResetError, LogTruncatedError
+from streams.settings import Settings
+from streams.topics import TopicsError
+from streams.worker import TP
+
+SEED = 3
+CLICKS = TP("clicks", 0)
+_numbers = itertools.count()
+
+
+async def stopped(world: World) -> None:
+    """All events applied by a worker that has stopped since."""
+    await world.publish()
+    life = await world.start("w1", None, 0.0)
+    await caught_up(world, life)
+    await life.do(life.worker.stop())
+    life.end()
+    await asyncio.sleep(0.1)
+
+
+def more_clicks(world: World, count: int) -> None:
+    for _ in range(count):
+        log = world.logs[CLICKS]
+        value = b'{"user_id": "u1", "item_id": "i1", "action": "click"}'
+        log.put(Published("clicks", 0, log.end, int(1e3 * world.now()), b"u1", value))
+
+
+async def ended(life: Life, world: World) -> None:
+    """Raises what the worker ends with."""
+    while not life.killed:
+        await asyncio.sleep(1)
+    raise world.wrong[0]
+
+
+def test_retention_that_has_passed_our_offset_stops_the_worker() -> None:
+    async def story(world: World) -> None:
+        await stopped(world)
+        more_clicks(world, 5)
+        world.logs[CLICKS].delete_before(world.logs[CLICKS].end - 2)
+        await ended(await world.start("w1", None, 0.0), world)
+
+    with pytest.raises(LogTruncatedError, match=r"clicks:0 begins at offset .* 3 offsets are gone \(retention\)"):
+        run_seed(SEED, story=story)
+
+
+def test_a_log_of_which_nothing_is_left_stops_the_worker_at_once() -> None:
+    async def story(world: World) -> None:
+        await stopped(world)
+        more_clicks(world, 5)
+        world.logs[CLICKS].delete_before(world.logs[CLICKS].end)
+        await ended(await world.start("w1", None, 0.0), world)
+
+    with pytest.raises(LogTruncatedError, match="5 offsets are gone"):
+        run_seed(SEED, story=story)
+
+
+def test_a_new_application_starts_from_what_is_left() -> None:
+    async def story(world: World) -> None:
+        await world.publish()
+        log = world.logs[CLICKS]
+        log.delete_before(log.records[len(log.records) // 2].offset)
+        world.poison = [record for record in world.poison if record.topic != "clicks" or record.offset >= log.begins]
+        life = await world.start("w1", None, 0.0)
+        await caught_up(world, life)
+        assert life.worker.keepers["users", 0].applied()["clicks"] == log.records[-1].offset
+
+    run_seed(SEED, story=story)
+
+
+def test_a_topic_made_anew_stops_the_worker() -> None:
+    """It would else read from the start and take every event below the old offset for a repeat."""
+
+    async def story(world: World) -> None:
+        await stopped(world)
+        world.logs[CLICKS] = Log()
+        more_clicks(world, 1)
+        await ended(await world.start("w1", None, 0.0), world)
+
+    with pytest.raises(LogResetError, match="clicks:0 ends at offset 1, but the state has applied it up to"):
+        run_seed(SEED, story=story)
+
+
+def test_a_topic_made_anew_under_a_running_worker_stops_it() -> None:
+    async def story(world: World) -> None:
+        await world.publish()
+        life = await world.start("w1", None, 0.0)
+        await caught_up(world, life)
+        world.logs[CLICKS] = Log()
+        await ended(life, world)
+
+    with pytest.raises(LogResetError, match="made anew"):
+        run_seed(SEED, story=story)
+
+
+def test_partitions_that_were_added_are_refused() -> None:
+    async def story(world: World) -> None:
+        await stopped(world)
+        world.partitions += 1
+        world.settings = world.settings.model_copy(update={"partitions": world.partitions})
+        life = Life(world, "w1", None, 0.0)
+        grown, life.worker.settings = life.worker.settings, life.worker.settings.model_copy(update={"partitions": 1})
+        assert grown.partitions == 2
+        await life.do(life.worker.start())
+        raise world.wrong[0]
+
+    with pytest.raises(
+        TopicsError, match=r"topic clicks: it has 2 partitions, planned 1: .* another HEADWATER_TOPIC_PRE"
+    ):
+        run_seed(SEED, story=story)
+
+
+def test_a_changelog_with_only_the_last_record_of_each_key_restores_everything() -> None:
+    async def story(world: World) -> None:
+        await stopped(world)
+        gone = 0
+        for kind, name in CHANGELOGS.items():
+            for p in range(world.partitions if kind != "learner" else 1):
+                log = world.logs[TP(world.settings.internal_topic(name), p)]
+                gone += len(log.records)
+                log.compact(log.end)
+                gone -= len(log.records)
+                assert len(log.records) == len({record.key for record in log.records})
+        assert gone > 10
+        life = await world.start("w2", None, 0.0)  # an empty disk
+        assert {keeper.report.kind for keeper in life.worker.keepers.values() if keeper.report} == {"fresh"}
+        await caught_up(world, life)
+        await check(world, life)
+
+    run_seed(SEED, story=story)
+
+
+async def test_where_a_log_begins_and_ends_is_asked_of_the_broker(broker: str) -> None:
+    settings = Settings(broker=broker, topic_prefix=f"bounds{next(_numbers)}-", partitions=1)
+    topics.ensure(settings)
+    options, clicks, items = settings.kafka_options(), settings.topic("clicks"), settings.topic("items")
+    producer = KafkaProducer(**options)
+    for _ in range(3):
+        producer.send(clicks, b"{}").get(timeout=10)
+    producer.close()
+    assert await kafka.log_bounds(options, (clicks, items), 0) == {clicks: (0, 3), items: (0, 0)}
+    assert await kafka.log_start(options, clicks, 0) == 0
+    assert await kafka.log_end(options, clicks, 0) == 3
+
+
+async def test_deleted_records_move_the_beginning(kafka_node: KafkaNode) -> None:
+    settings = Settings(broker=kafka_node.address, topic_prefix="deleted-", partitions=1)
+    topics.ensure(settings)
+    options, clicks = settings.kafka_options(), settings.topic("clicks")
+    producer = KafkaProducer(**options)
+    for _ in range(4):
+        producer.send(clicks, b"{}").get(timeout=10)
+    producer.close()
+    admin = KafkaAdminClient(**options)
+    admin.delete_records({KafkaPartition(clicks, 0): 3})
+    admin.close()
+    assert await kafka.log_bounds(options, (clicks,), 0) == {clicks: (3, 4)}
+    assert await kafka.first_at_or_after(options, clicks, 0, 1) == (3, 3)
