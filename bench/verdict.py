@@ -87,8 +87,8 @@ async def _compare(direct: Settings, calm: Settings, told: list[Digest], other: 
     ]
     ours, doubled = await _examples(direct)
     theirs, _ = await _examples(calm)
-    replayed, repeats = await _replay(direct)
     learner = next(d for d in told if d["kind"] == "learner")
+    replayed, repeats = await _replay(direct, learner["applied"]["examples"])
     return {
         "partitions_different": different,
         "examples": len(theirs),
@@ -133,11 +133,15 @@ async def _examples(settings: Settings) -> tuple[dict[int, bytes], int]:
     return found, doubled
 
 
-async def _replay(settings: Settings) -> tuple[str, int]:
-    """The digest of an undisturbed learner over the disturbed log, and the messages that it found to be repeats."""
+async def _replay(settings: Settings, last: int) -> tuple[str, int]:
+    """The digest of an undisturbed learner over the disturbed log up to the offset `last`, and the messages that it
+    found to be repeats. A flush is applied before its examples are published: the log may go on behind `last`.
+    """
     learner = ItemLearner(settings.learner_config(words.DIM), words.DIM)
     repeats = 0
     async for record in _messages(settings):
+        if record.offset > last:
+            break
         learnt = learner.learn(record.offset, record.value)
         repeats += not learnt.examples and not learnt.entries
     return learner.learner.digest(), repeats
