@@ -55,16 +55,16 @@ class FlushesOvertake(Partition):
 class ZombieNotFenced(Partition):
     """What others have written in between is not looked at."""
 
-    async def _inspect(self, start: int, begins: int, last: int) -> None:
+    async def _inspect(self, start: int, begins: int | None = None, last: int | None = None) -> None:
         pass
 
 
 class SweptTooEarly(Partition):
     """SWEPT is said before every row is written again."""
 
-    def _add_sweep(self, rows: dict[bytes, bytes | None]) -> bool:
+    def _add_sweep(self, rows: dict[bytes, bytes | None], count: int) -> bool:
         was_sweeping = self._sweep_from is not None
-        super()._add_sweep(rows)
+        super()._add_sweep(rows, count)
         self._sweep_from = None
         return was_sweeping
 

@@ -142,6 +142,9 @@ class MemoryStore:
         self._history.append(new)
         del self._history[:-HISTORY_MAX]
 
+    def purge(self, keys: Sequence[bytes]) -> None:
+        pass
+
     def memory_bytes(self) -> int:
         return sum(len(key) + len(row) for key, row in self._content.rows.items())
 

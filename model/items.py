@@ -251,6 +251,12 @@ class ItemMatrix:
         kernels.mark(self.arrays, row, bits, self.record_bytes)
         self.version += 1
 
+    def take_over(self, other: "ItemMatrix") -> None:
+        """Becomes the other, which is not to be used any more: whoever reads this one sees it whole, from now on."""
+        version = self.version + other.version + 1
+        self.__dict__.update(other.__dict__)
+        self.version = version
+
     # --- rows out ---
 
     def _header(self, kind: bytes, row: int) -> bytes:

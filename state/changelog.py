@@ -163,6 +163,11 @@ def row_records(epoch: int, flush: int, rows: Iterable[tuple[bytes, bytes | None
     return ((key_head + key, dead if row is None else alive + row) for key, row in rows)
 
 
+def row_key_of(record: LogRecord) -> bytes | None:
+    """The row key that a record names, also where its value is null; None: it is no row's."""
+    return record.key[_KEY.size :] if record.key[:1] == ROW else None
+
+
 def parse(record: LogRecord) -> Announce | Marker | Row | None:
     """What a record says; None for a null value (nothing: somebody purged an old record by its key).
 

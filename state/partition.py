@@ -35,6 +35,7 @@ from state.changelog import (
     announce_record,
     marker_record,
     parse,
+    row_key_of,
     row_records,
 )
 from state.store import (
@@ -54,6 +55,7 @@ SWEEP_ROWS: Final = 50  # untouched rows re-published with a flush after an open
 APPEND_BYTES_MAX: Final = 1 << 20  # one append; a row above that goes alone
 APPEND_RECORDS_MAX: Final = 4000
 RESTORE_BYTES_MAX: Final = 4 << 20  # one batch to disk while restoring
+PURGE_KEYS_MAX: Final = 1000  # deletions that an `OpenReport` lists
 RESTORE_META_BYTES: Final = 64 << 20  # restored between two METAs: what a restore that is cut off does again
 READ_KEYS_MAX: Final = 512  # rows read at once for the ADOPT
 INLINE_ROWS_MAX: Final = 1000  # a larger flush is written to disk by a thread: 25,000 rows of 2 KB take 0.4 s
@@ -103,6 +105,7 @@ class OpenReport:
     repaired: int  # rows written again
     applied: dict[str, int]
     reason: str = ""  # why a disk was discarded
+    deleted: tuple[bytes, ...] = ()  # of rows that this disk may have held before; PURGE_KEYS_MAX at most
 
 
 def digest(rows: Iterable[tuple[bytes, bytes]], applied: Mapping[str, int]) -> str:
@@ -144,6 +147,7 @@ class _Opened:
     position: int  # behind our own claim
     reader: Reader
     read: int
+    deleted: list[bytes] = field(default_factory=list)
 
 
 class Partition:
@@ -312,18 +316,62 @@ class Partition:
             await asyncio.shield(self._writing)  # a flush that is cancelled here is whole nevertheless
         await self._room()
 
-    async def sweep(self) -> bool:
+    async def sweep(self, rows_max: int | None = None) -> bool:
         """When idle: re-publish some untouched rows, as each flush does. False: nothing is left to do.
 
-        Raises Fenced, PartitionFailedError.
+        rows_max: how many, where there is a hurry. Raises Fenced, PartitionFailedError.
         """
         await self._written()
         self._check_usable()
         if self._sweep_from is None and not self._repair:
             return False
-        self._send({}, [], None)
+        self._send({}, [], None, rows_max)
         await self._room()
         return True
+
+    async def renew(self) -> None:
+        """Claim another epoch, as an open on this disk would: once it is swept, the changelog may lose its head.
+
+        That is how old versions of rows, and the records of their deletion, leave the changelog: `truncatable_to`.
+        Raises as `open` does but for the disk's errors; Fenced where somebody else has claimed the partition.
+        """
+        await self.drain()
+        try:
+            await self._inspect(self._next_offset)  # who was overtaken does not claim: that would fence the owner
+            reader = _reader(self._meta, keys_only=True)
+            epoch, offset = await self._claim(self._meta, reader, None)
+            if any(store_id != self._meta.store_id for store_id in reader.winners):
+                raise Fenced(f"{self.path}: epoch {self._epoch} was overtaken before it was renewed")
+        except Fenced as failure:
+            self._failure = failure
+            raise
+        await self._check_head(self._meta.position)
+        opened = _Opened("same", self._meta, [], epoch, offset + 1, reader, 0)
+        await self._adopt(opened, "", "")
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether every row has been written under this epoch; its last records may still be on their way."""
+        return self._sweep_from is None
+
+    def stored_key(self, key: bytes) -> bytes:
+        """The row key under which disk and changelog have a key's row."""
+        return key
+
+    def purge(self, keys: Sequence[bytes]) -> None:
+        """Take deleted rows off the disk itself, by their `stored_key`, after a `drain`. In a thread: it takes tenths
+        of a second a key."""
+        self._store.purge(keys)
+
+    async def named(self, keys: Collection[bytes]) -> dict[bytes, int]:
+        """How many records of the changelog name each `stored_key`, whatever they say; reads all of it."""
+        found = dict.fromkeys(keys, 0)
+        async for batch in self._log.read(await self._log.first(), None):
+            for record in batch:
+                key = row_key_of(record)
+                if key in found:
+                    found[key] += 1
+        return found
 
     async def drain(self) -> None:
         """Until all flushes are durable. Raises Fenced, PartitionFailedError."""
@@ -400,7 +448,10 @@ class Partition:
         if restore is not None:
             restore.advance()
             meta = restore.meta
-        return _Opened(kind, meta, outbox, epoch, offset + 1, reader, restore.rows if restore else 0)
+        opened = _Opened(kind, meta, outbox, epoch, offset + 1, reader, restore.rows if restore else 0)
+        if restore is not None and kind == "catchup":
+            opened.deleted = restore.deleted
+        return opened
 
     async def _claim(self, meta: Meta, reader: Reader, restore: "_Restore | None") -> tuple[int, int]:
         """Compare-and-swap through the log: (epoch, offset of our claim), everything up to there read."""
@@ -473,6 +524,7 @@ class Partition:
             len(touched),
             dict(applied),
             reason,
+            tuple(opened.deleted),
         )
 
     def _stored(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, bytes | None]]:
@@ -548,6 +600,7 @@ class Partition:
         rows: dict[bytes, bytes | None],
         downstream: list[tuple[bytes, bytes]],
         outbox_id: bytes | None,
+        sweep_rows: int | None = None,
     ) -> None:
         """Put a flush on its way, with repairs and some of the sweep."""
         self._flushes += 1
@@ -555,7 +608,7 @@ class Partition:
             rows.update(self._stored(sorted(self._repair - rows.keys())))
             self._repair.clear()
             self._repaired_by = self._flushes
-        kind = KIND_SWEPT if self._add_sweep(rows) else KIND_RUNNING
+        kind = KIND_SWEPT if self._add_sweep(rows, sweep_rows or self._sweep_rows) else KIND_RUNNING
         flush = _Flush(self._flushes, kind, rows, downstream, self._meta.applied, outbox_id)
         before = self._under_way[-1] if self._under_way else None
         self._under_way.append(flush)
@@ -563,14 +616,14 @@ class Partition:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _add_sweep(self, rows: dict[bytes, bytes | None]) -> bool:
+    def _add_sweep(self, rows: dict[bytes, bytes | None], count: int) -> bool:
         """Add the next untouched rows; whether the sweep ends with them."""
         if self._sweep_from is None:
             return False
-        some = list(islice(self._store.items(self._sweep_from), self._sweep_rows))
+        some = list(islice(self._store.items(self._sweep_from), count))
         for key, row in some:
             rows.setdefault(key, row)
-        if len(some) < self._sweep_rows:
+        if len(some) < count:
             self._sweep_from = None
             return True
         self._sweep_from = some[-1][0] + b"\0"
@@ -662,15 +715,16 @@ class Partition:
         self._next_offset = last + 1
         return last
 
-    async def _inspect(self, start: int, begins: int, last: int) -> None:
-        """Read what stands between our records: a newer owner, late rows of an older one, or a doubled append."""
+    async def _inspect(self, start: int, begins: int | None = None, last: int | None = None) -> None:
+        """Read what stands between our records, or behind our last one: a newer owner, late rows of an older one, or
+        a doubled append."""
         newer = 0
         async for batch in self._log.read(start, last):
             for record in batch:
                 match parse(record):
                     case Announce() as announce:
                         newer = max(newer, announce.epoch)
-                    case Row() as row if row.epoch != self._epoch or record.offset < begins:
+                    case Row() as row if row.epoch != self._epoch or begins is None or record.offset < begins:
                         self._repair.add(row.key)  # it may hide a good row from a compactor
         if newer > self._epoch:
             raise Fenced(f"{self.path}: epoch {self._epoch} was overtaken by {newer}")
@@ -686,6 +740,7 @@ class _Restore:
         self.meta = replace(meta, restoring=True)
         self.rows = 0
         self.behind_bytes = 0  # rows taken since META was written
+        self.deleted: list[bytes] = []  # keys whose rows an older disk may hold; PURGE_KEYS_MAX at most
         self._partition = partition
         self._store = store
         self._waiting: dict[bytes, bytes | None] = {}
@@ -728,6 +783,8 @@ class _Restore:
             while self._waiting and size < RESTORE_BYTES_MAX:
                 key, row = self._waiting.popitem()
                 batch[key] = row
+                if row is None and len(self.deleted) < PURGE_KEYS_MAX:
+                    self.deleted.append(key)
                 size += len(key) + len(row or b"")
             self._store.write(batch)
             self._partition._crash("restore")

@@ -169,6 +169,10 @@ class SealedPartition(Partition):
         super().__init__(**given)
         self.sealer = sealer
 
+    def stored_key(self, key: bytes) -> bytes:
+        """`Partition.stored_key`: the pseudonym."""
+        return self.sealer.pseudonym(key)
+
     async def flush(
         self,
         rows: Mapping[bytes, bytes | None],

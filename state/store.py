@@ -23,7 +23,17 @@ from functools import cache
 from pathlib import Path
 from typing import Final, Protocol
 
-from rocksdict import BlockBasedOptions, Cache, DbClosedError, Options, Rdict, WriteBatch, WriteBufferManager
+from rocksdict import (
+    BlockBasedOptions,
+    BottommostLevelCompaction,
+    Cache,
+    CompactOptions,
+    DbClosedError,
+    Options,
+    Rdict,
+    WriteBatch,
+    WriteBufferManager,
+)
 
 from state.changelog import STORE_ID_BYTES, pack_applied, unpack_applied
 
@@ -34,6 +44,8 @@ WRITE_BUFFERS_BYTES: Final = 64 << 20  # memtables, of all stores of the process
 WRITE_BUFFER_BYTES_MAX: Final = 8 << 20  # one memtable
 WRITE_BUFFER_COUNT_MAX: Final = 2  # memtables a store
 BLOOM_BITS_PER_KEY: Final = 10  # 1 % false positives: new users are asked for all the time
+PURGE_RANGES_MAX: Final = 16  # keys compacted one by one; more of them as one range
+MANIFEST_BYTES_MAX: Final = 1  # each change of the tables begins another one: an older one names deleted keys
 INFO_LOG_FILES_MAX: Final = 2
 INFO_LOG_BYTES_MAX: Final = 1 << 20
 
@@ -41,6 +53,7 @@ FLAG_RESTORING: Final = 1
 
 META_KEY: Final = b"\x00meta"
 OUTBOX_PREFIX: Final = b"\x00outbox"
+PURGE_KEY: Final = b"\x00purge"  # of no meaning: written so that there is something to write
 ROW_PREFIX: Final = b"\x01"
 CORRUPT_MARK: Final = "HEADWATER_CORRUPT"
 
@@ -49,7 +62,7 @@ _COUNT: Final = struct.Struct(">I")
 _PAIR: Final = struct.Struct(">II")
 _FLUSH_ID: Final = struct.Struct(">QQ")
 
-assert META_KEY < OUTBOX_PREFIX < ROW_PREFIX
+assert META_KEY < OUTBOX_PREFIX < PURGE_KEY < ROW_PREFIX
 
 
 class StoreError(Exception):
@@ -205,6 +218,13 @@ class Store(Protocol):
         """In one atomic batch: rows (None deletes), META, a new outbox entry, ids of entries to drop."""
         ...
 
+    def purge(self, keys: Sequence[bytes]) -> None:
+        """Takes deleted rows of these keys, and settled outbox entries, off the disk: nothing names them any more.
+
+        Takes some tenths of a second a key: not in the loop.
+        """
+        ...
+
     def memory_bytes(self) -> int:
         """Memory held by this store alone (the shared block cache not counted)."""
         ...
@@ -280,6 +300,7 @@ class RocksDisk:
         options.set_write_buffer_manager(self._buffers)
         options.set_write_buffer_size(self._memtable_bytes)
         options.set_max_write_buffer_number(WRITE_BUFFER_COUNT_MAX)
+        options.set_max_manifest_file_size(MANIFEST_BYTES_MAX)
         options.set_keep_log_file_num(INFO_LOG_FILES_MAX)
         options.set_max_log_file_size(INFO_LOG_BYTES_MAX)
         return options
@@ -356,6 +377,27 @@ class RocksStore:
             self._database.write(batch)
         except Exception as error:
             raise self._failed(error) from error
+
+    def purge(self, keys: Sequence[bytes]) -> None:
+        """`Store.purge`: out of the log and the memtables, out of the tables, out of the list of tables."""
+        try:
+            self._database.flush(True)
+            ranges = [(key, key) for key in keys]
+            if len(keys) > PURGE_RANGES_MAX:
+                ranges = [(min(keys), max(keys))]
+            for first, last in ranges:
+                self._compact(ROW_PREFIX + first, ROW_PREFIX + last + b"\0")
+            self._compact(OUTBOX_PREFIX, PURGE_KEY)
+            # The list of tables still has the bounds of those that went; it is begun anew with the next one.
+            self._database.put(PURGE_KEY, b"")
+            self._database.flush(True)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _compact(self, start: bytes, stop: bytes) -> None:
+        options = CompactOptions()
+        options.set_bottommost_level_compaction(BottommostLevelCompaction.force_optimized())
+        self._database.compact_range(start, stop, options)
 
     def memory_bytes(self) -> int:
         """`Store.memory_bytes`: memtables and open tables."""

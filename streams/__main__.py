@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from streams.settings import Settings
 
 HTTP_TIMEOUT_S: Final = 15.0
+FORGET_POLL_S: Final = 0.2
 PIPE_COLUMNS: Final = 300  # a pipe has no width: nothing is cut for it
 
 app = typer.Typer(
@@ -142,7 +143,7 @@ def topics(as_json: Json = False) -> None:
 
 def _retention(configs: Any) -> str:
     hour_ms = 3_600_000
-    if "retention.ms" in configs:
+    if "min.compaction.lag.ms" not in configs:
         return f"{int(configs['retention.ms']) / hour_ms:g} h"
     return f"newest of a key; all of {int(configs['min.compaction.lag.ms']) / hour_ms:g} h"
 
@@ -386,6 +387,78 @@ def _print_list(items: list[dict[str, Any]], explain: bool) -> None:
     _table(["", "item", "p", "text", *(["because"] if explain else [])], rows)
 
 
+@app.command()
+def forget(
+    user_id: UserId,
+    unlearn: Annotated[
+        bool, typer.Option("--unlearn", help="Also learn the item model again without this user's events.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Erases a user everywhere and waits until that is complete; then shows the certificate, which names nobody.
+
+    Example: `headwater forget u42 --unlearn`
+    """
+    query = {"unlearn": str(unlearn).lower()}
+    told = _ask(f"/v1/users/{_segment(user_id)}", query, method="DELETE")
+    _say(f"{told['erasure_id']}: asked for")
+    before = ""
+    while told["status"] != "complete":
+        time.sleep(FORGET_POLL_S)
+        told = _ask(f"/v1/erasures/{told['erasure_id']}")
+        now = _erasure_step(told)
+        if now != before:
+            _say(f"{told['erasure_id']}: {now}")
+            before = now
+    if as_json:
+        _print_json(told)
+        return
+    _table(["erased", told["erasure_id"]], _certified(told))
+    remains = told["remains"] or []
+    if remains:
+        _table(
+            ["remains in", "partition", "records", "until"],
+            [[r["topic"], r["partition"], r["records"], _day(r["until"])] for r in remains],
+        )
+
+
+def _certified(told: dict[str, Any]) -> list[list[Any]]:
+    """The lines of a complete certificate."""
+    lines = []
+    if told["state"] is not None:
+        state = told["state"]
+        lines += [["events of the row", state["events"]], ["offsets applied before it", _offsets(state["place"])]]
+        lines += [["partition's digest after it", f"{state['digest']} at {_offsets(state['applied'])}"]]
+    if told["changelog"] is not None:
+        changelog = told["changelog"]
+        cut = changelog["kept"] or f"deleted before offset {changelog['deleted_before']}"
+        lines += [["changelog", f"{cut}; {changelog['naming']} records name the user"]]
+    if told["model"] is not None:
+        lines += [["item model", _model(told["model"])]]
+    return lines
+
+
+def _erasure_step(told: dict[str, Any]) -> str:
+    if told["status"] != "running":
+        return str(told["status"])
+    model = told["model"]
+    if told["unlearn_at"] is not None:
+        return "the item model is learnt again" + (f", {model['progress']:.0%}" if model else "")
+    steps = {"store": "the row is gone; the disk is purged", "changelog": "the changelog is rewritten",
+             "remains": "the logs are searched"}  # fmt: skip
+    return next((words for step, words in steps.items() if told[step] is None), "almost complete")
+
+
+def _model(model: dict[str, Any]) -> str:
+    if not model["exact"]:
+        return f"not unlearnt: {model['reason']}"
+    return f"{model['removed']} examples taken back in {model['seconds']:.1f} s; digest {model['digest']}"
+
+
+def _day(unix_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(unix_s))
+
+
 def _reasons(explanation: dict[str, Any]) -> str:
     parts = sorted(explanation["contributions"], key=lambda part: -abs(part["value"]))[:3]
     named = [f"{part.get('action') or part['type']} {part.get('item_id', '')} {part['value']:+.3f}" for part in parts]
@@ -579,14 +652,14 @@ def _faults() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _ask(path: str, query: dict[str, str] | None = None, url: str | None = None) -> Any:
+def _ask(path: str, query: dict[str, str] | None = None, url: str | None = None, method: str = "GET") -> Any:
     import httpx
 
     settings = _load()
     url = url or settings.http_url()
     try:
-        answer = httpx.get(
-            url + path, params=query, headers=settings.http_headers(), timeout=HTTP_TIMEOUT_S, trust_env=False
+        answer = httpx.request(
+            method, url + path, params=query, headers=settings.http_headers(), timeout=HTTP_TIMEOUT_S, trust_env=False
         )
     except httpx.HTTPError as problem:
         _fail(

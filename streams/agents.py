@@ -20,11 +20,13 @@ import structlog
 
 from model.evaluate import LiveMetrics
 from model.learner import HALF_LIVES_POSITIVES
+from state.changelog import LogRecord
 from state.partition import OpenReport, Partition
 from state.sealing import Sealer, SealError, is_sealed
 from streams import codec, examples, pipeline
 from streams.codec import Record, Reject
 from streams.encoding import Encoding
+from streams.erasure import Book, Eraser, ModelUnlearnt, Reach, erasure_id
 from streams.events import Click, Comment, Erasure, Item, Withdrawn
 from streams.inbox import Entry, Inbox
 from streams.pipeline import EvidenceConfig, ItemLearner, Learnt, SourceEvent
@@ -38,6 +40,7 @@ INBOX_RECORDS_MAX: Final = 20_000  # a topic's queue; above it the consumer paus
 INBOX_RECORDS_LOW: Final = 5_000
 ROW_CACHE_BYTES_MAX: Final = 64 << 20  # of one partition's rows kept as bytes, written through
 SWEEP_IDLE_S: Final = 1.0
+PROGRESS_S: Final = 1.0  # between two words on how far a state that is learnt again has come
 SHOWN_EVENTS_MAX: Final = 5  # of a batch, told to those who watch
 FINISH_BYTES_MAX: Final = 32 << 20  # of item rows flushed on a stop: it has 5 s; the examples log holds the rest
 assert INBOX_RECORDS_LOW >= BATCH_EVENTS_MAX, "a resumed partition must not run dry while it fetches"
@@ -87,10 +90,12 @@ class Surroundings:
     first_at: Callable[[str, int, int], Awaitable[tuple[int, int]]]  # streams.kafka.first_at_or_after
     dead_letter: Callable[[codec.DeadLetter], Awaitable[None]]
     durable: Callable[[str, int, int], None]  # (topic, partition, next offset): may be committed
-    changed: Callable[[Click | Comment], None]  # for whoever watches the stream go by
+    changed: Callable[[Click | Comment | Erasure], None]  # for whoever watches the stream go by
     failed: Callable[["Keeper[Any]", BaseException], None]  # a keeper's task has ended with this
     merge_hold_s: float
     flush_linger_s: float
+    book: Book
+    reach: Reach
     sealer: Sealer | None = None  # of users' rows and examples
 
 
@@ -275,31 +280,37 @@ class RowCache:
     def __init__(self, read: pipeline.GetMany, bytes_max: int = ROW_CACHE_BYTES_MAX) -> None:
         self._read = read
         self._rows: dict[bytes, bytes] = {}
+        self._deleted: set[bytes] = set()  # by the flush under way
         self._bytes = 0
         self._bytes_max = bytes_max
 
     def get_many(self, keys: list[bytes]) -> list[bytes | None]:
         """As the store's: a row or None for each key."""
         found: list[bytes | None] = [self._rows.get(key) for key in keys]
-        missing = [at for at, value in enumerate(found) if value is None]
+        missing = [at for at, value in enumerate(found) if value is None and keys[at] not in self._deleted]
         if missing:
             for at, value in zip(missing, self._read([keys[at] for at in missing]), strict=True):
                 found[at] = value
         return found
 
     def put_many(self, changed: Mapping[bytes, bytes | None]) -> None:
-        """Takes what a flush writes; of a row that it deletes nothing is kept."""
+        """Takes what a flush is to write; of a row that it deletes the key alone is kept, until it is `flushed`."""
         for key, value in changed.items():
             old = self._rows.pop(key, None)
             if old is not None:
                 self._bytes -= len(old) + len(key)
             if value is None:
+                self._deleted.add(key)
                 continue
             self._rows[key] = value
             self._bytes += len(value) + len(key)
         while self._bytes > self._bytes_max:
             key = next(iter(self._rows))
             self._bytes -= len(self._rows.pop(key)) + len(key)
+
+    def flushed(self) -> None:
+        """What was put is in the store."""
+        self._deleted.clear()
 
 
 @dataclass(slots=True)
@@ -332,6 +343,9 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
         super().__init__(number, partition, topics, around)
         self.cache = RowCache(partition.get_many)
         self.shown: dict[str, int] = {}  # last offset in the rows that a read sees, which may be in mid-flush
+        self.eraser = Eraser(
+            number, partition, around.book, around.reach, self._working, lambda: self._settling or self._closing
+        )
 
     async def load(self) -> None:
         """The cache starts empty: another store may lie behind it now."""
@@ -340,6 +354,19 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
             raise SealError("users' rows are sealed here, and no data keys are set: set HEADWATER_DATA_KEYS_FILE")
         self.cache = RowCache(self.partition.get_many)
         self.shown = dict(self.partition.applied)
+        assert self.report is not None
+        self.eraser.purge(self.report.deleted)
+
+    async def idle(self) -> None:
+        """As every keeper's; and erasures go on."""
+        await super().idle()
+        self.eraser.pursue()
+
+    async def close(self) -> None:
+        """As every keeper's, after the erasures' own work."""
+        self._settling = self._closing = True
+        await self.eraser.close()
+        await super().close()
 
     def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, Any]]:
         """Decodes, and starts the encoding of texts at once, ahead of their turn."""
@@ -375,21 +402,41 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
         metrics = self.around.metrics
         with metrics.stage("fold"):
             batch = pipeline.learn_users(self.number, events, self.cache.get_many, self.around.evidence)
+        for erased in batch.erased:
+            await self._announce(erased, entries)
         with metrics.stage("user_flush"):
             downstream = [(b"%d" % self.number, message) for message in batch.messages]
             advanced = self._advanced(entries)
             self.cache.put_many(batch.rows)  # with `shown`, at once: a read's rows and offsets are of one moment
             self.shown = advanced
             await self.partition.flush(batch.rows, downstream, advanced)
+            self.cache.flushed()
         now = self.around.now()
         metrics.users_learnt(events, stamps, batch, now)
         for source in events[-SHOWN_EVENTS_MAX:]:
-            if not isinstance(source.event, Erasure):
-                self.around.changed(source.event)
+            self.around.changed(source.event)
+        if batch.erased:
+            self.eraser.pursue()
+
+    async def _announce(self, erased: pipeline.Erased, entries: list[tuple[str, Entry[Any]]]) -> None:
+        """Tells of an erasure of this batch, with the offsets that come before it in the order."""
+        place = dict(self.partition.applied)
+        for topic, entry in entries:
+            place[self.topics[topic]] = entry.offset
+            if self.topics[topic] == "erasures" and entry.offset == erased.offset:
+                assert isinstance(entry.work, _UserWork)
+                await self.eraser.announce(erased, entry.work.record_s, place)
+                return
 
     def row(self, user_id: str) -> bytes | None:
         """The user's row as of now."""
         return self.cache.get_many([user_id.encode()])[0]
+
+
+def _learn_all(learner: ItemLearner, records: Sequence[LogRecord]) -> None:
+    for record in records:
+        if record.value:
+            learner.learn(record.offset, record.value)
 
 
 @dataclass(slots=True)
@@ -479,15 +526,79 @@ class LearnerKeeper(Keeper[bytes]):
         """Learns a batch of messages off the loop, then flushes if a flush is due."""
         loop = asyncio.get_running_loop()
         messages = [(entry.offset, entry.work) for _, entry in entries if entry.work]
-        with self.around.metrics.stage("learn"):
-            learnt = await loop.run_in_executor(self._executor, self._learn, messages)
+        while messages:
+            with self.around.metrics.stage("learn"):
+                learnt = await loop.run_in_executor(self._executor, self._learn, messages)
+            self._observe(learnt)
+            last, messages = messages[len(learnt) - 1][0], messages[len(learnt) :]
+            if learnt[-1].ends_removal and not await self._unlearn(last):
+                return  # the partition is given away in the middle: whoever has it next learns again
+            self.offset = last
         self.offset = entries[-1][1].offset
-        self._observe(learnt)
         if self.is_flush_due():
             await self.flush()
 
     def _learn(self, messages: list[tuple[int, bytes]]) -> list[Learnt]:
-        return [self.learner.learn(offset, message) for offset, message in messages]
+        """Messages up to the first that ends a removal."""
+        learnt: list[Learnt] = []
+        for offset, message in messages:
+            learnt.append(self.learner.learn(offset, message))
+            if learnt[-1].ends_removal:
+                break
+        return learnt
+
+    async def _unlearn(self, offset: int) -> bool:
+        """The removals up to the message at `offset` take effect: all at once, in the flush of that offset.
+
+        False: the partition was to be given away before that.
+        """
+        asked, started = list(self.learner.asked), self.around.now()
+        model, fresh = ModelUnlearnt(True, offset), None
+        if self.learner.owes_replay:
+            begins = await self.around.reach.examples_begin()
+            if begins > 0:
+                model.exact = False
+                model.reason = (
+                    f"the examples log begins at {begins}: what it held before is part of the state and cannot be "
+                    "told apart. Nothing was changed; a state that is learnt anew leaves the user out"
+                )
+            else:
+                fresh = await self._learn_again(offset, asked, started)
+                if fresh is None:
+                    return False
+                model.removed, model.messages = int(fresh.left_out[0]), offset
+        learner = self.learner if fresh is None else fresh
+        learner.settled(offset)
+        loop = asyncio.get_running_loop()
+        model.digest = await loop.run_in_executor(self._executor, learner.learner.digest)
+        model.seconds = self.around.now() - started
+        for partition, erasure in asked:
+            await self.around.book.write_model(erasure_id(partition, erasure), model)
+        gone: list[bytes] = []
+        if fresh is not None:
+            gone = await loop.run_in_executor(self._executor, lambda: [key for key, _ in self.partition.items()])
+        self.learner, self.offset = learner, offset
+        await self.flush(gone)
+        return True
+
+    async def _learn_again(
+        self, offset: int, asked: list[tuple[int, int]], started: float
+    ) -> ItemLearner | None:  # fmt: skip
+        """A learner of the log before `offset` without what was removed; the old one goes on being served."""
+        loop = asyncio.get_running_loop()
+        fresh, told = self.learner.again(), started
+        async for batch in self.around.reach.examples(offset - 1):
+            for at in range(0, len(batch), BATCH_MESSAGES_MAX):
+                if self._settling:
+                    return None
+                part = batch[at : at + BATCH_MESSAGES_MAX]
+                await loop.run_in_executor(self._executor, _learn_all, fresh, part)
+            if self.around.now() - told >= PROGRESS_S and batch:
+                told = self.around.now()
+                model = ModelUnlearnt(False, offset, done=False, progress=batch[-1].offset / max(offset, 1))
+                for partition, erasure in asked:
+                    await self.around.book.write_model(erasure_id(partition, erasure), model)
+        return fresh
 
     def _observe(self, learnt: list[Learnt]) -> None:
         for one in learnt:
@@ -520,10 +631,10 @@ class LearnerKeeper(Keeper[bytes]):
         if behind and self.learner.learner.dirty_bytes <= FINISH_BYTES_MAX:
             await self.flush()
 
-    async def flush(self) -> None:
-        """One flush of the dirty rows; it is published while learning goes on."""
+    async def flush(self, gone: Sequence[bytes] = ()) -> None:
+        """One flush of the dirty rows, and the deletion of those that are gone; published while learning goes on."""
         loop = asyncio.get_running_loop()
-        changed = await loop.run_in_executor(self._executor, self.learner.take_dirty)
+        changed = dict.fromkeys(gone) | await loop.run_in_executor(self._executor, self.learner.take_dirty)
         self._entered = False
         self._flushed_s = self.around.now()
         with self.around.metrics.stage("item_flush"):

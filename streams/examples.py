@@ -1,7 +1,7 @@
 """Messages of the examples log, byte for byte (format version 1, little endian). One message is one micro-batch.
 
-    header      8 B   version u1 | kind u1 (1 = examples, 2 = items, 3 = adapter) | source partition u2 | count u2
-                      | flags u2 (kind 3: 1 = taken back)
+    header      8 B   version u1 | kind u1 (1 = examples, 2 = items, 3 = adapter, 4 = removals) | source partition u2
+                      | count u2 | flags u2 (kind 3: 1 = taken back; kind 4: 1 = more of the same removal follows)
     kind 1, `count` times:
       example  32 B   item key i8 | ts f8 | position u8 (state.rows.position) | label u1 (1 positive, 0 low rating)
                       | history_count u1 | flags u1 (1 = text, 2 = ranked) | zero u1 | weight f4
@@ -10,6 +10,7 @@
       seen     count u4 | keys i8 each                           only with flag 2: consumed beyond the history
     kind 2: a MessagePack array of `count` ItemEntry
     kind 3: model.adapter.Adapter.pack, or nothing (count 0): texts are compared through it from the next message on
+    kind 4: offset u8 of the erasure in `erasures`, then `count` times: position u8 of an event that is to be left out
 
 The learner drops what is at or below the highest offset that it has applied of the example's (topic, partition):
 repeats vanish, those of a fenced worker too.
@@ -17,8 +18,9 @@ repeats vanish, those of a fenced worker too.
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numba as nb
@@ -35,7 +37,9 @@ MESSAGE_VERSION: Final = 1
 KIND_EXAMPLES: Final = 1
 KIND_ITEMS: Final = 2
 KIND_ADAPTER: Final = 3
+KIND_REMOVALS: Final = 4
 MESSAGE_EXAMPLES_MAX: Final = 64  # examples a message: the micro-batch; 64 costs 1 % of the hits against 1
+REMOVALS_MAX: Final = 32_768  # positions a message
 MESSAGE_BYTES_MAX: Final = 400_000  # of examples in a message: ranked ones of heavy users are large; a batch is 512 KiB
 
 FLAG_TEXT: Final = 1
@@ -51,7 +55,10 @@ CLICKS, COMMENTS, ITEMS = range(3)
 ERASURES: Final = 3  # a source of the user state that no example comes from
 USER_SOURCES: Final = {CLICKS: "clicks", COMMENTS: "comments", ERASURES: "erasures"}  # the user state's sources
 
+NOTHING: Final = np.zeros(0, np.int64)
+
 assert EXAMPLE.size == 32 and HEADER.size == 8
+assert 8 * REMOVALS_MAX < MESSAGE_BYTES_MAX and REMOVALS_MAX < 1 << 16
 
 
 class MessageVersionError(ValueError):
@@ -134,7 +141,7 @@ def unpack_adapter(message: bytes) -> tuple[Adapter | None, bool]:
 def read_header(message: bytes) -> tuple[int, int, int]:
     """(kind, source partition, count). Raises MessageVersionError."""
     version, kind, partition, count, _ = HEADER.unpack_from(message)
-    if version != MESSAGE_VERSION or kind not in (KIND_EXAMPLES, KIND_ITEMS, KIND_ADAPTER):
+    if version != MESSAGE_VERSION or kind not in (KIND_EXAMPLES, KIND_ITEMS, KIND_ADAPTER, KIND_REMOVALS):
         raise MessageVersionError(
             f"message of version {version}, kind {kind} in the examples log; this build reads version "
             f"{MESSAGE_VERSION}: deploy the build that wrote it, or one that is newer"
@@ -142,14 +149,55 @@ def read_header(message: bytes) -> tuple[int, int, int]:
     return kind, partition, count
 
 
+class Removal(NamedTuple):
+    """Events whose examples the learner leaves out from here on, as if they had never been in the log."""
+
+    partition: int
+    erasure: int  # offset of the erasure that asked for it
+    positions: npt.NDArray[np.int64]  # (n,) `state.rows.position` each
+    more: bool  # other messages of the same removal follow: it takes effect with the last
+
+
+def pack_removals(partition: int, erasure: int, positions: npt.NDArray[np.int64]) -> list[bytes]:
+    """Messages of an erasure's positions, all to be followed by more: see `chained`."""
+    parts = [positions[a : a + REMOVALS_MAX] for a in range(0, max(1, len(positions)), REMOVALS_MAX)]
+    return [
+        HEADER.pack(MESSAGE_VERSION, KIND_REMOVALS, partition, len(part), 1)
+        + erasure.to_bytes(8, "little")
+        + part.astype("<i8").tobytes()
+        for part in parts
+    ]
+
+
+def chained(messages: Sequence[bytes]) -> list[bytes]:
+    """The messages of some removals as one: the last one is the end of it."""
+    version, kind, partition, count, _ = HEADER.unpack_from(messages[-1])
+    last = HEADER.pack(version, kind, partition, count, 0) + messages[-1][HEADER.size :]
+    return [*messages[:-1], last]
+
+
+def unpack_removal(message: bytes) -> Removal:
+    """A message of kind 3. Raises ValueError when the bytes do not fit the header."""
+    _, partition, count = read_header(message)
+    if len(message) != HEADER.size + 8 + 8 * count:
+        raise ValueError(f"removal of {count} positions has {len(message)} bytes")
+    more = HEADER.unpack_from(message)[4]
+    erasure = int.from_bytes(message[HEADER.size : HEADER.size + 8], "little")
+    return Removal(partition, erasure, np.frombuffer(message, "<i8", count, HEADER.size + 8), bool(more))
+
+
 def unpack_items(message: bytes) -> list[ItemEntry]:
     """The entries of a message of kind 2."""
     return _decode_items(message[HEADER.size :])
 
 
-def unpack_examples(message: bytes, out: Examples, applied: npt.NDArray[np.int64]) -> Examples:
+def unpack_examples(
+    message: bytes, out: Examples, applied: npt.NDArray[np.int64], removed: npt.NDArray[np.int64] = NOTHING,
+    left_out: npt.NDArray[np.int64] | None = None,
+) -> Examples:  # fmt: skip
     """Fills `out` from a message of kind 1, dropping examples at or below `applied` (one offset a topic code, of
-    this message's partition), which is moved on. Returns `out` with its count set.
+    this message's partition), which is moved on, and those of the positions `removed` (ascending, of this partition),
+    which are counted in `left_out` (1,). Returns `out` with its count set.
 
     Raises ValueError when the bytes do not fit the header, or a vector not `out`.
     """
@@ -157,8 +205,10 @@ def unpack_examples(message: bytes, out: Examples, applied: npt.NDArray[np.int64
     if count > len(out.item):
         raise ValueError(f"message of {count} examples: {len(out.item)} is the most that this worker takes")
     buffer = np.frombuffer(message, np.uint8)
+    if left_out is None:
+        left_out = np.zeros(1, np.int64)
     kept, used = _unpack(
-        buffer, buffer.ctypes.data, HEADER.size, count, partition, applied,
+        buffer, buffer.ctypes.data, HEADER.size, count, partition, applied, removed, left_out,
         out.item, out.label, out.ts, out.source, out.history_count, out.history_item, out.history_ts,
         out.history_weight, out.text_on, out.text, out.text_weight, out.ranked, out.seen_start, out.seen,
     )  # fmt: skip
@@ -226,8 +276,8 @@ def _half(bits: int) -> np.float32:
 
 @nb.njit(nogil=True, cache=True)
 def _unpack(  # type: ignore[no-untyped-def]
-    buffer, address, at, count, partition, applied, item, label, ts, source, history_count, history_item, history_ts,
-    history_weight, text_on, text, text_weight, ranked, seen_start, seen,
+    buffer, address, at, count, partition, applied, removed, left_out, item, label, ts, source, history_count,
+    history_item, history_ts, history_weight, text_on, text, text_weight, ranked, seen_start, seen,
 ):  # fmt: skip
     """Bounds are checked before each section: returns (kept, bytes used), used = -1 when a section does not fit."""
     size = len(buffer)
@@ -260,6 +310,11 @@ def _unpack(  # type: ignore[no-untyped-def]
         if offset <= applied[topic]:
             continue
         applied[topic] = offset
+        if len(removed):
+            place = np.searchsorted(removed, position)
+            if place < len(removed) and removed[place] == position:
+                left_out[0] += 1
+                continue
         item[kept] = _load_i64(address + start)
         ts[kept] = _load_f64(address + start + 8)
         source[kept] = topic << 60 | np.int64(partition) << 48 | offset

@@ -21,7 +21,7 @@ from state.store import RocksDisk
 from streams import kafka, rebuild, serving, tokens
 from streams.datakeys import sealer_of
 from streams.encoding import Encoder
-from streams.pipeline import SOURCES_KEY, ItemLearner
+from streams.pipeline import ItemLearner
 from streams.serving import ListOptions, RankedItem, WorkerView
 from streams.settings import Fault, Settings
 from streams.tokens import Token
@@ -146,9 +146,9 @@ class _Rebuild:
         config = self._config
         learner = ItemLearner(config, self.encoder.dim, self.encoder.name)
         bar = self._bar("learning", self.token.examples + 1)
-        await rebuild.learn_examples(self._read, learner, self.token.examples, bar, self.sealer)
+        learner = await rebuild.learn_examples(self._read, learner, self.token.examples, bar, self.sealer)
         matrix = ItemMatrix(config.dim, config.text_dim, config.neighbours_max)
-        matrix.apply((key, value) for key, value in learner.all_rows() if key != SOURCES_KEY)
+        matrix.apply(learner.learner.matrix.rows())
         return matrix
 
     async def _start(self, name: str, partition: int) -> int:

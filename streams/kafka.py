@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaError, OffsetOutOfRangeError, UnknownError
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.errors import IncompatibleBrokerVersion, KafkaError, OffsetOutOfRangeError, UnknownError
 from aiokafka.partitioner import murmur2
 
 from state.changelog import LogRecord
@@ -20,6 +21,9 @@ log = structlog.get_logger(__name__)
 BATCH_BYTES_MAX: Final = 1 << 19
 REQUEST_BYTES_MAX: Final = 1 << 20
 READ_RECORDS_MAX: Final = 20_000
+DELETE_TRIES_MAX: Final = 3
+DELETE_RETRY_S: Final = 0.5  # a leader that moves has moved by then, mostly
+SCAN_RECORDS_MAX: Final = 2_000  # of a log that is searched beside everything else: some 10 ms of the loop
 FETCH_BYTES_MAX: Final = 1 << 22
 FETCH_WAIT_MS: Final = 50
 ONE_FETCH_BYTES_MAX: Final = 1 << 16  # where one record is wanted: its batch, which comes whole however large
@@ -181,9 +185,7 @@ class ChangelogTopic:
 
     async def first(self) -> int:
         """Where the log begins."""
-        tp = TopicPartition(self.topic, self.partition)
-        async with consumer(self._options) as reader:
-            return int((await reader.beginning_offsets([tp]))[tp])
+        return await log_start(self._options, self.topic, self.partition)
 
 
 async def read_log(
@@ -272,6 +274,62 @@ async def first_at_or_after(options: Mapping[str, Any], topic: str, partition: i
                 continue
             for message in fetched.get(tp, ()):
                 return message.offset, beginning
+
+
+async def keys(options: Mapping[str, Any], topic: str, partition: int) -> AsyncIterator[tuple[int, bytes, int]]:
+    """(offset, key, timestamp in Unix ms) of the records with a key, up to the end that the log has now.
+
+    Records of aborted transactions too: they lie on the brokers' disks like the others.
+    """
+    tp = TopicPartition(topic, partition)
+    end = await log_end(options, topic, partition)
+    async with consumer(options) as reader:
+        reader.assign([tp])
+        reader.seek(tp, (await reader.beginning_offsets([tp]))[tp])
+        while await reader.position(tp) < end:
+            fetched = await reader.getmany(tp, timeout_ms=300, max_records=SCAN_RECORDS_MAX)
+            for message in fetched.get(tp, ()):
+                if message.key is not None:
+                    yield message.offset, message.key, message.timestamp
+
+
+async def record_at(options: Mapping[str, Any], topic: str, partition: int, offset: int) -> Any:
+    """aiokafka's record with this offset; None: the log does not have it."""
+    tp = TopicPartition(topic, partition)
+    end = await log_end(options, topic, partition)
+    async with consumer(options) as reader:
+        reader.assign([tp])
+        if not (await reader.beginning_offsets([tp]))[tp] <= offset < end:
+            return None
+        reader.seek(tp, offset)
+        while await reader.position(tp) <= offset:
+            fetched = await reader.getmany(tp, timeout_ms=300, max_records=1)
+            for message in fetched.get(tp, ()):
+                return message if message.offset == offset else None
+    return None
+
+
+async def delete_before(options: Mapping[str, Any], topic: str, partition: int, offset: int) -> str | None:
+    """Deletes a log's records before the offset (DeleteRecords); why not, where the broker refuses.
+
+    The embedded broker ends the connection at this request, and at no other. Raises KafkaError when none is answered.
+    """
+    refusal: Exception | None = None
+    for _ in range(DELETE_TRIES_MAX):
+        admin = AIOKafkaAdminClient(**options)
+        try:
+            await admin.start()
+            await admin.delete_records({TopicPartition(topic, partition): RecordsToDelete(offset)})
+            return None
+        except (KafkaError, IncompatibleBrokerVersion) as failure:
+            refusal = failure
+            if not (isinstance(failure, KafkaError) and failure.retriable):
+                break
+        finally:
+            await admin.close()
+        await asyncio.sleep(DELETE_RETRY_S)
+    await log_start(options, topic, partition)
+    return f"the broker deletes no records of {topic} ({type(refusal).__name__})"
 
 
 async def log_start(options: Mapping[str, Any], topic: str, partition: int) -> int:

@@ -13,6 +13,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from streams import serving
+from streams.erasure import ID as ERASURE_ID
+from streams.erasure import Certificate
 from streams.events import ID_CHARS_MAX, Click, Comment
 from streams.problems import KINDS, MEDIA_TYPE, ProblemDetails
 
@@ -52,7 +54,7 @@ class Operation(msgspec.Struct, frozen=True):
         return self.scope if self.scope != "" else "read" if method == "GET" else "admin"
 
 
-_EXAMPLE_IDS: Final = {"user_id": "196", "item_id": "50"}
+_EXAMPLE_IDS: Final = {"user_id": "196", "item_id": "50", "erasure_id": "erasures:3:17"}
 _POSITION = {"topic": "clicks", "partition": 3, "offset": 1041}
 _EXPLANATION = {
     "bias": -0.31,
@@ -101,6 +103,22 @@ _ITEM = {
     "entered_ts": None, "last_ts": 881251000.0,
 }  # fmt: skip
 
+_CERTIFICATE = {
+    "erasure_id": "erasures:3:17", "status": "complete", "unlearn": True, "requested_at": 1767225600.0,
+    "completed_at": 1767225603.5,
+    "state": {"events": 120, "behaviours": 100, "seen": 9, "comments": 2,
+              "place": {"clicks": 1041, "comments": 7, "erasures": 17},
+              "applied": {"clicks": 1060, "comments": 7, "erasures": 17}, "digest": "5be1"},
+    "store": {"purged_at": 1767225600.4},
+    "changelog": {"topic": "users-changelog", "partition": 3, "deleted_before": 5120, "naming": 0, "kept": None},
+    "remains": [
+        {"topic": "clicks", "partition": 3, "records": 118, "first": 4, "last": 1040, "until": 1769817600.0}
+    ],
+    "unlearn_at": 2210,
+    "model": {"exact": True, "applied": 2210, "removed": 97, "messages": 2210, "seconds": 2.4, "digest": "77aa",
+              "reason": None, "done": True, "progress": 1.0},
+}  # fmt: skip
+
 OPERATIONS: Final[dict[str, Operation]] = {
     "getState": Operation(
         "What is known of a user", "The user's last events, the vector z_i and the parts that it is made of. A user of "
@@ -135,6 +153,18 @@ OPERATIONS: Final[dict[str, Operation]] = {
         (*ALWAYS, "not-understood", "invalid-event", "too-large", "unsupported-media-type", "log-unreachable"),
         serving.Accepted, {"accepted": 2, "positions": ["clicks:3:1041", "comments:3:7"]},
         "events", _EVENTS, "202", scope="write",
+    ),
+    "deleteUser": Operation(
+        "Forget a user", "Publishes an erasure of the user: the row goes at its place in the order of the user's "
+        "events, and what comes later begins another. With `unlearn`, the item model is learnt again without the "
+        "user's events, exactly. Ask for the erasure to see how far it is.", "erasures",
+        (*ALWAYS, "invalid-parameter", "log-unreachable"), Certificate,
+        {"erasure_id": "erasures:3:17", "status": "pending", "unlearn": True}, status="202",
+    ),
+    "getErasure": Operation(
+        "An erasure", "How far it is; when `status` is complete, the certificate: what was removed where, what remains "
+        "until when, the digests of the states afterwards. It does not name the user.", "erasures",
+        (*ALWAYS, "invalid-parameter", "not-found", "not-ready", "owner-unreachable"), Certificate, _CERTIFICATE,
     ),
     "getItem": Operation(
         "An item", "Its text, its bias b_j as of now, the norm of phi_j, its counts.", "items",
@@ -182,7 +212,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
 
 _SHAPES: Final = (
     serving.UserState, serving.Recommendations, serving.RankRequest, serving.WhatIf, serving.WhatIfRequest,
-    serving.Accepted, serving.ItemView, serving.Similar, ProblemDetails, Click, Comment,
+    serving.Accepted, serving.ItemView, serving.Similar, ProblemDetails, Click, Comment, Certificate,
 )  # fmt: skip
 
 
@@ -226,6 +256,8 @@ def _complete(operation: dict[str, Any], known: Operation, method: str) -> None:
             parameter["schema"] |= {"minLength": 1, "maxLength": ID_CHARS_MAX}
             parameter["description"] = "Percent-encoded in UTF-8: one id is one path segment."
             parameter["example"] = _EXAMPLE_IDS[parameter["name"]]
+            if parameter["name"] == "erasure_id":
+                parameter["schema"]["pattern"] = f"^{ERASURE_ID.pattern}$"
     if known.is_tagged:
         tag = {"ETag": {"schema": {"type": "string"}, "description": "For If-None-Match; it changes every minute."}}
         operation["responses"][known.status]["headers"] = tag

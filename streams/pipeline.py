@@ -4,17 +4,20 @@ examples -> the learner. The agents bind it to topics, `headwater evaluate` to f
 Everything here is a function of its arguments: no clock, no randomness, no I/O.
 """
 
+import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from model import texts
 from model.adapter import Adapter, AdapterError
 from model.examples import Examples, new_examples
+from model.items import ItemMatrix
 from model.learner import Learner, LearnerConfig, Outcome
 from state import rows
 from state.rows import UserRow
@@ -26,6 +29,9 @@ GetMany: TypeAlias = Callable[[list[bytes]], list[bytes | None]]
 
 SNIPPET_CHARS_MAX: Final = 512  # of an item's text that every worker's replica carries
 SOURCES_KEY: Final = b"~sources"  # the learner's row of highest applied source offsets
+REMOVED_KEY: Final = b"~removed"  # the learner's row of what it leaves out
+OWN_KEYS: Final = (SOURCES_KEY, REMOVED_KEY)  # replicas pass them over
+GENERATION: Final = struct.Struct(">cI")  # in front of the keys of a state that was learnt again: "#", its number
 
 
 @dataclass(frozen=True)
@@ -284,12 +290,23 @@ class Learnt(NamedTuple):
     newest_ts: float
     outcome: Outcome | None
     adapted: bool = False  # texts are compared through another adapter from here on
+    ends_removal: bool = False  # see `ItemLearner.owes_replay` and `ItemLearner.asked`
+
+
+class _Removed(msgspec.Struct, array_like=True):
+    """The row of REMOVED_KEY (MessagePack array)."""
+
+    positions: dict[int, bytes]  # partition -> <i8 each, ascending
+    asked: list[tuple[int, int]]
+    owes_replay: bool
 
 
 class ItemLearner:
     """The learner behind the examples log: drops repeats, enters items, learns examples message by message.
 
-    State = the learner's rows and the highest source offset applied a (partition, topic): a function of the log.
+    State = the learner's rows and the highest source offset applied a (partition, topic): a function of the log, and of
+    what later messages of it remove. A removal cannot be undone from the state: after the message that ends it, when
+    `owes_replay`, go on with the learner that `again` gives and `learn` has taken through the log from its beginning.
     """
 
     def __init__(self, config: LearnerConfig, text_dim: int, encoder: str = "") -> None:
@@ -299,12 +316,36 @@ class ItemLearner:
         self.text_dim = text_dim
         self.sources: dict[int, npt.NDArray[np.int64]] = {}
         self.offset = -1  # of the last message that was applied
+        self.generation = 0  # how often the state was learnt again
+        self.removed: dict[int, npt.NDArray[np.int64]] = {}  # partition -> positions left out, ascending
+        self.left_out = np.zeros(1, np.int64)  # examples that were left out since this learner began
+        self.asked: list[tuple[int, int]] = []  # (partition, offset) of erasures that wait for the replay
+        self.owes_replay = False
         self._buffer: Examples = new_examples(config, seen_max=examples.MESSAGE_EXAMPLES_MAX * rows.SEEN_MAX)
+
+    def again(self) -> "ItemLearner":
+        """An empty learner that leaves out what this one was told to, for the log from its beginning."""
+        fresh = ItemLearner(self.learner.config, self.text_dim, self.encoder)
+        fresh.generation = self.generation + 1
+        fresh.removed = dict(self.removed)
+        return fresh
+
+    def remove(self, message: bytes) -> examples.Removal:
+        """Takes a message of removals in: what it names is left out from here on."""
+        removal = examples.unpack_removal(message)
+        before = self.removed.get(removal.partition, examples.NOTHING)
+        after = np.union1d(before, removal.positions)
+        if len(after) > len(before):
+            self.removed[removal.partition] = after
+            self.owes_replay = True
+        return removal
 
     def learn(self, offset: int, message: bytes) -> Learnt:
         """Applies the message at this offset of the examples log."""
-        self.offset = offset
         kind, partition, _ = examples.read_header(message)
+        if kind == examples.KIND_REMOVALS:
+            return self._remove(offset, message)
+        self.offset = offset
         if kind == examples.KIND_ADAPTER:
             self._adapt(examples.unpack_adapter(message)[0])
             return Learnt(partition, 0, 0, 0.0, None, adapted=True)
@@ -314,7 +355,9 @@ class ItemLearner:
         if kind == examples.KIND_ITEMS:
             entered = self._enter(examples.unpack_items(message), applied)
             return Learnt(partition, 0, entered, 0.0, None)
-        batch = examples.unpack_examples(message, self._buffer, applied)
+        batch = examples.unpack_examples(
+            message, self._buffer, applied, self.removed.get(partition, examples.NOTHING), self.left_out
+        )
         if not batch.count:
             return Learnt(partition, 0, 0, 0.0, None)
         outcome = self.learner.learn(batch, offset)
@@ -342,28 +385,58 @@ class ItemLearner:
             self.learner.enter(entry.key, entry.item_id, entry.text, vector, entry.ts)
         return entered
 
+    def _remove(self, offset: int, message: bytes) -> Learnt:
+        removal = self.remove(message)
+        place = removal.partition, removal.erasure
+        if place not in self.asked:
+            self.asked.append(place)
+        if not self.owes_replay:
+            self.offset = offset
+        return Learnt(removal.partition, 0, 0, 0.0, None, ends_removal=not removal.more)
+
+    def settled(self, offset: int) -> None:
+        """The removals that were asked for up to here have their effect, or cannot have it."""
+        self.offset = offset
+        self.asked, self.owes_replay = [], False
+
     def take_dirty(self) -> dict[bytes, bytes | None]:
-        """The rows that changed since the last call, the sources' among them."""
-        changed = self.learner.take_dirty()
-        changed[SOURCES_KEY] = self._pack_sources()
-        return changed
+        """The rows that changed since the last call, those of OWN_KEYS among them."""
+        head = self._head()
+        return {head + key: value for key, value in (*self.learner.take_dirty().items(), *self._own_rows())}
 
     def all_rows(self) -> Iterator[tuple[bytes, bytes]]:
         """Every row of the state, for `load` of another."""
-        yield from self.learner.matrix.rows()
+        head = self._head()
+        return ((head + key, value) for key, value in (*self.learner.matrix.rows(), *self._own_rows()))
+
+    def _head(self) -> bytes:
+        return GENERATION.pack(b"#", self.generation) if self.generation else b""
+
+    def _own_rows(self) -> Iterator[tuple[bytes, bytes]]:
         yield SOURCES_KEY, self._pack_sources()
+        if self.removed or self.asked:
+            positions = {p: at.astype("<i8").tobytes() for p, at in sorted(self.removed.items())}
+            yield REMOVED_KEY, msgspec.msgpack.encode(_Removed(positions, self.asked, self.owes_replay))
 
     def load(self, stored: Iterable[tuple[bytes, bytes]]) -> None:
         """Takes the state from rows, as `take_dirty` gave them, of an empty learner."""
 
         def others() -> Iterable[tuple[bytes, bytes]]:
-            for key, value in stored:
+            for full_key, value in stored:
+                self.generation, key = split_key(full_key)
                 if key == SOURCES_KEY:
                     self._unpack_sources(value)
+                elif key == REMOVED_KEY:
+                    self._unpack_removed(value)
                 else:
                     yield key, value
 
         self.learner.load(others())
+
+    def _unpack_removed(self, value: bytes) -> None:
+        row = msgspec.msgpack.decode(value, type=_Removed)
+        self.removed = {p: np.frombuffer(at, "<i8") for p, at in row.positions.items()}
+        self.asked, self.owes_replay = row.asked, row.owes_replay
 
     def _pack_sources(self) -> bytes:
         return b"".join(np.int64(p).tobytes() + self.sources[p].tobytes() for p in sorted(self.sources))
@@ -371,3 +444,39 @@ class ItemLearner:
     def _unpack_sources(self, value: bytes) -> None:
         table = np.frombuffer(value, "<i8").reshape(-1, 1 + len(examples.TOPICS))
         self.sources = {int(line[0]): line[1:].copy() for line in table}
+
+
+def split_key(key: bytes) -> tuple[int, bytes]:
+    """(generation, key without it) of a row of the item state.
+
+    >>> split_key(GENERATION.pack(b"#", 2) + b"g"), split_key(b"g")
+    ((2, b'g'), (0, b'g'))
+    """
+    if key[:1] != b"#":
+        return 0, key
+    return GENERATION.unpack_from(key)[1], key[GENERATION.size :]
+
+
+class Replica:
+    """The item matrix of a worker, kept by the complete flushes of the item changelog.
+
+    A state that was learnt again comes as one flush, all of it under another generation, with the deletion of all that
+    was: the matrix is then made apart, and changed at once.
+    """
+
+    def __init__(self, config: LearnerConfig) -> None:
+        self.matrix = ItemMatrix(config.dim, config.text_dim, config.neighbours_max)
+        self.generation = 0
+
+    def apply(self, changed: Mapping[bytes, bytes | None]) -> None:
+        """Takes a flush in."""
+        keys = [(*split_key(key), value) for key, value in changed.items()]
+        newest = max([self.generation, *(generation for generation, _, value in keys if value is not None)])
+        rows = ((key, value) for generation, key, value in keys if generation == newest and key not in OWN_KEYS)
+        if newest == self.generation:
+            self.matrix.apply(rows)
+            return
+        fresh = ItemMatrix(self.matrix.dim, self.matrix.text_dim, self.matrix.neighbours_max)
+        fresh.apply(rows)
+        self.matrix.take_over(fresh)
+        self.generation = newest

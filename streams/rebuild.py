@@ -136,9 +136,24 @@ async def catalogue_rows(
 
 
 async def learn_examples(
-    read: Read, learner: ItemLearner, upto: int, progress: Progress = _unseen, sealer: Sealer | None = None
-) -> None:
-    """Brings a learner along the examples log, from where it is to the offset `upto`. sealer: opens its messages."""
+    read: Read, learner: ItemLearner, upto: int, progress: Progress = _unseen, sealer: Sealer | None = None,
+    *, is_whole: bool = True,
+) -> ItemLearner:  # fmt: skip
+    """Brings a learner along the examples log, from where it is to the offset `upto`; go on with the one returned.
+
+    It is another where removals lie on the way: the log is then learnt again without what they name, from its
+    beginning, as the worker did. is_whole: whether the log has its beginning; without it removals have no effect.
+    sealer: opens the messages.
+    """
+    await _learn(read, learner, upto, progress, sealer)
+    if learner.owes_replay and is_whole:
+        learner = learner.again()
+        await _learn(read, learner, upto, progress, sealer)
+    learner.settled(upto)
+    return learner
+
+
+async def _learn(read: Read, learner: ItemLearner, upto: int, progress: Progress, sealer: Sealer | None) -> None:
     async for records in read("examples", 0, learner.offset + 1, upto):
         for record in records:
             if record.value:
@@ -152,11 +167,14 @@ async def changelog_rows(
     """Takes a changelog's complete flushes up to `upto` into the empty store `rows`: the applied offsets of each.
 
     The last of them are `upto`'s where the changelog has such a flush; reading ends there, or at the first beyond.
+    Of a changelog whose head was deleted, rows are complete only where its first epoch has been swept.
     """
     reader = Reader()
     cuts: list[dict[str, int]] = []
+    is_whole: bool | None = None
     async for batch in batches:
         for record in batch:
+            is_whole = record.offset == 0 if is_whole is None else is_whole
             accepted = reader.feed(record)
             if accepted is None:
                 continue
@@ -164,7 +182,7 @@ async def changelog_rows(
                 return cuts
             rows.write(accepted.rows)
             cuts.append(accepted.applied)
-            if is_at(accepted.applied, upto):
+            if is_at(accepted.applied, upto) and (is_whole or reader.swept_epoch is not None):
                 return cuts
     return cuts
 

@@ -24,6 +24,7 @@ from model.ranker import Ranker, Scored
 from state import rows
 from state.rows import UserRow
 from streams import examples, tokens
+from streams.erasure import Certificate
 from streams.events import Click, Comment, Id
 from streams.pipeline import EvidenceConfig, SourceEvent, learn_users, visible_text
 from streams.tokens import Token
@@ -112,7 +113,13 @@ class WorkerView(Protocol):
         """What behaviours weigh, as the stream's pipeline has it."""
 
     async def publish(self, topic: str, key: bytes, value: bytes) -> tuple[int, int]:
-        """Appends to "clicks" or "comments": (partition, offset) once acknowledged. Raises on any failure."""
+        """Appends to a source topic: (partition, offset) once acknowledged. Raises on any failure."""
+
+    def certificate(self, name: str) -> Certificate | None:
+        """What is told of an erasure, whoever has its partition; None: nothing yet. Raises NotReady."""
+
+    def erasure_waits(self, partition: int, offset: int) -> bool:
+        """Whether `erasures` has a record there that is not applied yet, of an own partition. Raises NotReady."""
 
     def digest(self) -> dict[str, Any]:
         """Applied offsets and state digests of this worker's partitions. Called in a thread of its own."""

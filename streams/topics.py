@@ -65,6 +65,8 @@ def planned(settings: Settings) -> list[Topic]:
     audit = {"cleanup.policy": "delete", "retention.ms": _ms(settings.audit_retention_hours)}
     lag = {"cleanup.policy": "compact", "min.compaction.lag.ms": _ms(settings.compaction_lag_hours)}
     rolled = lag | {"segment.ms": _ms(settings.compaction_lag_hours)}  # only closed segments are compacted
+    # Records of a user who was erased are deleted, which Kafka refuses for a topic that is compacted alone.
+    cut = rolled | {"cleanup.policy": "compact,delete", "retention.ms": "-1", "retention.bytes": "-1"}
     many = settings.partitions
     wanted: list[tuple[str, int, Mapping[str, str], str]] = [
         (settings.topic("clicks"), many, kept, "behaviour events, by user"),
@@ -78,9 +80,10 @@ def planned(settings: Settings) -> list[Topic]:
         (settings.topic("encoder-checkpoints"), 1, lag, "published encoders"),
         (settings.internal_topic("examples"), 1, examples, "training examples and catalogue entries"),
         (settings.internal_topic("audit"), 1, audit, "who read or changed which user"),
-        (settings.internal_topic("users-changelog"), many, rolled, "user rows"),
+        (settings.internal_topic("users-changelog"), many, cut, "user rows"),
         (settings.internal_topic("catalogue-changelog"), many, rolled, "catalogue rows"),
         (settings.internal_topic("items-changelog"), 1, rolled, "the learner's rows"),
+        (settings.internal_topic("certificates"), 1, lag, "what was erased where"),
     ]
     safe = {"min.insync.replicas": "2"} if settings.replication >= REPLICATION_SAFE else {}
     return [

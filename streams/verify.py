@@ -150,9 +150,8 @@ class _Verification:
         start = await kafka.log_start(self.options, self.settings.internal_topic("examples"), 0)
         if start > learner.offset + 1:
             return None
-        await rebuild.learn_examples(
-            self._read, learner, told.applied["examples"], self._bar("learner", told), self.sealer
-        )
+        bar, upto = self._bar("learner", told), told.applied["examples"]
+        learner = await rebuild.learn_examples(self._read, learner, upto, bar, self.sealer, is_whole=start == 0)
         found = _finding(learner.learner.digest(), told)
         return _Restored(told, found, len(learner.learner.matrix), [])
 
@@ -193,8 +192,8 @@ class _Verification:
                     return Finding.GONE, f"{name} begins at offset {start}: only the changelog could be checked"
         bar = self._bar(f"{kind} {partition}", told)
         if kind == "learner":
-            learner = self._learner()
-            await rebuild.learn_examples(self._read, learner, told.applied["examples"], bar, self.sealer)
+            upto = told.applied["examples"]
+            learner = await rebuild.learn_examples(self._read, self._learner(), upto, bar, self.sealer)
             return self._judged(learner.learner.digest(), told)
         with self._store() as store:
             rows = self._as_kept(kind, store)

@@ -14,7 +14,8 @@ from model.ranker import Ranker
 from state import partition as state_partition
 from streams import codec, kafka
 from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, UserKeeper
-from streams.events import Click, Comment
+from streams.erasure import Certificate
+from streams.events import Click, Comment, Erasure
 from streams.pipeline import EvidenceConfig
 from streams.serving import NotReady, Origin, ServingMetrics, stream_event
 from streams.tokens import settings_digest
@@ -101,6 +102,18 @@ class View:
                 return False
             await asyncio.sleep(WAIT_POLL_S)
         return True
+
+    def certificate(self, name: str) -> Certificate | None:
+        """What is told of an erasure; None: nothing yet. Raises NotReady until all that was told has been read."""
+        found = self.worker.book.get(name)
+        if found is None and not self.worker.book.caught_up.is_set():
+            raise NotReady("the certificates are still being read", RETRY_AFTER_S)
+        return found
+
+    def erasure_waits(self, partition: int, offset: int) -> bool:
+        """Whether `erasures` has, or may have, a record there that is not applied yet. Raises NotReady."""
+        end = self.worker.source.end_of(self.worker.settings.topic("erasures"), partition)
+        return offset > self.applied(partition)["erasures"] and (end is None or offset < end)
 
     async def publish(self, topic: str, key: bytes, value: bytes) -> tuple[int, int]:
         """Appends to a source topic: (partition, offset)."""
@@ -211,9 +224,19 @@ class View:
         finally:
             self._listeners.discard(queue)
 
-    def _watch(self, event: Click | Comment) -> None:
-        if self._listeners:
+    def _watch(self, event: Click | Comment | Erasure) -> None:
+        if isinstance(event, Erasure):
+            self._forget(event.user_id)
+        elif self._listeners:
             self._tell(stream_event(event, event.ts))
+
+    def _forget(self, user_id: str) -> None:
+        """What waits for listeners names the user no more."""
+        for queue in self._listeners:
+            waiting = [queue.get_nowait() for _ in range(queue.qsize())]
+            for message in waiting:
+                if message.get("user_id") != user_id:
+                    queue.put_nowait(message)
 
     def _tell(self, message: dict[str, Any]) -> None:
         for queue in self._listeners:

@@ -35,7 +35,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from streams import codec, examples, serving
 from streams.audit import EVERYBODY, Audit, Note
-from streams.events import ID_CHARS_MAX, MESSAGE_BYTES_MAX, Click, Comment
+from streams.erasure import Certificate, place_of
+from streams.events import ID_CHARS_MAX, MESSAGE_BYTES_MAX, Click, Comment, Erasure
 from streams.keys import ANYBODY, Gate, credential_of, require
 from streams.openapi import OPERATIONS, describe, documentation_page
 from streams.problems import KINDS, MEDIA_TYPE, Problem
@@ -99,6 +100,7 @@ AtLeast = Annotated[
         examples=[["clicks:3:1041"]],
     ),
 ]
+Unlearn = Annotated[bool, Query(description="Also learn the item model again without the user's events, exactly.")]
 Answer = Callable[[], Response | Awaitable[Response]]
 S = TypeVar("S")
 
@@ -384,7 +386,7 @@ class Http:
         wanted = _positions(at_least, partition)
         owner = self.view.owner_url(partition)
         if owner is not None:
-            return await self._forward(request, owner, body)
+            return await self.forward(request, owner, body)
         deadline = asyncio.get_running_loop().time() + AT_LEAST_WAIT_S
         for topic, offset in wanted:
             left_s = max(0.0, deadline - asyncio.get_running_loop().time())
@@ -395,7 +397,8 @@ class Http:
         given = answer()
         return await given if inspect.isawaitable(given) else given
 
-    async def _forward(self, request: Request, owner: str, body: bytes) -> Response:
+    async def forward(self, request: Request, owner: str, body: bytes = b"") -> Response:
+        """The answer of the worker at that address. Raises Problem."""
         if FORWARDED_HEADER in request.headers:
             raise Problem("not-ready", "The user's partition is moving to another worker.", retry_after_s=RETRY_AFTER_S)
         query = request.scope["query_string"]
@@ -492,6 +495,7 @@ def create_app(
     _handlers(app)
     http = app.state.http = Http(view, client)
     _user_routes(app, http)
+    _erasure_routes(app, http)
     _item_routes(app, http)
     _worker_routes(app, http)
     _page_routes(app)
@@ -573,6 +577,36 @@ async def _told(
         require(request.state.caller, WORDS_SCOPE)
         await serving.add_words(view, told)
     return _json(told, etag)
+
+
+def _erasure_routes(app: FastAPI, http: Http) -> None:
+    view = http.view
+
+    # One segment, unlike elsewhere: DELETE /v1/users/a/state is no user's address.
+    @app.delete("/v1/users/{user_id}", operation_id="deleteUser", response_model=None, status_code=202)
+    async def delete(user_id: str, unlearn: Unlearn = False) -> Response:
+        user = _id(user_id, "user_id")
+        value = msgspec.json.encode(Erasure(user, view.now(), unlearn))
+        (name,) = await http.publish([("erasures", user.encode(), value)])
+        body = msgspec.json.encode(Certificate(name, "pending", unlearn))
+        return Response(body, 202, {"Location": f"/v1/erasures/{name}"}, "application/json")
+
+    @app.get("/v1/erasures/{erasure_id}", operation_id="getErasure", response_model=None)
+    async def erasure(request: Request, erasure_id: str) -> Response:
+        place = place_of(erasure_id)
+        if place is None:
+            raise _invalid("erasure_id", "has to be erasures:PARTITION:OFFSET, as DELETE answers it")
+        found = view.certificate(erasure_id)
+        if found is not None:
+            return _json(found)
+        partition, offset = place
+        if partition < view.partitions:
+            owner = view.owner_url(partition)
+            if owner is not None:
+                return await http.forward(request, owner)
+            if view.erasure_waits(partition, offset):
+                return _json(Certificate(erasure_id, "pending"))
+        raise Problem("not-found", f"{erasure_id} is no erasure that was applied; erasures.dlq has what was rejected.")
 
 
 def _item_routes(app: FastAPI, http: Http) -> None:

@@ -9,18 +9,17 @@ import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
 from aiokafka.errors import KafkaError
 
-from model.items import ItemMatrix
-from model.learner import LearnerConfig
 from monitoring.metrics import Metrics
 from state.changelog import Reader
 from state.partition import Fenced, Partition
 from state.sealing import SealedPartition
-from state.store import RocksDisk
+from state.store import RocksDisk, StoreError, StoreLockedError
 from streams import audit, kafka
 from streams.agents import (
     CatalogueKeeper,
@@ -34,8 +33,9 @@ from streams.agents import (
 from streams.codec import DeadLetter
 from streams.datakeys import sealer_of
 from streams.encoding import Encoder, Encoding
-from streams.events import Click, Comment
-from streams.pipeline import SOURCES_KEY, ItemLearner
+from streams.erasure import Book, KafkaReach
+from streams.events import Click, Comment, Erasure
+from streams.pipeline import ItemLearner, Replica
 from streams.settings import Settings
 from streams.telemetry import Telemetry
 from streams.topics import TopicsError, other_partitions, planned
@@ -104,14 +104,15 @@ class Worker:
         for parameter in ("phi", "y", "beta", "scale", "decay", "sharp"):
             step = float(getattr(self.learner_config, f"lr_{parameter}"))
             self.metrics.learning_rate.labels(parameter).set(step)
-        self.replica = _matrix(self.learner_config)
+        self._replica = Replica(self.learner_config)
+        self.replica = self._replica.matrix
         self.replica_applied = -1
         self.disk = RocksDisk(
             cache_bytes=settings.rocksdb_cache_bytes, write_buffers_bytes=settings.rocksdb_write_buffers_bytes
         )
         self.keepers: dict[tuple[str, int], Keeper[Any]] = {}
         self.opening: dict[tuple[str, int], asyncio.Task[None]] = {}
-        self.watchers: list[Callable[[Click | Comment], None]] = []
+        self.watchers: list[Callable[[Click | Comment | Erasure], None]] = []
         self.before_producer_stops: list[Callable[[], Awaitable[None]]] = []
         self.replica_caught_up = False
         self.stopping = False
@@ -122,16 +123,20 @@ class Worker:
             settings.topic("items"): ("catalogue", "items"),
             settings.internal_topic("examples"): ("learner", "examples"),
         }
+        self._was_assigned = False
+        self._looked_at: dict[int, int] = {}  # partition of a left folder -> newest erasure when it was looked at
         self._commits: dict[TP, int] = {}
         self._paused: set[TP] = set()
         self._reading_again: dict[TP, _Sought] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self.source: Source = source
+        self.book = Book(self._publish_certificate)
         self.around = Surroundings(
             now=now, metrics=self.telemetry, evidence=settings.evidence_config(), encoding=self.encoding,
             end_of=source.end_of, first_at=self._first_at, dead_letter=self._dead_letter, durable=self._durable,
             changed=self._changed, failed=self._failed, merge_hold_s=settings.merge_hold_ms / 1e3,
-            flush_linger_s=settings.flush_linger_ms / 1e3, sealer=self.sealer,
+            flush_linger_s=settings.flush_linger_ms / 1e3, sealer=self.sealer, book=self.book,
+            reach=KafkaReach(settings, self.producer, self.sealer, now),
         )  # fmt: skip
 
     # -- partitions come and go
@@ -146,6 +151,7 @@ class Worker:
             return
         wanted = {self.kind_of(tp) for tp in tps if tp.topic in self.topic_kinds}
         self.telemetry.rebalanced()
+        self._was_assigned = True
         self._reading_again.clear()
         for key in [k for k in self.keepers if k not in wanted]:
             closing = self._close(self.keepers.pop(key), self.opening.pop(key, None))
@@ -388,6 +394,31 @@ class Worker:
                     if end is not None and end < keeper.next_offset(topic):
                         raise LogResetError(topic, keeper.number, end, keeper.next_offset(topic))
 
+    async def wipe_left_folders(self) -> None:
+        """A folder of a partition that others have now may hold users who were erased since: it goes.
+
+        It is not missed: the changelog restores the partition, should it come back.
+        """
+        if not (self._was_assigned and self.book.caught_up.is_set()):
+            return
+        for path in self.settings.state_dir.glob("users-*"):
+            number = int(path.name.removeprefix("users-"))
+            newest = self.book.newest(number)
+            if newest <= self._looked_at.get(number, -1) or ("users", number) in self.keepers:
+                continue
+            try:
+                applied = await asyncio.to_thread(_applied_on, self.disk, path)
+            except StoreLockedError:  # it is being closed
+                continue
+            except StoreError:
+                applied = {}
+            if ("users", number) in self.keepers:
+                continue
+            if applied.get("erasures", -1) < newest:
+                self.disk.wipe(path)
+                log.info("state of another worker's partition wiped: users were erased since", partition=number)
+            self._looked_at[number] = newest
+
     async def _first_at(self, topic: str, partition: int, offset: int) -> tuple[int, int]:
         return await kafka.first_at_or_after(self.options, topic, partition, offset)
 
@@ -411,7 +442,7 @@ class Worker:
                 read = record.offset + 1
                 accepted = reader.feed(record)
                 if accepted is not None:
-                    self.replica.apply((k, v) for k, v in accepted.rows.items() if k != SOURCES_KEY)
+                    self._replica.apply(accepted.rows)
                     self.replica_applied = accepted.applied["examples"]
                     self._tell_adapter()
 
@@ -422,7 +453,22 @@ class Worker:
             self._adapter_told = name
             self.metrics.checkpoint.info({"encoder": self.encoding.encoder.name, "adapter": name})
 
-    def _changed(self, event: Click | Comment) -> None:
+    async def follow_certificates(self) -> None:
+        """Follows what is told of erasures."""
+        topic = self.settings.internal_topic("certificates")
+        end = await kafka.log_end(self.options, topic, 0)
+        read = 0
+        async for batch in kafka.read_log(self.options, topic, 0, 0):
+            for record in batch:
+                read = record.offset + 1
+                self.book.take(record.key, record.value)
+            if read >= end or not batch:
+                self.book.caught_up.set()
+
+    async def _publish_certificate(self, key: bytes, value: bytes) -> None:
+        await self.producer.send(self.settings.internal_topic("certificates"), 0, [(key, value)])
+
+    def _changed(self, event: Click | Comment | Erasure) -> None:
         for watcher in self.watchers:
             watcher(event)
 
@@ -434,8 +480,10 @@ class Worker:
         await self.item_producer.start()
         await self._check_partitions()
         self._spawn(self._guarded(self.tail()), "tail")
+        self._spawn(self._guarded(self.follow_certificates()), "certificates")
         self._spawn(self._guarded(self._every(COMMIT_INTERVAL_S, self.commit)), "commit")
         self._spawn(self._guarded(self._every(OBSERVE_INTERVAL_S, self.observe)), "observe")
+        self._spawn(self._guarded(self._every(OBSERVE_INTERVAL_S, self.wipe_left_folders)), "wipe")
         self._spawn(self._guarded(self._every(RESUME_INTERVAL_S, self._resume_paused)), "resume")
 
     async def _check_partitions(self) -> None:
@@ -513,5 +561,11 @@ def crash_at(told: str) -> Callable[[str], None]:
     return crash
 
 
-def _matrix(config: LearnerConfig) -> ItemMatrix:
-    return ItemMatrix(config.dim, config.text_dim, config.neighbours_max)
+def _applied_on(disk: RocksDisk, path: Path) -> dict[str, int]:
+    """The applied offsets of a store that nobody has open."""
+    store = disk.open(path)
+    try:
+        meta = store.meta()
+    finally:
+        store.close()
+    return meta.applied if meta is not None else {}

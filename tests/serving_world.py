@@ -14,6 +14,7 @@ from model.items import ItemMatrix
 from model.learner import LearnerConfig
 from model.ranker import Ranker
 from streams import codec, examples, pipeline, serving
+from streams.erasure import Certificate, StateErased, erasure_id
 from streams.events import Click, Comment, Erasure, Item
 from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
 from streams.tokens import settings_digest
@@ -75,6 +76,7 @@ class World:
         self._ends: dict[tuple[str, int], int] = {}
         self._applied: dict[tuple[str, int], int] = {}
         self._examples_end = 0
+        self.certificates: dict[str, Certificate] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- serving.WorkerView
@@ -143,6 +145,13 @@ class World:
         task.add_done_callback(self._tasks.discard)
         return partition, offset
 
+    def certificate(self, name: str) -> Certificate | None:
+        return self.certificates.get(name)
+
+    def erasure_waits(self, partition: int, offset: int) -> bool:
+        applied = self.applied(partition)["erasures"]
+        return applied < offset <= self._ends.get(("erasures", partition), -1)
+
     def digest(self) -> dict[str, Any]:
         return {"partitions": {str(p): {"applied": self.applied(p)} for p in range(self.partitions)}}
 
@@ -200,6 +209,10 @@ class World:
             self._learn(done.messages)
             if not isinstance(event, Erasure):
                 self.tell(serving.stream_event(event, event.ts))
+            for erased in done.erased:
+                name = erasure_id(partition, erased.offset)
+                held = StateErased(erased.events, erased.behaviours, erased.seen, erased.comments, {})
+                self.certificates[name] = Certificate(name, "complete", erased.unlearn, stamp_ms / 1e3, state=held)
         self._applied[topic, partition] = offset
         self.tell(self.status())
 
@@ -233,7 +246,7 @@ class World:
                 self.hits.extend(zip(model.tolist(), popular.tolist(), strict=True))
             self._examples_end += 1
         changed = self._learner.take_dirty()
-        self._replica.apply((k, v) for k, v in changed.items() if k != pipeline.SOURCES_KEY)
+        self._replica.apply((k, v) for k, v in changed.items() if k not in pipeline.OWN_KEYS)
 
 
 def title(genre: str, number: int) -> str:

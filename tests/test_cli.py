@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from streams.__main__ import app
 
 COMMANDS = (
-    "demo", "broker", "worker", "topics", "replay", "evaluate", "digest", "verify", "state", "recommend", "settings",
-    "keys", "audit",
+    "demo", "broker", "worker", "topics", "replay", "evaluate", "digest", "verify", "state", "recommend", "forget",
+    "settings", "keys", "audit",
 )  # fmt: skip
 GROUPED = ("keys add", "keys list", "keys revoke", "audit verify", "audit show")
 APPLIED = {"clicks": [1, 41], "comments": [1, -1]}
@@ -43,13 +43,30 @@ ANSWERS: dict[str, Any] = {
 
 
 AUTHORIZATIONS: list[str | None] = []  # of the requests so far
+ERASURE = {"erasure_id": "erasures:1:7", "status": "pending", "unlearn": True, "state": None, "changelog": None,
+           "remains": None, "model": None, "unlearn_at": None, "store": None}  # fmt: skip
+COMPLETE = {
+    **ERASURE, "status": "complete", "state": {"events": 4, "place": {"clicks": 9}, "applied": {"clicks": 12},
+    "digest": "ab12"}, "changelog": {"kept": None, "deleted_before": 50, "naming": 0},
+    "model": {"exact": True, "removed": 3, "seconds": 1.5, "digest": "cd34", "reason": None},
+    "remains": [{"topic": "clicks", "partition": 1, "records": 4, "first": 1, "last": 9, "until": 86400.0}],
+}  # fmt: skip
+ANSWERS["/v1/erasures/erasures:1:7"] = COMPLETE
+ANSWERS["DELETE /v1/users/a%2Fb%20c"] = ERASURE
 
 
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """The prepared answer of the path, or a problem."""
         AUTHORIZATIONS.append(self.headers.get("Authorization"))
-        answer = ANSWERS.get(self.path.partition("?")[0])
+        self._answer(self.path.partition("?")[0])
+
+    def do_DELETE(self) -> None:
+        """As GET."""
+        self._answer("DELETE " + self.path.partition("?")[0])
+
+    def _answer(self, asked: str) -> None:
+        answer = ANSWERS.get(asked)
         problem = {"title": "Not ready", "detail": "partition 1 is being restored", "status": 503}
         body = json.dumps(answer or problem).encode()
         self.send_response(200 if answer else 503)
@@ -268,3 +285,15 @@ def test_a_worker_off_the_loopback_address_does_not_start_without_keys() -> None
     refused = run("worker", http_host="0.0.0.0")
     assert refused.exit_code == 1
     assert "HEADWATER_API_KEYS_FILE" in refused.stderr and "127.0.0.1" in refused.stderr
+
+
+def test_forget_waits_for_the_certificate_and_shows_what_was_removed_and_what_remains(http_port: int) -> None:
+    shown = run("forget", "a/b c", "--unlearn", http_port=http_port)
+    assert shown.exit_code == 0, shown.output
+    for words in ("erasures:1:7", "3 examples taken back", "cd34", "deleted before offset 50", "1970-01-02 00:00 UTC"):
+        assert words in shown.stdout
+    assert "asked for" in shown.stderr
+    assert json.loads(run("forget", "a/b c", "--json", http_port=http_port).stdout) == COMPLETE
+    refused = run("forget", "nobody", http_port=http_port)
+    assert refused.exit_code == 1
+    assert "Not ready" in refused.stderr

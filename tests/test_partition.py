@@ -942,3 +942,56 @@ async def test_compactor_leaves_a_marker_every_some_bytes_of_rows(monkeypatch: p
         waiting.append(len(reader.uncovered_keys()))
     assert 5 <= max(waiting) <= 13
     await partition.close()
+
+
+# -- what was deleted leaves the changelog and the disk
+
+
+async def test_after_a_renewed_epoch_is_swept_the_head_may_go_and_nothing_names_a_deleted_row() -> None:
+    around = Surroundings()
+    partition = await around.opened()
+    await add_all(partition, range(5))  # user0 to user2 are deleted
+    assert (await partition.named([b"user0", b"user4", b"nobody"])) == {b"user0": 2, b"user4": 1, b"nobody": 0}
+    before = partition.digest()
+    await partition.renew()
+    assert partition.epoch == 2
+    while not partition.is_swept:
+        await partition.sweep(1)
+    await partition.drain()
+    assert partition.truncatable_to is not None
+    around.log.delete_before(partition.truncatable_to)
+    assert (await partition.named([b"user0", b"user4"])) == {b"user0": 0, b"user4": 1}
+    assert partition.digest() == before
+    await add_all(partition, range(5, 7))
+    await partition.close()
+    restored = await around.opened("elsewhere")
+    assert restored.digest() == digest_after(6)
+    await restored.close()
+
+
+async def test_a_claimant_that_was_overtaken_does_not_renew() -> None:
+    around = Surroundings()
+    zombie = await around.opened()
+    await add_all(zombie, range(3))
+    owner = await around.opened("elsewhere")
+    with pytest.raises(Fenced):
+        await zombie.renew()
+    with pytest.raises(Fenced):
+        await zombie.flush(*add(3))
+    await zombie.close()
+    await add_all(owner, [3])
+    assert owner.digest() == digest_after(3), "the owner is not disturbed"
+    await owner.close()
+
+
+async def test_an_old_disk_that_catches_up_tells_which_rows_it_must_take_off() -> None:
+    around = Surroundings()
+    old = await around.opened("old")
+    await add_all(old, range(2))
+    await old.close()
+    other = await around.opened("other")
+    await add_all(other, range(2, 4))
+    await other.close()
+    report = await around.partition("old").open()
+    assert report.kind == "catchup"
+    assert set(report.deleted) == {b"user0", b"user1"}

@@ -256,3 +256,26 @@ def test_memory_of_all_stores_is_bounded_together(tmp_path: Path) -> None:
 
 def test_process_has_one_shared_disk() -> None:
     assert shared_disk() is shared_disk()
+
+
+def test_a_purge_leaves_no_trace_of_a_deleted_key_in_any_file(tmp_path: Path) -> None:
+    disk = RocksDisk()
+    store = disk.open(tmp_path / "p")
+    name = b"somebody-with-a-name"
+
+    def files_that_name_it() -> list[str]:
+        return [path.name for path in (tmp_path / "p").iterdir() if name in path.read_bytes()]
+
+    store.write({name: bytes(range(256)), b"a": b"1", b"z": b"2"}, META, entry=(b"1", OutboxEntry({}, [], [name])))
+    assert files_that_name_it()
+    store.write({name: None}, META, settled=[b"1"])
+    assert files_that_name_it()
+    store.purge([name])
+    assert files_that_name_it() == []
+    assert dict(store.items()) == {b"a": b"1", b"z": b"2"}
+    assert store.meta() == META
+    assert store.outbox() == []
+    _, rows = store.snapshot()
+    assert dict(rows) == {b"a": b"1", b"z": b"2"}
+    store.purge([b"%d" % n for n in range(40)])
+    store.close()

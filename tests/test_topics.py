@@ -40,7 +40,7 @@ def test_one_missing_topic_is_made_beside_the_others(broker: str, make_settings:
     other = settings.model_copy(update={"app_id": "another"})
     made = {report.topic.name for report in topics.ensure(other) if report.state is State.CREATED}
     assert made == {other.internal_topic(name) for name in (
-        "examples", "audit", "users-changelog", "catalogue-changelog", "items-changelog",
+        "examples", "audit", "users-changelog", "catalogue-changelog", "items-changelog", "certificates",
     )}  # fmt: skip
 
 
@@ -78,7 +78,8 @@ def test_changelogs_are_compacted_behind_a_lag_and_sources_are_not(make_settings
     planned = {topic.name: topic for topic in topics.planned(settings)}
     for name in ("users-changelog", "catalogue-changelog", "items-changelog"):
         configs = planned[settings.internal_topic(name)].configs
-        assert configs["cleanup.policy"] == "compact"
+        assert configs["cleanup.policy"] == ("compact,delete" if name == "users-changelog" else "compact")
+        assert configs.get("retention.ms", "-1") == "-1"
         assert configs["min.compaction.lag.ms"] == configs["segment.ms"] == "7200000"
         assert configs["min.insync.replicas"] == "2"
     for name in ("clicks", "comments", "clicks.dlq"):

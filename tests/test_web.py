@@ -548,3 +548,48 @@ async def test_a_taken_port_says_what_to_do(world: World) -> None:
         service = HttpService(world, Settings(http_port=listener.getsockname()[1]))
         with pytest.raises(OSError, match="HEADWATER_HTTP_PORT"):
             await service.on_start()
+
+
+# -- erasures
+
+
+async def test_a_deleted_user_is_forgotten_and_the_erasure_can_be_asked_for(api: httpx.AsyncClient) -> None:
+    asked = await api.delete(f"/v1/users/{FAN}", params={"unlearn": "true"})
+    assert asked.status_code == 202
+    name = asked.json()["erasure_id"]
+    assert asked.json() == {**asked.json(), "status": "pending", "unlearn": True}
+    assert asked.headers["location"] == f"/v1/erasures/{name}"
+    state = await api.get(f"/v1/users/{FAN}/state", params={"at_least": name})
+    assert state.json()["events"] == 0
+    told = (await api.get(f"/v1/erasures/{name}")).json()
+    assert (told["status"], told["state"]["events"]) == ("complete", 5)
+    assert FAN not in json.dumps(told)
+
+
+async def test_an_erasure_that_waits_is_pending_and_one_that_never_was_is_not_found(
+    api: httpx.AsyncClient, world: World
+) -> None:
+    world.delay_s = 60
+    name = (await api.delete(f"/v1/users/{FAN}")).json()["erasure_id"]
+    assert (await api.get(f"/v1/erasures/{name}")).json()["status"] == "pending"
+    _, partition, offset = name.split(":")
+    for unknown in (f"erasures:{partition}:{int(offset) + 1}", f"erasures:{world.partitions}:0"):
+        assert_problem(await api.get(f"/v1/erasures/{unknown}"), "not-found")
+    assert_problem(await api.get("/v1/erasures/clicks:0:1"), "invalid-parameter")
+    assert_problem(await api.delete("/v1/users/u", params={"unlearn": "maybe"}), "invalid-parameter")
+    assert_problem(await api.delete(f"/v1/users/{FAN}/state"), "method-not-allowed")
+
+
+async def test_an_erasure_of_another_workers_partition_is_asked_there(world: World) -> None:
+    there = small_world()
+    owner = client_of(create_app(there, httpx.AsyncClient(), ["127.0.0.1"]))
+    async with owner, client_of(create_app(world, owner, ["127.0.0.1"])) as client:
+        world.owners[world.partition_of(FAN)] = BASE
+        there.delay_s = 60
+        name = (await owner.delete(f"/v1/users/{FAN}")).json()["erasure_id"]
+        assert (await client.get(f"/v1/erasures/{name}")).json()["status"] == "pending"
+
+
+async def test_an_erasure_that_the_log_does_not_take_is_told(api: httpx.AsyncClient, world: World) -> None:
+    world.failing_after = 0
+    assert_problem(await api.delete(f"/v1/users/{FAN}"), "log-unreachable")

@@ -306,6 +306,9 @@ class LifeStore:
         self.life.alive()
         self.store.write(rows, meta, entry=entry, settled=settled)
 
+    def purge(self, keys: Sequence[bytes]) -> None:
+        self.store.purge(keys)
+
     def memory_bytes(self) -> int:
         return self.store.memory_bytes()
 
@@ -391,6 +394,8 @@ async def work_on(world: World, partition: Partition, *, to_the_end: bool) -> No
             await partition.sweep()
         if chance.random() < 0.1:
             await partition.drain()
+        if chance.random() < 0.05:
+            await partition.renew()
         world.maintain(partition.truncatable_to)
     if to_the_end:
         while await partition.sweep():

@@ -1,0 +1,215 @@
+"""Erasing a user from a running worker: the row, the changelog, the disk, the model; the certificate; kill -9."""
+
+import asyncio
+import itertools
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.deployment import Deployment, WorkerProcess
+from model.learner import LearnerConfig
+from streams import examples, kafka
+from streams.pipeline import ItemLearner
+from tests.test_verify import verified
+from tests.test_worker import FILMS, Outside, catalogue_known
+
+TEXT_DIM = 384
+USER = "somebody-to-forget"
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def deployment(broker: str, tmp_path: Path) -> Iterator[Deployment]:
+    made = Deployment(broker, tmp_path, topic_prefix=f"forget{next(_numbers)}-", partitions=1, rank_sample=1.0)
+    made.create_topics()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def outside(deployment: Deployment) -> Iterator[Outside]:
+    client = Outside(deployment)
+    yield client
+    client.close()
+
+
+def stream(outside: Outside, user: str, films: list[str]) -> None:
+    for film in films:
+        outside.send("clicks", user, {"user_id": user, "item_id": film, "action": "click", "ts": time.time()})
+    outside.send("comments", user, {"user_id": user, "text": f"{films[0]} again, please", "ts": time.time()})
+
+
+def complete(worker: WorkerProcess, name: str, seconds_max: float = 60.0) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    def is_complete() -> bool:
+        nonlocal found
+        answer = worker.http.get(f"/v1/erasures/{name}")
+        if answer.status_code != 200:
+            return False
+        found = answer.json()
+        return bool(found["status"] == "complete")
+
+    worker.wait_until(f"{name} complete", is_complete, seconds_max)
+    return found
+
+
+def changelog(deployment: Deployment) -> list[Any]:
+    settings = deployment.settings
+
+    async def read() -> list[Any]:
+        topic = settings.internal_topic("users-changelog")
+        log = kafka.ChangelogTopic(topic, 0, kafka.Producer(settings.kafka_options()), settings.kafka_options())
+        return [record async for batch in log.read(await log.first(), None) for record in batch]
+
+    return asyncio.run(read())
+
+
+def messages(deployment: Deployment) -> list[tuple[int, bytes]]:
+    settings = deployment.settings
+    topic = settings.internal_topic("examples")
+
+    async def read() -> list[tuple[int, bytes]]:
+        end = await kafka.log_end(settings.kafka_options(), topic, 0)
+        log = kafka.read_log(settings.kafka_options(), topic, 0, 0, end - 1)
+        return [(record.offset, record.value or b"") async for batch in log for record in batch]
+
+    return asyncio.run(read())
+
+
+def files_that_name(folder: Path, name: str) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.is_file() and name.encode() in path.read_bytes()]
+
+
+def cut(log: list[tuple[int, bytes]], user_positions: set[int]) -> ItemLearner:
+    """A learner of that log without these examples; only what the log's bytes say decides."""
+    deployed = ItemLearner(LEARNER, TEXT_DIM)
+    for offset, message in log:
+        kind, partition, _ = examples.read_header(message)
+        if kind == examples.KIND_REMOVALS:
+            continue
+        if kind == examples.KIND_EXAMPLES:
+            kept = [e for e in split(message) if int.from_bytes(e[16:24], "little") not in user_positions]
+            if not kept:
+                continue
+            message = examples.pack_examples(partition, kept)
+        deployed.learn(offset, message)
+    return deployed
+
+
+def split(message: bytes) -> list[bytes]:
+    """The packed examples of a message, by the layout of docs/data.md."""
+    at, parts = examples.HEADER.size, []
+    for _ in range(examples.read_header(message)[2]):
+        end = at + 32 + 16 * message[at + 25]
+        end += 8 + TEXT_DIM if message[at + 26] & 1 else 0
+        end += 4 + 8 * int.from_bytes(message[end : end + 4], "little") if message[at + 26] & 2 else 0
+        parts.append(message[at:end])
+        at = end
+    assert at == len(message)
+    return parts
+
+
+LEARNER = LearnerConfig(text_dim=TEXT_DIM)
+
+
+def test_a_user_is_forgotten_everywhere_and_by_the_model(
+    deployment: Deployment, outside: Outside, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Row, cache, changelog, disk and model; the certificate tells what was where; who comes back begins anew."""
+    worker = deployment.start_worker()
+    outside.films()
+    worker.wait_ready()
+    catalogue_known(worker, len(FILMS))
+    stream(outside, USER, ["alien", "amelie"])
+    stream(outside, "other", ["alien", "blade"])
+    partition, offset = outside.send("clicks", USER, {"user_id": USER, "item_id": "notebook", "action": "click"})
+    assert worker.get(f"/v1/users/{USER}/state", at_least=f"clicks:{partition}:{offset}")["events"] == 4
+    other = worker.get("/v1/users/other/state")["events"]
+    outside.send("clicks", USER, b"poison")
+
+    asked = worker.http.delete(f"/v1/users/{USER}", params={"unlearn": "true"})
+    assert asked.status_code == 202
+    name = asked.json()["erasure_id"]
+    assert asked.headers["location"] == f"/v1/erasures/{name}"
+    assert worker.get(f"/v1/users/{USER}/state", at_least=name)["events"] == 0
+    told = complete(worker, name)
+
+    assert (told["state"]["events"], told["state"]["behaviours"], told["state"]["comments"]) == (4, 3, 1)
+    users = next(d for d in worker.digests() if d["kind"] == "users")
+    assert (told["state"]["digest"], told["state"]["applied"]) == (users["digest"], users["applied"])
+    assert {(r["topic"], r["records"]) for r in told["remains"]} == {
+        ("clicks", 4), ("comments", 1), ("erasures", 1), ("clicks.dlq", 1),
+    }  # fmt: skip
+    naming = [record for record in changelog(deployment) if USER.encode() in record.key]
+    assert told["changelog"]["naming"] == len(naming)
+    if told["changelog"]["kept"] is None:  # Apache Kafka deletes records, the embedded broker does not
+        assert naming == []
+    assert files_that_name(deployment.state_dir() / "users-0", USER) == []
+    assert worker.get("/v1/users/other/state")["events"] == other
+
+    model = told["model"]
+    assert model["exact"] and model["removed"] == 3
+    learner = next(d for d in worker.digests() if d["kind"] == "learner")
+    assert learner["digest"] == model["digest"]
+    log = messages(deployment)
+    assert cut(log, own_positions(deployment)).learner.digest() == model["digest"]
+    assert USER.encode() not in b"".join(message for _, message in log)
+    text = worker.http.get("/metrics").text
+    assert "headwater_erasures_total 1.0" in text
+
+    code, verdicts = verified(worker, monkeypatch, capsys)
+    assert code == 0, verdicts
+
+    _, offset = outside.send("clicks", USER, {"user_id": USER, "item_id": "alien", "action": "click"})
+    assert worker.get(f"/v1/users/{USER}/state", at_least=f"clicks:0:{offset}")["events"] == 1
+    assert worker.http.get("/v1/erasures/erasures:0:77").status_code == 404
+    assert worker.stop()[0] == 0
+
+
+def own_positions(deployment: Deployment) -> set[int]:
+    """Of the user's records on `clicks` and `comments`."""
+    settings = deployment.settings
+
+    async def read() -> set[int]:
+        found = set()
+        for code, topic in ((0, "clicks"), (1, "comments")):
+            async for offset, key, _ in kafka.keys(settings.kafka_options(), settings.topic(topic), 0):
+                if key == USER.encode():
+                    found.add(code << 56 | offset)
+        return found
+
+    return asyncio.run(read())
+
+
+def test_an_erasure_outlives_kill_9_and_the_loss_of_the_disk(deployment: Deployment, outside: Outside) -> None:
+    worker = deployment.start_worker()
+    outside.films()
+    worker.wait_ready()
+    catalogue_known(worker, len(FILMS))
+    stream(outside, USER, ["alien", "amelie", "notebook"])
+    stream(outside, "other", ["alien", "blade"])
+    worker.wait_until("the other's events", lambda: worker.get("/v1/users/other/state")["events"] == 3)
+    name = worker.http.delete(f"/v1/users/{USER}", params={"unlearn": "true"}).json()["erasure_id"]
+    worker.kill()
+    worker = deployment.start_worker()
+    worker.wait_until("under way", lambda: worker.get(f"/v1/erasures/{name}")["status"] != "pending")
+    worker.kill()
+    shutil.rmtree(deployment.state_dir())
+    worker = deployment.start_worker()
+    worker.wait_ready()
+    told = complete(worker, name)
+    assert told["state"]["events"] == 4
+    assert told["changelog"]["naming"] == sum(USER.encode() in record.key for record in changelog(deployment))
+    assert files_that_name(deployment.state_dir() / "users-0", USER) == []
+    assert worker.get(f"/v1/users/{USER}/state")["events"] == 0
+    assert worker.get("/v1/users/other/state")["events"] == 3
+    learner = next(d for d in worker.digests() if d["kind"] == "learner")
+    assert told["model"]["exact"] and told["model"]["removed"] == 3
+    assert learner["digest"] == told["model"]["digest"]
+    assert cut(messages(deployment), own_positions(deployment)).learner.digest() == learner["digest"]
+    assert worker.stop()[0] == 0
