@@ -1,1 +1,5 @@
-"""Tests of the product, a file for each promise-keeper; doubles of the world outside."""
+"""The tests of Headwater, with one thread a matrix library, as in its workers: sums, and so digests, depend on it."""
+
+from streams.settings import one_thread_each
+
+one_thread_each()
