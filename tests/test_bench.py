@@ -1,6 +1,6 @@
 """The benchmarks run, small: none rots. Their speed is not judged here."""
 
-from bench import freshness, pipeline, rank, store
+from bench import freshness, pipeline, rank, serve, store
 
 
 def test_pipeline_compares_faust_with_a_plain_loop() -> None:
@@ -29,3 +29,9 @@ def test_store_reads_what_it_wrote() -> None:
     result, again = store.run(["--rows", "1200"]), store.run(["--rows", "1200"])
     assert result["digest"] == again["digest"] != store.run(["--rows", "1100"])["digest"]
     assert min(result["write_ratio"], result["read_ratio"]) > 0
+
+
+def test_serve_answers_every_request() -> None:
+    result = serve.run(["--rate", "20", "--stream", "100", "--seconds", "2", "--items", "60", "--users", "20"])
+    assert result["requests"] == 40 and result["rps"] > 0 and result["stream_events_per_s"] > 0
+    assert 0 < result["p50_ms"] <= result["p99_ms"] and result["explained"]["p50_ms"] > 0
