@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import httpx
 
     from streams.audit import Record, Verifier
+    from streams.checkpoints import Checkpoints
     from streams.settings import Settings
 
 HTTP_TIMEOUT_S: Final = 15.0
@@ -34,10 +35,13 @@ keys_app = typer.Typer(help="The API keys that workers take, in HEADWATER_API_KE
 app.add_typer(keys_app, name="keys")
 audit_app = typer.Typer(help="Who read or changed which user: the audit topic.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
+checkpoints_app = typer.Typer(help="The encoder's checkpoints: what the trainer made of the stream.", no_args_is_help=True)
+app.add_typer(checkpoints_app, name="checkpoints")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")]
 ItemsFile = Annotated[Path, typer.Option("--items", help="The catalogue: items.jsonl or .jsonl.gz.")]
 EventsFile = Annotated[Path, typer.Option("--events", help="The events: events.jsonl or .jsonl.gz, in order of time.")]
+CheckpointName = Annotated[str, typer.Argument(help="The checkpoint's name, or its adapter's.")]
 UserId = Annotated[str, typer.Argument(help="The user's id, as producers write it.")]
 
 
@@ -199,6 +203,9 @@ def evaluate(
     until: Annotated[int | None, typer.Option(min=1, help="Stop after about N events.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Save the state into this folder at the end.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on from a saved state.")] = None,
+    encoder: Annotated[
+        str, typer.Option(help="A checkpoint: its name in HEADWATER_CHECKPOINTS, or a .safetensors file.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Tests, then learns each event of a recorded stream, without a broker: the same code as the workers'.
@@ -211,6 +218,7 @@ def evaluate(
     settings = _load()
     with _faults():
         from model.encoder import Encoder
+        from streams import checkpoints as store
         from streams import evaluate as tool
         from streams.progress import Bars
         from streams.settings import cache_dir
@@ -222,12 +230,13 @@ def evaluate(
         options = tool.EvaluateOptions(
             items=items, events=events, report=report, ranks=ranks, html=html, baselines=chosen, until=until,
             checkpoint=checkpoint, resume=resume, cache=cache_dir() / "vectors",
+            adapter=store.find(settings.checkpoints, encoder) if encoder else None,
         )  # fmt: skip
-        encoder = Encoder(settings.encoder, device=settings.device)
+        base = Encoder(settings.encoder, device=settings.device)
         with Bars() as bars:
             try:
                 result = tool.evaluate(
-                    options, encoder, settings.evidence_config(), settings.learner_config(encoder.dim), bars.steps_of
+                    options, base, settings.evidence_config(), settings.learner_config(base.dim), bars.steps_of
                 )
             except tool.StreamError as problem:
                 _fail(str(problem))
@@ -235,6 +244,151 @@ def evaluate(
         _print_json(result)
     else:
         print(tool.render(result))
+
+
+@app.command()
+def trainer() -> None:
+    """Tunes the encoder's adapter on the stream, beside the workers, until SIGTERM: candidates, shadow, promotion.
+
+    Example: `HEADWATER_BROKER=kafka:9092 HEADWATER_CHECKPOINTS=s3://models/headwater headwater trainer`
+    """
+    from streams import log
+    from streams.settings import one_thread_each
+
+    one_thread_each()
+    settings = _load()
+    log.set_up(settings.log_level, settings.log_format)
+    with _broker_faults(settings):
+        from streams import trainer as tool
+
+        tool.run(settings, time.time)
+
+
+# -- the encoder's checkpoints
+
+
+@checkpoints_app.command("list")
+def list_checkpoints(as_json: Json = False) -> None:
+    """Every checkpoint: state, parent, what it was trained on, its losses and the gate's evidence.
+
+    Example: `headwater checkpoints list`
+    """
+    import msgspec
+
+    folder = _checkpoints()
+    with _faults():
+        manifests = folder.manifests()
+    if as_json:
+        _print_json([msgspec.to_builtins(manifest) for manifest in manifests])
+        return
+    rows = []
+    for m in manifests:
+        loss = f"{m.training['loss_frozen']:.4f} -> {m.training['loss']:.4f}" if "loss" in m.training else ""
+        last = m.decisions[-1] if m.decisions else {}
+        rows.append([m.name, m.state, m.parent, m.offset, loss, last.get("kind", ""), _e_values(last)])
+    _table(["checkpoint", "state", "parent", "examples offset", "loss", "last decision", "log10 e"], rows)
+
+
+def _e_values(decision: dict[str, Any]) -> str:
+    if "log10_e_better" not in decision:
+        return ""
+    better, worse = decision["log10_e_better"], decision["log10_e_worse"]
+    return f"better {better:.2f}, worse {worse:.2f} after {decision['tests']} tests"
+
+
+@checkpoints_app.command("show")
+def show_checkpoint(name: CheckpointName, as_json: Json = False) -> None:
+    """A checkpoint's manifest, with every decision and its evidence.
+
+    Example: `headwater checkpoints show 000000000209-1f2e3d4c5b6a`
+    """
+    import msgspec
+
+    folder = _checkpoints()
+    with _faults():
+        told = msgspec.to_builtins(folder.get(name))
+    if as_json:
+        _print_json(told)
+        return
+    plain = {field: value for field, value in told.items() if not isinstance(value, list | dict)}
+    _table(["", "manifest"], [[*line] for line in (plain | told["training"]).items()])
+    if told["decisions"]:
+        names = list(dict.fromkeys(name for decision in told["decisions"] for name in decision))
+        _table(names, [[decision.get(name, "") for name in names] for decision in told["decisions"]])
+
+
+@checkpoints_app.command("promote")
+def promote_checkpoint(name: CheckpointName) -> None:
+    """Switches workers to a checkpoint by a message of the examples log. A running trainer watches it.
+
+    Example: `headwater checkpoints promote 000000000209-1f2e3d4c5b6a`
+    """
+    settings, folder = _load(), _checkpoints()
+    with _broker_faults(settings):
+        import asyncio
+
+        from streams import trainer as tool
+
+        manifest = folder.get(name)
+        offset = asyncio.run(tool.switch(settings, manifest, folder, taken_back=False))
+    _say(f"{manifest.name} is in use from offset {offset} of {settings.internal_topic('examples')} on")
+
+
+@checkpoints_app.command("rollback")
+def rollback_checkpoint() -> None:
+    """Takes the checkpoint in use back: its parent is in use again, or the encoder as it is.
+
+    Example: `headwater checkpoints rollback`
+    """
+    settings, folder = _load(), _checkpoints()
+    with _broker_faults(settings):
+        import asyncio
+
+        from streams import trainer as tool
+
+        current = folder.current()
+        if current is None:
+            _fail(f"no checkpoint of {folder.url} is in use")
+        parent = folder.get(current.parent) if current.parent else None
+        offset = asyncio.run(tool.switch(settings, parent, folder, taken_back=True))
+    told = parent.name if parent is not None else "the encoder as it is"
+    _say(f"{told} is in use from offset {offset} of {settings.internal_topic('examples')} on")
+
+
+@checkpoints_app.command("prune")
+def prune_checkpoints(
+    keep: Annotated[int | None, typer.Option(min=0, help="Default: HEADWATER_CHECKPOINTS_KEEP.")] = None,
+) -> None:
+    """Deletes the oldest checkpoints that are neither in use, nor in shadow, nor the parent of such.
+
+    Example: `headwater checkpoints prune --keep 5`
+    """
+    folder = _checkpoints()
+    with _faults():
+        for name in folder.prune(_load().checkpoints_keep if keep is None else keep):
+            print(name)
+
+
+def _checkpoints() -> "Checkpoints":
+    settings = _load()
+    with _faults():
+        from streams.checkpoints import Checkpoints
+
+        return Checkpoints(settings.checkpoints)
+
+
+@contextmanager
+def _broker_faults(settings: "Settings") -> Iterator[None]:
+    """As `_faults`, where a broker is asked, too."""
+    from aiokafka.errors import KafkaError
+
+    with _faults():
+        try:
+            yield
+        except KafkaError as problem:
+            from streams.topics import unreachable
+
+            raise unreachable(settings, problem) from problem
 
 
 # -- asking a running worker

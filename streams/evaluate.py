@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model import baselines
+from model.adapter import Adapter
 from model.evaluate import CREATED, LOW, SCORED, DriftMonitor, Metrics, Report, Trace, mcnemar, trace
 from model.examples import new_examples
 from model.learner import LearnerConfig, Outcome, warm_up
@@ -63,6 +64,7 @@ class EvaluateOptions:
     checkpoint: Path | None = None  # folder: save the state at the end
     resume: Path | None = None  # folder: go on from a saved state
     cache: Path | None = None  # folder of the vector cache
+    adapter: Adapter | None = None  # texts are compared through it from the first event on
 
 
 class Stream(NamedTuple):
@@ -101,7 +103,7 @@ def evaluate(
     Raises StreamError.
     """
     stream = read_stream(options.items, options.events, evidence)
-    run = Run(stream, encoder, evidence, config)
+    run = Run(stream, encoder, evidence, config, options.adapter)
     if options.resume is not None:
         run.load(options.resume)
     run.encode(options.until, options.cache, progress)
@@ -201,13 +203,21 @@ class Costs(NamedTuple):
 class Run:
     """One evaluation under way."""
 
-    def __init__(self, stream: Stream, encoder: Encoder, evidence: EvidenceConfig, config: LearnerConfig) -> None:
-        """Every target is ranked, whatever `evidence` says of sampling."""
+    def __init__(
+        self, stream: Stream, encoder: Encoder, evidence: EvidenceConfig, config: LearnerConfig,
+        adapter: Adapter | None = None,
+    ) -> None:  # fmt: skip
+        """Every target is ranked, whatever `evidence` says of sampling. Raises StreamError for a foreign adapter."""
+        if adapter is not None and adapter.base != encoder.name:
+            raise StreamError(f"the checkpoint is of the encoder {adapter.base}, texts are encoded by {encoder.name}")
         n = len(stream.events)
         self.stream = stream
         self.config = config
         self.users: dict[bytes, bytes] = {}
         self.learner = ItemLearner(config, encoder.dim)
+        if adapter is not None:
+            self.learner.learner.adapt(adapter)
+        self.encoder_name = encoder.name if adapter is None else f"{encoder.name}+{adapter.name}"
         self.done = 0  # events
         self.costs = Costs()
         self.rank = np.full(n, np.nan)
@@ -341,6 +351,7 @@ class Run:
         tests = kind == SCORED
         out: Report = {
             "stream": self.stream.name,
+            "encoder": self.encoder_name,
             "events": self.done,
             "positives": int((tests | (kind == CREATED)).sum()),
             "tests": int(tests.sum()),
@@ -463,7 +474,7 @@ class Run:
 
     def _identity(self) -> str:
         evidence = {**asdict(self._evidence), "low_actions": sorted(self._evidence.low_actions)}
-        return json.dumps([self.stream.digest, self._encoder.name, evidence, asdict(self.config)])
+        return json.dumps([self.stream.digest, self.encoder_name, evidence, asdict(self.config)])
 
 
 class _Saved(msgspec.Struct, array_like=True):

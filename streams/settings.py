@@ -21,6 +21,7 @@ from pydantic_settings import SettingsError as UnreadableError
 if TYPE_CHECKING:  # numba and Faust load when a worker starts, not for every command
     from model.learner import LearnerConfig
     from streams.pipeline import EvidenceConfig
+    from streams.tuning import TuningConfig
 
 PREFIX: Final = "HEADWATER_"
 LEARNER: Final = "learner_"  # in front of the fields of LearnerConfig
@@ -172,6 +173,31 @@ class Settings(BaseSettings):
         "The text encoder: a folder, a Hugging Face id, or the weights that come with the installation (offline).",
     )  # fmt: skip
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "name", "Where the encoder runs. auto: CUDA where it is.")
+
+    # -- the trainer
+    checkpoints: str = _setting(
+        "var/checkpoints", "path or URL",
+        "Folder of the encoder's checkpoints, shared by trainers and commands: a path, or what fsspec reads (s3://...).",
+    )  # fmt: skip
+    checkpoints_keep: int = _setting(
+        20, "checkpoints", "Kept besides those that are in use: older ones are deleted.", ge=1, le=10_000
+    )
+    trainer_dir: Path = _setting(
+        Path("var/trainer"), "path", "The trainer's saved state, and its TensorBoard event files."
+    )
+    trainer_port: int = _setting(8090, "port", "Of the trainer's metrics, on http_host.", ge=1, le=65535)
+    tuning_round_examples: int = _setting(
+        2048, "examples", "Learnt between two candidates of the encoder's adapter.", ge=64
+    )
+    tuning_shadow_tests: int = _setting(
+        2000, "tests", "Ranked targets after which a candidate that has shown nothing is dropped.", ge=10
+    )
+    tuning_watch_tests: int = _setting(
+        1000, "tests", "Ranked targets for which a promotion is watched, and taken back when it proves worse.", ge=10
+    )
+    tuning_alpha: float = _setting(
+        0.01, "probability", "That any candidate which is no better is ever promoted.", gt=0, lt=1
+    )
 
     # -- what counts as evidence
     action_weights: dict[str, Weight] = _setting(
@@ -341,6 +367,15 @@ class Settings(BaseSettings):
         return EvidenceConfig(
             weights=self.action_weights, weight_default=self.action_weight_default, weight_low=self.low_weight,
             positive_threshold=self.positive_threshold, low_actions=self.low_actions, rank_sample=self.rank_sample,
+        )  # fmt: skip
+
+    def tuning_config(self) -> "TuningConfig":
+        """When candidates of the adapter are made and how they are judged."""
+        from streams.tuning import TuningConfig  # loads numba: not for every command
+
+        return TuningConfig(
+            round_examples=self.tuning_round_examples, shadow_tests=self.tuning_shadow_tests,
+            watch_tests=self.tuning_watch_tests, alpha=self.tuning_alpha,
         )  # fmt: skip
 
     def learner_config(self, text_dim: int) -> "LearnerConfig":

@@ -145,7 +145,7 @@ class Tuning:
         assert self.rival is not None
         rival, won = self.rival.learner.matrix.adapter, duel.verdict == "better"
         kind = {"shadow": ("promote", "drop"), "watch": ("rollback", "kept")}[self.phase][not won]
-        about = rival if self.phase == "shadow" or won else self.current
+        about = rival if self.phase == "shadow" or won else self.current  # the candidate, or who is in use afterwards
         decision = Decision(kind, about, _name(self.current), self.offset, duel.evidence())
         self.taking_back = kind == "rollback"
         self.wanted = rival if won else None
@@ -171,6 +171,10 @@ class Tuning:
             self.rival, self.phase = predecessor, "watch"
             self.duel = Duel.new(level(self.config.alpha, self.watches), self.config.watch_tests)
         return [Decision("switched", adapter, before, offset, {"taken_back": taken_back})]
+
+    def adopt(self, rows: dict[bytes, bytes], offset: int) -> None:
+        """Begins with a learner's rows, as of this offset of the log, where the log's own beginning is gone."""
+        self.champion = self._learner_of(rows.items(), offset)
 
     def request(self) -> bytes | None:
         """The message that the log must get, while one is asked for."""

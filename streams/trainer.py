@@ -1,0 +1,277 @@
+"""`headwater trainer`: the loop of streams.tuning in a process of its own, beside the workers.
+
+It follows the examples log as replicas follow the item changelog, without a group: nothing that it does, or that its
+end undoes, touches the workers, but the message by which it switches the adapter. Its state is saved after every
+decision and every SAVE_MESSAGES; it goes on from there, and takes every decision again as it was.
+"""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, start_http_server
+from tensorboard.summary import Writer
+
+from model.learner import warm_up
+from state.changelog import Reader
+from streams import checkpoints, examples, kafka
+from streams.checkpoints import Checkpoints, Manifest
+from streams.settings import Settings
+from streams.tuning import Decision, Tuning
+from streams.worker import LEARNER_PARTITION
+
+log = structlog.get_logger(__name__)
+
+SAVE_MESSAGES: Final = 256
+NICE: Final = 10  # the workers of this machine go first
+ADAPTER_KEY: Final = b"adapter"  # of the message of a switch; others have their source partition
+STATE_FILE: Final = "tuning.msgpack"
+SCALARS: Final = ("loss", "loss_frozen", "loss_champion", "log10_e_better", "log10_e_worse", "mean_difference", "tests")
+
+
+class _Stopped(Exception):
+    """The process ends in the middle of a training: what is saved is before it."""
+
+
+class TrainerMetrics:
+    """The trainer's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = own = CollectorRegistry()
+        self.examples = Counter("headwater_trainer_examples_total", "Examples that the trainer took in", registry=own)
+        self.steps = Counter("headwater_trainer_steps_total", "Training steps", registry=own)
+        self.loss = Gauge("headwater_trainer_loss", "Loss of the newest candidate, nats", ["of"], registry=own)
+        self.evidence = Gauge(
+            "headwater_trainer_evidence", "log10 of the e-value of the duel under way", ["that"], registry=own
+        )
+        self.decisions = Counter("headwater_trainer_decisions_total", "Decisions of the gate", ["kind"], registry=own)
+        self.lag = Gauge("headwater_trainer_lag_records", "Records of the examples log still to come", registry=own)
+        self.checkpoint = Info("headwater_checkpoint", "The encoder in use", registry=own)
+
+
+class Trainer:
+    """The loop bound to a broker, a folder of checkpoints and event files."""
+
+    def __init__(self, settings: Settings, base: str, text_dim: int, now: Callable[[], float]) -> None:
+        self.settings, self.now = settings, now
+        self.options = settings.kafka_options()
+        self.topic = settings.internal_topic("examples")
+        self.tuning = self._new_tuning(base, text_dim)
+        self.folder = Checkpoints(settings.checkpoints)
+        self.metrics = TrainerMetrics()
+        self.metrics.checkpoint.info({"encoder": base, "adapter": ""})
+        self._producer = kafka.Producer(self.options)
+        self._writer = Writer(str(settings.trainer_dir / "events"))
+        self._stopping = threading.Event()
+        self._unsaved = 0
+        self._asked = -1  # offset of the switch that was asked for last
+
+    def _new_tuning(self, base: str, text_dim: int) -> Tuning:
+        return Tuning(base, text_dim, self.settings.learner_config(text_dim), self.settings.tuning_config())
+
+    @property
+    def _state_path(self) -> Path:
+        return self.settings.trainer_dir / STATE_FILE
+
+    def stop(self) -> None:
+        """Ends `run` soon, also out of a training."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Follows the log until `stop`. Raises KafkaError when no broker answers."""
+        await self._producer.start()
+        try:
+            await self._restore()
+            follow = kafka.read_records(
+                self.options, self.topic, LEARNER_PARTITION, self.tuning.offset + 1, isolation_level="read_committed"
+            )
+            async for batch in follow:
+                for record in batch:
+                    if self._stopping.is_set():
+                        break
+                    await self._take(record.offset, record.value)
+                self.metrics.lag.set(0)
+                if self._stopping.is_set():
+                    break
+                if not batch:  # at the end of the log: what was asked for is not in it
+                    await self._ask()
+        except _Stopped:
+            return
+        finally:
+            self._writer.close()
+            await self._producer.stop()
+        self._save()
+
+    async def _take(self, offset: int, message: bytes) -> None:
+        before = self.tuning.examples
+        decisions = await asyncio.to_thread(self.tuning.advance, offset, message, self._trained)
+        self.metrics.examples.inc(self.tuning.examples - before)
+        for decision in decisions:
+            await self._decided(decision)
+        self._unsaved += 1
+        if decisions or self._unsaved >= SAVE_MESSAGES:
+            self._observe()
+            await asyncio.to_thread(self._save)
+
+    def _trained(self, step: int, loss: float) -> None:
+        if self._stopping.is_set():
+            raise _Stopped
+        self.metrics.steps.inc()
+        self._writer.add_scalar(f"training/{self.tuning.rounds + 1}", loss, step)
+
+    def _observe(self) -> None:
+        duel = self.tuning.duel
+        for that, bets in (("better", duel.better), ("worse", duel.worse)) if duel is not None else ():
+            self.metrics.evidence.labels(that).set(bets.log_wealth_most / 2.302585)
+            self._writer.add_scalar(f"gate/log_wealth_{that}", bets.log_wealth, self.tuning.examples)
+        self._writer.flush()
+
+    async def _decided(self, decision: Decision) -> None:
+        log.info("decided", kind=decision.kind, position=decision.position, **decision.facts)
+        self.metrics.decisions.labels(decision.kind).inc()
+        for name in SCALARS:
+            if name in decision.facts:
+                self._writer.add_scalar(f"{decision.kind}/{name}", decision.facts[name], self.tuning.examples)
+        for manifest in await asyncio.to_thread(record, self.folder, decision, self.now()):
+            await self._announce(manifest)
+        if decision.kind == "switched":
+            name = "" if decision.adapter is None else decision.adapter.name
+            self.metrics.checkpoint.info({"encoder": self.tuning.base, "adapter": name})
+        if decision.kind == "candidate":
+            for of in ("loss", "loss_frozen", "loss_champion"):
+                self.metrics.loss.labels(of.removeprefix("loss_").replace("loss", "candidate")).set(decision.facts[of])
+            self.folder.prune(self.settings.checkpoints_keep)
+
+    async def _announce(self, manifest: Manifest) -> None:
+        await announce(self._producer, self.settings, manifest)
+
+    async def _ask(self) -> None:
+        request = self.tuning.request()
+        if request is not None and self._asked <= self.tuning.offset:
+            self._asked = await self._producer.send(self.topic, LEARNER_PARTITION, [(ADAPTER_KEY, request)])
+            log.info("asked for a switch", offset=self._asked, taken_back=self.tuning.taking_back)
+
+    # -- stop and go on
+
+    def _save(self) -> None:
+        self.settings.trainer_dir.mkdir(parents=True, exist_ok=True)
+        fresh = self._state_path.with_suffix(".new")
+        with fresh.open("wb") as file:
+            file.write(self.tuning.save())
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self._state_path)
+        self._unsaved = 0
+
+    async def _restore(self) -> None:
+        """From the saved state, else from the log's beginning, else (where that is gone) from the item changelog."""
+        first = await kafka.ChangelogTopic(self.topic, LEARNER_PARTITION, self._producer, self.options).first()
+        if self._state_path.exists():
+            try:
+                self.tuning.load(await asyncio.to_thread(self._state_path.read_bytes))
+            except ValueError as problem:
+                log.warning("the saved state is left aside", path=str(self._state_path), problem=str(problem))
+            else:
+                log.info("goes on", offset=self.tuning.offset, phase=self.tuning.phase)
+        if first > self.tuning.offset + 1:
+            self.tuning = self._new_tuning(self.tuning.base, self.tuning.text_dim)
+            await self._adopt()
+
+    async def _adopt(self) -> None:
+        topic = self.settings.internal_topic("items-changelog")
+        changelog = kafka.ChangelogTopic(topic, LEARNER_PARTITION, self._producer, self.options)
+        reader = Reader()
+        rows: dict[bytes, bytes] = {}
+        offset = -1
+        async for batch in changelog.read(0, None):
+            for one in batch:
+                accepted = reader.feed(one)
+                if accepted is None:
+                    continue
+                offset = accepted.applied["examples"]
+                for key, value in accepted.rows.items():
+                    if value is None:
+                        rows.pop(key, None)
+                    else:
+                        rows[key] = value
+        await asyncio.to_thread(self.tuning.adopt, rows, offset)
+        log.info("begins with the item rows: the examples log begins later", offset=offset, items=len(rows))
+
+
+def record(folder: Checkpoints, decision: Decision, now: float) -> list[Manifest]:
+    """Writes a decision into the checkpoints that it is about; these. Doing it again changes nothing."""
+    known = {manifest.adapter: manifest for manifest in folder.manifests()}
+    name = "" if decision.adapter is None else decision.adapter.name
+    if decision.kind == "candidate":
+        assert decision.adapter is not None
+        parent = known.get(decision.parent)
+        manifest = Manifest(
+            name=checkpoints.name_of(decision.position, decision.adapter), adapter=name, base=decision.adapter.base,
+            parent="" if parent is None else parent.name, offset=decision.position,
+            rank=decision.adapter.left.shape[1], digest="", created=now, training=decision.facts,
+        )  # fmt: skip
+        folder.add(decision.adapter, manifest)
+        return [folder.get(manifest.name)]
+    changed = {}
+    if decision.kind == "switched":
+        changed = {m.name: m for m in folder.switched(name, decision.facts["taken_back"])}
+    found = known.get(decision.parent if decision.kind == "rollback" else name)
+    if found is not None:
+        found = folder.get(found.name)
+        told = {"kind": decision.kind, "position": decision.position, **decision.facts}
+        if told not in found.decisions:
+            found.decisions.append(told)
+        if decision.kind == "drop":
+            found.state = checkpoints.DROPPED
+        folder.put(found)
+        changed[found.name] = found
+    return list(changed.values())
+
+
+async def announce(producer: kafka.Producer, settings: Settings, manifest: Manifest) -> None:
+    """The manifest on the topic `encoder-checkpoints`, under the name of its encoder."""
+    topic = settings.topic("encoder-checkpoints")
+    await producer.send_one(topic, manifest.base.encode(), msgspec.json.encode(manifest))
+
+
+def run(settings: Settings, now: Callable[[], float]) -> None:
+    """Runs the trainer until SIGTERM or SIGINT. Raises Fault, and KafkaError where no broker answers."""
+    from model.encoder import Encoder  # torch: for its name and dimension alone
+
+    os.nice(NICE)
+    encoder = Encoder(settings.encoder, device="cpu")
+    trainer = Trainer(settings, encoder.name, encoder.dim, now)
+    del encoder
+    warm_up(trainer.tuning.champion.learner.config)
+    start_http_server(settings.trainer_port, settings.http_host, trainer.metrics.registry)
+    asyncio.run(_until_signal(trainer))
+
+
+async def _until_signal(trainer: Trainer) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, trainer.stop)
+    log.info("trainer follows", topic=trainer.topic, checkpoints=trainer.folder.url)
+    await trainer.run()
+
+
+async def switch(settings: Settings, manifest: Manifest | None, folder: Checkpoints, taken_back: bool) -> int:
+    """Puts the switch to a checkpoint (None: the encoder as it is) into the examples log; its offset."""
+    adapter = None if manifest is None else folder.adapter(manifest)
+    producer = kafka.Producer(settings.kafka_options())
+    await producer.start()
+    try:
+        topic = settings.internal_topic("examples")
+        message = examples.pack_adapter(adapter, taken_back)
+        offset = await producer.send(topic, LEARNER_PARTITION, [(ADAPTER_KEY, message)])
+        for changed in folder.switched("" if adapter is None else adapter.name, taken_back):
+            await announce(producer, settings, changed)
+    finally:
+        await producer.stop()
+    return offset

@@ -1,0 +1,194 @@
+"""The trainer against a broker and a folder: its decisions, its files, and that kill -9 changes none of them."""
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from typer.testing import CliRunner
+
+from bench.deployment import Deployment
+from streams import checkpoints, examples, kafka
+from streams.__main__ import app
+from streams.checkpoints import CheckpointError, Checkpoints, Manifest
+from streams.pipeline import ItemLearner
+from streams.settings import Settings, environment
+from streams.trainer import Trainer
+from streams.tuning import TuningConfig
+from tests.tuning_world import BASE, DIM, LEARNER, TUNING, harmful, messages, planted
+
+WAIT_S_MAX: Final = 40.0
+MESSAGES: Final = 75
+
+
+class SmallTrainer(Trainer):
+    """Of the small world's encoder and sizes."""
+
+    def _new_tuning(self, base: str, text_dim: int) -> Any:
+        from streams.tuning import Tuning
+
+        return Tuning(base, text_dim, LEARNER, self.config)
+
+    config: TuningConfig = TUNING
+
+
+def settings_of(broker: str, folder: Path, name: str) -> Settings:
+    return Settings(
+        broker=broker, topic_prefix=f"{name}-", checkpoints=str(folder / "checkpoints"), trainer_dir=folder / "trainer",
+        partitions=1,
+    )  # fmt: skip
+
+
+async def publish(settings: Settings, log: list[bytes]) -> None:
+    producer = kafka.Producer(settings.kafka_options())
+    await producer.start()
+    for message in log:
+        await producer.send(settings.internal_topic("examples"), 0, [(b"0", message)])
+    await producer.stop()
+
+
+async def run_until(trainer: Trainer, holds: Callable[[], bool]) -> None:
+    task = asyncio.create_task(trainer.run())
+    deadline = time.monotonic() + WAIT_S_MAX
+    while not holds() and not task.done():
+        assert time.monotonic() < deadline, trainer.tuning.phase
+        await asyncio.sleep(0.02)
+    trainer.stop()
+    await task
+
+
+def history(settings: Settings) -> list[tuple[str, str, list[tuple[str, int]]]]:
+    return [
+        (m.name, m.state, [(d["kind"], d["position"]) for d in m.decisions])
+        for m in Checkpoints(settings.checkpoints).manifests()
+    ]
+
+
+async def test_trainer_promotes_announces_and_a_killed_one_goes_on(broker: str, tmp_path: Path) -> None:
+    settings = settings_of(broker, tmp_path / "a", "trainer-a")
+    Deployment(broker, tmp_path / "d", topic_prefix=settings.topic_prefix, partitions=1).create_topics()
+    log = list(messages(MESSAGES))
+    await publish(settings, log)
+    trainer = SmallTrainer(settings, BASE, DIM, time.time)
+    await run_until(trainer, lambda: trainer.tuning.phase == "watch" and trainer.tuning.offset >= len(log))
+    [manifest] = [m for m in Checkpoints(settings.checkpoints).manifests() if m.state == "current"]
+    assert [d["kind"] for d in manifest.decisions] == ["promote", "switched"]
+    assert manifest.decisions[0]["log10_e_better"] > 2 and manifest.base == BASE and manifest.parent == ""
+    adapter = Checkpoints(settings.checkpoints).adapter(manifest)
+    assert trainer.tuning.current is not None and trainer.tuning.current.name == adapter.name == manifest.adapter
+    told = [
+        json.loads(record.value or b"{}")
+        async for batch in kafka.read_log(settings.kafka_options(), settings.topic("encoder-checkpoints"), 0, 0, 2)
+        for record in batch
+    ]
+    assert [one["state"] for one in told] == ["shadow", "shadow", "current"] and {t["name"] for t in told} == {
+        manifest.name
+    }
+    assert list((settings.trainer_dir / "events").glob("events.out.tfevents.*"))
+    # Another one that is killed over and over ends in the same files, and asks for nothing twice.
+    other = settings.model_copy(
+        update={"checkpoints": str(tmp_path / "b/checkpoints"), "trainer_dir": tmp_path / "b/trainer"}
+    )
+    end = await kafka.log_end(settings.kafka_options(), settings.internal_topic("examples"), 0)
+    for cut in (3, 11, 40, 70, 90, end - 1):
+        fresh = SmallTrainer(other, BASE, DIM, time.time)
+        task = asyncio.create_task(fresh.run())
+        deadline = time.monotonic() + WAIT_S_MAX
+        while fresh.tuning.offset < cut:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.002)
+        if cut < end - 1:
+            task.cancel()  # nothing is saved on the way out, as by kill -9
+            await asyncio.gather(task, return_exceptions=True)
+        else:
+            fresh.stop()
+            await task
+    assert history(other) == history(settings)
+    assert fresh.tuning.champion.learner.digest() == trainer.tuning.champion.learner.digest()
+    assert await kafka.log_end(settings.kafka_options(), settings.internal_topic("examples"), 0) == end
+
+
+async def test_a_switch_by_hand_is_watched_and_taken_back(
+    broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`headwater checkpoints promote` of a harmful one: the trainer takes it back, and every learner follows."""
+    settings = settings_of(broker, tmp_path, "trainer-c")
+    Deployment(broker, tmp_path / "d", topic_prefix=settings.topic_prefix, partitions=1).create_topics()
+    log = list(messages(MESSAGES))
+    half = len(log) // 2
+    await publish(settings, log[:half])
+    folder = Checkpoints(settings.checkpoints)
+    bad = harmful()
+    manifest = Manifest(
+        name=checkpoints.name_of(5, bad), adapter=bad.name, base=BASE, parent="", offset=5, rank=4, digest="", created=0
+    )
+    folder.add(bad, manifest)
+    for name, value in environment({"broker": broker, "topic_prefix": settings.topic_prefix, "partitions": "1",
+                                    "checkpoints": settings.checkpoints}).items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    runner = CliRunner()
+    done = await asyncio.to_thread(runner.invoke, app, ["checkpoints", "promote", bad.name])
+    assert done.exit_code == 0, done.output
+    current = folder.current()
+    assert current is not None and current.name == manifest.name
+    await publish(settings, log[half:])
+    trainer = SmallTrainer(settings, BASE, DIM, time.time)
+    trainer.tuning.config = trainer.config = TuningConfig(**{**TUNING.__dict__, "round_examples": 1 << 40})
+    await run_until(trainer, lambda: folder.get(bad.name).state == "taken back" and trainer.tuning.phase == "gather")
+    assert [d["kind"] for d in folder.get(bad.name).decisions] == ["switched", "rollback"]
+    assert trainer.tuning.current is None and folder.current() is None
+    replayed = ItemLearner(LEARNER, DIM, BASE)
+    adapters = []
+    async for batch in kafka.read_log(
+        settings.kafka_options(), settings.internal_topic("examples"), 0, 0, trainer.tuning.offset
+    ):
+        for record in batch:
+            if replayed.learn(record.offset, record.value or b"").adapted:
+                adapters += [replayed.learner.matrix.adapter]
+    assert [a and a.name for a in adapters] == [bad.name, None]
+    assert replayed.learner.digest() == trainer.tuning.champion.learner.digest()
+    shown = await asyncio.to_thread(runner.invoke, app, ["checkpoints", "show", bad.name])
+    assert shown.exit_code == 0 and "taken back" in shown.output and "rollback" in shown.output
+    listed = await asyncio.to_thread(runner.invoke, app, ["checkpoints", "list", "--json"])
+    assert [m["state"] for m in json.loads(listed.output)] == ["taken back"]
+
+
+def test_files_are_whole_or_refused(tmp_path: Path) -> None:
+    folder = Checkpoints(str(tmp_path / "x"))
+    assert folder.manifests() == [] and folder.current() is None
+    for number, adapter in enumerate((planted(), harmful())):
+        folder.add(adapter, Manifest(
+            name=checkpoints.name_of(number, adapter), adapter=adapter.name, base=BASE, parent="", offset=number,
+            rank=4, digest="", created=float(number),
+        ))  # fmt: skip
+    good, bad = folder.manifests()
+    assert folder.adapter(good).pack() == planted().pack()
+    assert checkpoints.find(folder.url, good.adapter).name == good.adapter
+    assert checkpoints.find("", f"{folder.url}/{good.name}.safetensors").name == good.adapter
+    folder.switched(good.adapter, taken_back=False)
+    folder.switched(bad.adapter, taken_back=False)
+    assert [m.state for m in folder.manifests()] == ["retired", "current"]
+    folder.switched(good.adapter, taken_back=True)
+    assert [m.state for m in folder.manifests()] == ["current", "taken back"]
+    weights = tmp_path / "x" / f"{bad.name}.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(CheckpointError, match="not what its manifest says"):
+        folder.adapter(folder.get(bad.name))
+    with pytest.raises(CheckpointError, match="no adapter"):
+        checkpoints.read_weights(b"\x05" * 20)
+    with pytest.raises(CheckpointError, match="headwater checkpoints list"):
+        folder.get("nothing")
+    assert folder.prune(0) == [bad.name] and [m.name for m in folder.manifests()] == [good.name]
+    assert not list((tmp_path / "x").glob(".*"))
+    shutil.rmtree(tmp_path / "x")
+    with pytest.raises(CheckpointError, match="HEADWATER_CHECKPOINTS"):
+        Checkpoints("nosuch://x")
+
+
+def test_adapter_message_survives_the_log() -> None:
+    adapter, taken_back = examples.unpack_adapter(examples.pack_adapter(None, taken_back=True))
+    assert adapter is None and taken_back
