@@ -35,7 +35,9 @@ keys_app = typer.Typer(help="The API keys that workers take, in HEADWATER_API_KE
 app.add_typer(keys_app, name="keys")
 audit_app = typer.Typer(help="Who read or changed which user: the audit topic.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
-checkpoints_app = typer.Typer(help="The encoder's checkpoints: what the trainer made of the stream.", no_args_is_help=True)
+checkpoints_app = typer.Typer(
+    help="Checkpoints of the encoder: what the trainer made of the stream.", no_args_is_help=True
+)
 app.add_typer(checkpoints_app, name="checkpoints")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")]

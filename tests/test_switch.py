@@ -1,0 +1,162 @@
+"""A live switch of the encoder's adapter: a real worker that answers all the time, and a real trainer beside it."""
+
+import asyncio
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from kafka import KafkaProducer
+from typer.testing import CliRunner
+
+from bench.deployment import Deployment
+from model.adapter import Adapter
+from streams import checkpoints, kafka
+from streams.__main__ import app
+from streams.broker import free_port
+from streams.checkpoints import Checkpoints, Manifest
+from streams.pipeline import ItemLearner
+from streams.settings import environment
+from tests.test_worker import FILMS
+
+
+@pytest.fixture
+def deployment(broker: str, tmp_path: Path) -> Iterator[Deployment]:
+    made = Deployment(
+        broker, tmp_path, topic_prefix=f"switch-{tmp_path.name}-", partitions=1, rank_sample=1.0,
+        checkpoints=str(tmp_path / "checkpoints"), trainer_dir=str(tmp_path / "trainer"), trainer_port=free_port(),
+    )  # fmt: skip
+    made.create_topics()
+    yield made
+    made.close()
+
+
+def publish(deployment: Deployment) -> None:
+    producer = KafkaProducer(**deployment.settings.kafka_options())
+
+    def send(topic: str, key: str, value: dict[str, Any]) -> None:
+        producer.send(deployment.settings.topic(topic), json.dumps(value).encode(), key=key.encode())
+
+    for item_id, text in FILMS.items():
+        send("items", item_id, {"item_id": item_id, "text": text})
+    producer.flush()
+    for user in range(12):
+        for at, item_id in enumerate(list(FILMS)[user % 2 :: 2]):
+            ts = 1_700_000_000 + 60 * user + at
+            send("clicks", f"u{user}", {"user_id": f"u{user}", "item_id": item_id, "action": "click", "ts": ts})
+    words = "a creature in deep space"
+    send("comments", "u1", {"user_id": "u1", "item_id": "alien", "text": words, "ts": 1_700_000_900})
+    producer.flush()
+    producer.close()
+
+
+class Reader(threading.Thread):
+    """Asks for a user's list without a pause; keeps every answer's status and scores."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self.url = url
+        self.answers: list[tuple[int, dict[str, float]]] = []
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self.url, timeout=10, trust_env=False) as client:
+            while not self.done.is_set():
+                answer = client.get("/v1/users/u1/recommendations", params={"exclude_seen": False})
+                items = answer.json().get("items", [])
+                self.answers.append((answer.status_code, {item["item_id"]: item["logit"] for item in items}))
+
+
+async def replayed(deployment: Deployment, offset: int, base: str) -> ItemLearner:
+    """The learner, from the examples log alone."""
+    settings = deployment.settings
+    learner = ItemLearner(settings.learner_config(384), 384, base)
+    async for batch in kafka.read_log(settings.kafka_options(), settings.internal_topic("examples"), 0, 0, offset):
+        for record in batch:
+            learner.learn(record.offset, record.value or b"")
+    return learner
+
+
+def test_switch_under_load_loses_no_answer_and_is_in_the_log(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = deployment.start_worker()
+    worker.wait_ready()
+    publish(deployment)
+
+    def model() -> Any:
+        return worker.get("/v1/model")
+
+    worker.wait_until("learnt", lambda: (model()["examples_applied"] or 0) >= 20 and model()["replica"]["active"] == 4)
+    base = model()["encoder"]["name"]
+    left, right = np.random.default_rng(1).standard_normal((2, 384, 4)).astype(np.float32) / 6
+    adapter = Adapter(base, left, right, 1.2)
+    name = checkpoints.name_of(1, adapter)
+    Checkpoints(deployment.settings.checkpoints).add(adapter, Manifest(
+        name=name, adapter=adapter.name, base=base, parent="", offset=1, rank=4, digest="", created=0.0,
+    ))  # fmt: skip
+    told = {"broker": deployment.settings.broker, "topic_prefix": deployment.settings.topic_prefix, "partitions": "1",
+            "checkpoints": deployment.settings.checkpoints}  # fmt: skip
+    for variable, value in environment(told).items():
+        monkeypatch.setenv(variable, value)
+    reader = Reader(worker.settings.http_url())
+    reader.start()
+    worker.wait_until("some answers", lambda: len(reader.answers) > 5)
+    done = CliRunner().invoke(app, ["checkpoints", "promote", name])
+    assert done.exit_code == 0, done.output
+    worker.wait_until("the switch", lambda: model()["encoder"]["adapter"] == adapter.name)
+    answered = len(reader.answers)
+    worker.wait_until("answers after it", lambda: len(reader.answers) > answered + 5)
+    reader.done.set()
+    reader.join(10)
+    assert {status for status, _ in reader.answers} == {200}
+    before, after = reader.answers[0][1], reader.answers[-1][1]
+    assert before.keys() == after.keys() == FILMS.keys() and before != after
+    between = [
+        scores for _, scores in reader.answers if set(scores.items()) not in map(set, (before.items(), after.items()))
+    ]
+    assert all(
+        abs(scores[i] - before[i]) < 0.05 or abs(scores[i] - after[i]) < 0.05 for scores in between for i in scores
+    )
+
+    [learner] = [part for part in worker.digests() if part["kind"] == "learner"]
+    again = asyncio.run(replayed(deployment, learner["applied"]["examples"], base))
+    assert again.learner.digest() == learner["digest"]
+    worker.kill()
+    worker = deployment.start_worker()
+    worker.wait_ready()
+    worker.wait_until("the adapter again", lambda: model()["encoder"]["adapter"] == adapter.name)
+    assert [part["digest"] for part in worker.digests() if part["kind"] == "learner"] == [learner["digest"]]
+    _check_trainer(deployment, adapter.name)
+    assert Checkpoints(deployment.settings.checkpoints).get(name).decisions[0]["kind"] == "switched"
+    assert worker.stop()[0] == 0
+
+
+def _check_trainer(deployment: Deployment, adapter: str) -> None:
+    """A trainer takes in the log, is killed, goes on and stops in order."""
+    command = [sys.executable, "-m", "streams", "trainer"]
+    url = f"http://127.0.0.1:{deployment.settings.trainer_port}/metrics"
+
+    def knows(trainer: Any) -> None:
+        def told() -> bool:
+            return f'adapter="{adapter}"' in httpx.get(url, timeout=5, trust_env=False).text
+
+        trainer.wait_until("the trainer knows the adapter", told)
+
+    trainer = deployment.start_worker("trainer", command)
+    knows(trainer)
+    state = deployment.settings.trainer_dir / "tuning.msgpack"
+    deadline = time.monotonic() + 20
+    while not state.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    trainer.kill()
+    trainer = deployment.start_worker("trainer", command)
+    trainer.wait_until("it goes on", lambda: b"goes on" in trainer.log_file.read_bytes())
+    assert trainer.stop()[0] == 0
