@@ -177,7 +177,7 @@ class Settings(BaseSettings):
     # -- the trainer
     checkpoints: str = _setting(
         "var/checkpoints", "path or URL",
-        "Folder of the encoder's checkpoints, shared by trainers and commands: a path, or what fsspec reads (s3://...).",
+        "Folder of the encoder's checkpoints, for trainer and commands: a path, or what fsspec reads (s3://...).",
     )  # fmt: skip
     checkpoints_keep: int = _setting(
         20, "checkpoints", "Kept besides those that are in use: older ones are deleted.", ge=1, le=10_000

@@ -18,11 +18,14 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info, start_http_server
 from tensorboard.summary import Writer
 
+from model.adapter import AdapterError
 from model.learner import warm_up
 from state.changelog import Reader
+from state.sealing import SealError, is_sealed
 from streams import checkpoints, examples, kafka
 from streams.checkpoints import Checkpoints, Manifest
-from streams.settings import Settings
+from streams.datakeys import sealer_of
+from streams.settings import Fault, Settings
 from streams.tuning import Decision, Tuning
 from streams.worker import LEARNER_PARTITION
 
@@ -62,6 +65,7 @@ class Trainer:
         self.settings, self.now = settings, now
         self.options = settings.kafka_options()
         self.topic = settings.internal_topic("examples")
+        self._sealer = sealer_of(settings)
         self.tuning = self._new_tuning(base, text_dim)
         self.folder = Checkpoints(settings.checkpoints)
         self.metrics = TrainerMetrics()
@@ -110,7 +114,7 @@ class Trainer:
 
     async def _take(self, offset: int, message: bytes) -> None:
         before = self.tuning.examples
-        decisions = await asyncio.to_thread(self.tuning.advance, offset, message, self._trained)
+        decisions = await asyncio.to_thread(self.tuning.advance, offset, self._opened(message), self._trained)
         self.metrics.examples.inc(self.tuning.examples - before)
         for decision in decisions:
             await self._decided(decision)
@@ -118,6 +122,14 @@ class Trainer:
         if decisions or self._unsaved >= SAVE_MESSAGES:
             self._observe()
             await asyncio.to_thread(self._save)
+
+    def _opened(self, value: bytes) -> bytes:
+        """A message, or the saved state, as it is under the data keys. Raises SealError."""
+        if self._sealer is not None:
+            return self._sealer.open_message(value)
+        if is_sealed(value):
+            raise SealError("examples are sealed, and no data keys are set: give the trainer the workers' keys")
+        return value
 
     def _trained(self, step: int, loss: float) -> None:
         if self._stopping.is_set():
@@ -163,7 +175,8 @@ class Trainer:
         self.settings.trainer_dir.mkdir(parents=True, exist_ok=True)
         fresh = self._state_path.with_suffix(".new")
         with fresh.open("wb") as file:
-            file.write(self.tuning.save())
+            saved = self.tuning.save()
+            file.write(saved if self._sealer is None else self._sealer.seal_message(saved))
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self._state_path)
@@ -174,7 +187,7 @@ class Trainer:
         first = await kafka.ChangelogTopic(self.topic, LEARNER_PARTITION, self._producer, self.options).first()
         if self._state_path.exists():
             try:
-                self.tuning.load(await asyncio.to_thread(self._state_path.read_bytes))
+                self.tuning.load(self._opened(await asyncio.to_thread(self._state_path.read_bytes)))
             except ValueError as problem:
                 log.warning("the saved state is left aside", path=str(self._state_path), problem=str(problem))
             else:
@@ -258,7 +271,10 @@ async def _until_signal(trainer: Trainer) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, trainer.stop)
     log.info("trainer follows", topic=trainer.topic, checkpoints=trainer.folder.url)
-    await trainer.run()
+    try:
+        await trainer.run()
+    except (SealError, AdapterError) as problem:
+        raise Fault(str(problem)) from problem
 
 
 async def switch(settings: Settings, manifest: Manifest | None, folder: Checkpoints, taken_back: bool) -> int:

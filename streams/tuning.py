@@ -59,7 +59,7 @@ class Tuning:
     def __init__(self, base: str, text_dim: int, learner: LearnerConfig, config: TuningConfig) -> None:
         self.base, self.text_dim, self.config = base, text_dim, config
         self._learner_config = learner
-        self.champion = ItemLearner(learner, text_dim)
+        self.champion = ItemLearner(learner, text_dim, base)
         self.learnt: Learnt | None = None  # what the champion made of the last message
         self.replay = Replay(config.finetune.replay_messages, config.finetune.candidates_max)
         self.phase = "gather"  # gather, shadow, asked, watch
@@ -181,7 +181,7 @@ class Tuning:
         return examples.pack_adapter(self.wanted, self.taking_back) if self.phase == "asked" else None
 
     def _fork(self) -> ItemLearner:
-        fork = ItemLearner(self._learner_config, self.text_dim)
+        fork = ItemLearner(self._learner_config, self.text_dim, self.base)
         fork.load(self.champion.all_rows())
         fork.offset = self.champion.offset
         return fork
@@ -216,7 +216,7 @@ class Tuning:
         self.replay.kept = {position: _unpack_problem(problem) for position, problem in saved.replay}
 
     def _learner_of(self, rows: Iterable[tuple[bytes, bytes]], offset: int) -> ItemLearner:
-        learner = ItemLearner(self._learner_config, self.text_dim)
+        learner = ItemLearner(self._learner_config, self.text_dim, self.base)
         learner.load(rows)
         learner.offset = offset
         return learner

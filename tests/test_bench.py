@@ -1,6 +1,11 @@
 """The benchmarks run, small: none rots. Their speed is not judged here."""
 
-from bench import freshness, pipeline, rank, serve, store
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import finetune, freshness, pipeline, rank, serve, store
 
 
 def test_pipeline_compares_faust_with_a_plain_loop() -> None:
@@ -35,3 +40,20 @@ def test_serve_answers_every_request() -> None:
     result = serve.run(["--rate", "20", "--stream", "100", "--seconds", "2", "--items", "60", "--users", "20"])
     assert result["requests"] == 40 and result["rps"] > 0 and result["stream_events_per_s"] > 0
     assert 0 < result["p50_ms"] <= result["p99_ms"] and result["explained"]["p50_ms"] > 0
+
+
+def test_finetune_holds_the_loop_against_the_frozen_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = ("river", "film", "train", "winter", "music", "city", "bread", "star")
+    items = [{"item_id": f"i{n}", "text": f"{words[n % 8]} {words[n // 8]}"} for n in range(64)]
+    events = [
+        {"type": "click", "user_id": f"u{n % 40}", "item_id": f"i{(7 * n + n % 40) % 64}", "action": "click", "ts": n}
+        for n in range(1, 1400)
+    ]
+    for name, lines in (("items", items), ("events", events)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    files = ["--items", str(tmp_path / "items.jsonl"), "--events", str(tmp_path / "events.jsonl")]
+    result = finetune.run([*files, "--round-examples", "640", "--poisoned", "1"])
+    assert result["decisions"][0]["kind"] == "candidate"
+    assert 0 <= result["p_value"] <= 1 and result["frozen"].keys() == result["tuned"].keys()
+    assert result["poisoned_promoted"] == 0 and {"planted_promoted", "regression_rolled_back_after"} <= result.keys()

@@ -1,6 +1,7 @@
 """The trainer against a broker and a folder: its decisions, its files, and that kill -9 changes none of them."""
 
 import asyncio
+import base64
 import json
 import shutil
 import time
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from bench.deployment import Deployment
+from state.sealing import SealError, is_sealed
 from streams import checkpoints, examples, kafka
 from streams.__main__ import app
 from streams.checkpoints import CheckpointError, Checkpoints, Manifest
+from streams.datakeys import sealer_of
 from streams.pipeline import ItemLearner
 from streams.settings import Settings, environment
 from streams.trainer import Trainer
@@ -155,6 +159,26 @@ async def test_a_switch_by_hand_is_watched_and_taken_back(
     assert shown.exit_code == 0 and "taken back" in shown.output and "rollback" in shown.output
     listed = await asyncio.to_thread(runner.invoke, app, ["checkpoints", "list", "--json"])
     assert [m["state"] for m in json.loads(listed.output)] == ["taken back"]
+
+
+async def test_a_sealed_log_needs_the_keys_and_the_state_is_sealed_too(broker: str, tmp_path: Path) -> None:
+    settings = settings_of(broker, tmp_path, "trainer-s")
+    Deployment(broker, tmp_path / "d", topic_prefix=settings.topic_prefix, partitions=1).create_topics()
+    keyed = settings.model_copy(update={"data_keys": SecretStr(base64.b64encode(bytes(range(32))).decode())})
+    sealer = sealer_of(keyed)
+    assert sealer is not None
+    log = list(messages(12))
+    await publish(settings, [sealer.seal_message(m) if examples.read_header(m)[0] == 1 else m for m in log])
+    blind = SmallTrainer(settings, BASE, DIM, time.time)
+    with pytest.raises(SealError, match="data keys"):
+        await blind.run()
+    trainer = SmallTrainer(keyed, BASE, DIM, time.time)
+    await run_until(trainer, lambda: trainer.tuning.offset == len(log) - 1)
+    assert trainer.tuning.examples > 100
+    assert is_sealed((settings.trainer_dir / "tuning.msgpack").read_bytes())
+    again = SmallTrainer(keyed, BASE, DIM, time.time)
+    await run_until(again, lambda: again.tuning.offset == len(log) - 1)
+    assert again.tuning.save() == trainer.tuning.save()
 
 
 def test_files_are_whole_or_refused(tmp_path: Path) -> None:
