@@ -47,8 +47,8 @@ def test_finetune_holds_the_loop_against_the_frozen_encoder(tmp_path: Path, monk
     words = ("river", "film", "train", "winter", "music", "city", "bread", "star")
     items = [{"item_id": f"i{n}", "text": f"{words[n % 8]} {words[n // 8]}"} for n in range(64)]
     events = [
-        {"type": "click", "user_id": f"u{n % 40}", "item_id": f"i{(7 * n + n % 40) % 64}", "action": "click", "ts": n}
-        for n in range(1, 1400)
+        {"type": "click", "user_id": f"u{n % 60}", "item_id": f"i{(n // 60 + n % 60) % 64}", "action": "click", "ts": n}
+        for n in range(1, 1600)
     ]
     for name, lines in (("items", items), ("events", events)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
