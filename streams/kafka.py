@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -198,7 +198,7 @@ async def read_log(
 
 async def read_records(
     options: Mapping[str, Any], topic: str, partition: int, start: int, stop: int | None = None, **more: Any
-) -> AsyncIterator[list[Any]]:
+) -> AsyncGenerator[list[Any], None]:
     """Batches of a partition's records from `start` (or the log's beginning) to `stop` inclusive.
 
     Without `stop` it follows the log for ever, with empty batches while nothing comes. Holes in the offsets

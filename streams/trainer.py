@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Final
 
@@ -92,25 +93,37 @@ class Trainer:
         await self._producer.start()
         try:
             await self._restore()
-            follow = kafka.read_records(
-                self.options, self.topic, LEARNER_PARTITION, self.tuning.offset + 1, isolation_level="read_committed"
-            )
-            async for batch in follow:
-                for record in batch:
-                    if self._stopping.is_set():
-                        break
-                    await self._take(record.offset, record.value)
-                self.metrics.lag.set(0)
-                if self._stopping.is_set():
-                    break
-                if not batch:  # at the end of the log: what was asked for is not in it
-                    await self._ask()
+            while not self._stopping.is_set():
+                await self._follow()
         except _Stopped:
             return
         finally:
             self._writer.close()
             await self._producer.stop()
         self._save()
+
+    async def _follow(self) -> None:
+        """The log from where the loop stands, until `stop`, or until a removal makes it begin again."""
+        follow = kafka.read_records(
+            self.options, self.topic, LEARNER_PARTITION, self.tuning.offset + 1, isolation_level="read_committed"
+        )
+        async with aclosing(follow) as batches:
+            async for batch in batches:
+                for record in batch:
+                    if self._stopping.is_set():
+                        return
+                    await self._take(record.offset, record.value)
+                    if self.tuning.owes_replay:
+                        log.info("begins again without what was removed", offset=record.offset)
+                        self.tuning = self.tuning.again()
+                        await self._reach_back()
+                        await asyncio.to_thread(self._save)
+                        return
+                self.metrics.lag.set(0)
+                if self._stopping.is_set():
+                    return
+                if not batch:  # at the end of the log: what was asked for is not in it
+                    await self._ask()
 
     async def _take(self, offset: int, message: bytes) -> None:
         before = self.tuning.examples
@@ -184,7 +197,6 @@ class Trainer:
 
     async def _restore(self) -> None:
         """From the saved state, else from the log's beginning, else (where that is gone) from the item changelog."""
-        first = await kafka.ChangelogTopic(self.topic, LEARNER_PARTITION, self._producer, self.options).first()
         if self._state_path.exists():
             try:
                 self.tuning.load(self._opened(await asyncio.to_thread(self._state_path.read_bytes)))
@@ -192,6 +204,11 @@ class Trainer:
                 log.warning("the saved state is left aside", path=str(self._state_path), problem=str(problem))
             else:
                 log.info("goes on", offset=self.tuning.offset, phase=self.tuning.phase)
+        await self._reach_back()
+
+    async def _reach_back(self) -> None:
+        """The item changelog's state, where the log no longer has what comes next."""
+        first = await kafka.ChangelogTopic(self.topic, LEARNER_PARTITION, self._producer, self.options).first()
         if first > self.tuning.offset + 1:
             self.tuning = self._new_tuning(self.tuning.base, self.tuning.text_dim)
             await self._adopt()

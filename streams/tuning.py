@@ -82,6 +82,17 @@ class Tuning:
         """The champion's adapter."""
         return self.champion.learner.matrix.adapter
 
+    @property
+    def owes_replay(self) -> bool:
+        """Whether the log has removed examples that were learnt: go on with `again`, from the log's beginning."""
+        return self.learnt is not None and self.learnt.ends_removal and self.champion.owes_replay
+
+    def again(self) -> "Tuning":
+        """A loop that has not begun, and leaves out what the log has removed."""
+        fresh = Tuning(self.base, self.text_dim, self._learner_config, self.config)
+        fresh.champion = self.champion.again()
+        return fresh
+
     def advance(self, offset: int, message: bytes, trained: Trained = lambda step, loss: None) -> list[Decision]:
         """Takes in the message at this offset of the examples log; what was decided by it."""
         if examples.read_header(message)[0] == examples.KIND_ADAPTER:

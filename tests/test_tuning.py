@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from model.adapter import AdapterError
+from model.examples import new_examples
 from model.finetune import Finetuning, Replay, loss_of
 from streams import examples
 from streams.pipeline import ItemLearner
@@ -193,3 +194,28 @@ def test_replay_is_a_bounded_sample_whatever_came_first(middle: bytes) -> None:
     assert sorted(forward.kept) == sorted(backward.kept) and len(forward) == 16
     assert 60 < np.mean(sorted(forward.kept)) < 140
     assert len(forward.problems()[0].candidate) <= 8
+
+
+def test_a_removal_begins_again_without_what_it_names(log: list[bytes]) -> None:
+    """Neither the champion nor the replay keeps anything of the removed examples."""
+    tuning = new_tuning(round_examples=1 << 40)
+    run(tuning, log)
+    first = next(m for m in log if examples.read_header(m)[0] == examples.KIND_EXAMPLES)
+    _, partition, count = examples.read_header(first)
+    sources = new_examples(LEARNER)
+    examples.unpack_examples(first, sources, np.full(len(examples.TOPICS), -1, np.int64))
+    removed = sources.source[:count].copy()
+    (removal,) = examples.chained(examples.pack_removals(partition, 1, removed))
+    assert not tuning.owes_replay
+    tuning.advance(2 * len(log), removal)
+    assert tuning.owes_replay
+    seen, tuning = tuning.examples, tuning.again()
+    assert tuning.offset == -1
+    run(tuning, [*log, removal])
+    assert not tuning.owes_replay
+    assert tuning.examples == seen - count
+    assert tuning.champion.offset == 2 * len(log)
+    saved = new_tuning(round_examples=1 << 40)
+    saved.load(tuning.save())
+    saved.advance(2 * len(log) + 1, removal)
+    assert not saved.owes_replay, "what was removed is known after a stop too"
