@@ -449,7 +449,7 @@ class Partition:
             restore.advance()
             meta = restore.meta
         opened = _Opened(kind, meta, outbox, epoch, offset + 1, reader, restore.rows if restore else 0)
-        if restore is not None and kind == "catchup":
+        if restore is not None:  # a fresh disk too: its log names what the changelog deletes
             opened.deleted = restore.deleted
         return opened
 
