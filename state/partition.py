@@ -105,7 +105,7 @@ class OpenReport:
     repaired: int  # rows written again
     applied: dict[str, int]
     reason: str = ""  # why a disk was discarded
-    deleted: tuple[bytes, ...] = ()  # of rows that this disk may have held before; PURGE_KEYS_MAX at most
+    deleted: tuple[bytes, ...] = ()  # of rows that a restore deleted: the disk may name them; PURGE_KEYS_MAX at most
 
 
 def digest(rows: Iterable[tuple[bytes, bytes]], applied: Mapping[str, int]) -> str:
@@ -740,7 +740,7 @@ class _Restore:
         self.meta = replace(meta, restoring=True)
         self.rows = 0
         self.behind_bytes = 0  # rows taken since META was written
-        self.deleted: list[bytes] = []  # keys whose rows an older disk may hold; PURGE_KEYS_MAX at most
+        self.deleted: list[bytes] = []  # keys whose deletion was written; PURGE_KEYS_MAX at most
         self._partition = partition
         self._store = store
         self._waiting: dict[bytes, bytes | None] = {}

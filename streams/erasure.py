@@ -276,7 +276,7 @@ class Eraser:
             self._task = asyncio.get_running_loop().create_task(self._run(), name=f"erasures-{self.number}")
 
     def purge(self, keys: Sequence[bytes]) -> None:
-        """Takes rows that were deleted while others owned the partition off this disk."""
+        """Takes rows that the restore deleted off this disk."""
         if keys:
             self._purging = asyncio.ensure_future(asyncio.to_thread(self.partition.purge, keys))
 
