@@ -16,6 +16,10 @@ changed in another file would leave a stale kernel in the cache. Symbols are tho
 
 Arrays grow by doubling and keep their types, so nothing is compiled twice. Every kernel releases the GIL and is
 single-threaded; the matrix products go to BLAS, which the process is expected to keep at one thread.
+
+A kernel that is called by another is inlined into it, always. Left to the compiler, a function has a copy in every
+caller, optimised again, with its sums in another order; which copy runs depends on what the process compiled and what it
+took from the cache, so that two processes differ in the last bits.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -122,6 +126,7 @@ OPTIONS: Final = {
     "fastmath": True,
     "error_model": "numpy",
     "boundscheck": False,
+    "forceinline": True,
     "no_cfunc_wrapper": True,
 }
 INNER: Final = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from kernels alone

@@ -1,8 +1,8 @@
 """A list of the past, made again from the logs: what its token names, folded, learnt and ranked as it was then.
 
-The user's row comes from the source topics up to the offsets that were applied, or from the changelog's flush of just
-these offsets where the topics have lost their beginning; the items from the examples log. The token's digest of the
-list tells whether the list is the same to the last bit.
+The user's row comes from the changelog's flush of the offsets that were applied, or, where compaction has taken that,
+from the source topics up to these offsets; the items from the examples log. The token's digest of the list tells
+whether the list is the same to the last bit.
 """
 
 import asyncio
@@ -122,18 +122,19 @@ class _Rebuild:
         end = await kafka.log_end(self.options, topic, partition)
         log = kafka.read_log(self.options, topic, partition, 0, end - 1)
         cuts = await rebuild.changelog_rows(log, self.token.applied, restored)
+        if cuts and cuts[-1].is_complete and rebuild.is_at(cuts[-1].applied, self.token.applied):
+            return _unpacked(restored if self.sealer is None else SealedRows(restored, self.sealer), user_id)
         lost = [name for name in self.applied if await self._start(name, partition) > 0]
-        if lost and not (cuts and rebuild.is_at(cuts[-1], self.token.applied)):
+        if lost:
             raise CannotRebuildError(
                 f"the beginning of {' and '.join(lost)}, partition {partition}, is gone (retention), and the changelog "
                 "has no flush of the list's offsets any more"
             )
-        if lost:
-            return _unpacked(restored if self.sealer is None else SealedRows(restored, self.sealer), user_id)
         folded = self.disk.open(self.folder / "rows")
         await rebuild.user_rows(
             self._read, partition, self.token.applied, folded, self.encoder, self.settings.evidence_config(),
-            cuts=cuts, only=user_id, progress=self._bar("folding", sum(o + 1 for o in self.applied.values())),
+            cuts=[cut.applied for cut in cuts], only=user_id,
+            progress=self._bar("folding", sum(o + 1 for o in self.applied.values())),
         )  # fmt: skip
         return _unpacked(folded, user_id)
 

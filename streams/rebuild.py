@@ -2,11 +2,12 @@
 
 The workers' own decoding, merge, fold and learner, without their clocks. A worker's flush is a merge of what it takes,
 so `cuts`, the applied offsets of flushes as the changelog's markers have them, give back the order that was: also where
-an event reached its log later than the hold. Without cuts the order is that of events within the hold.
+an event reached its log later than the hold. Without cuts the order is that of events within the hold. Where the
+changelog has lost its beginning (an erasure deletes it), the state at its first complete cut is the place to begin.
 """
 
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from state.changelog import LogRecord, Reader
 from state.sealing import Rows, Sealer
@@ -31,6 +32,13 @@ class LogEndsError(Fault):
     """A log does not reach the offset that was asked for."""
 
 
+class Cut(NamedTuple):
+    """A flush in a changelog. is_complete: the changelog's rows up to it are the whole state at `applied`."""
+
+    applied: dict[str, int]
+    is_complete: bool
+
+
 def _unseen(records: int) -> None:
     """Progress that nobody looks at."""
 
@@ -43,20 +51,23 @@ async def user_rows(
     encoder: Encoder,
     evidence: EvidenceConfig,
     *,
+    after: Mapping[str, int] | None = None,
     cuts: Iterable[Mapping[str, int]] = (),
     only: str | None = None,
     messages: list[bytes] | None = None,
     progress: Progress = _unseen,
 ) -> None:
-    """Writes the user rows of a partition at the applied offsets `upto` into the empty store `rows`.
+    """Writes the user rows of a partition at the applied offsets `upto` into the store `rows`.
 
-    cuts: applied offsets of earlier flushes, oldest first. only: this user's row alone, which costs the decoding of
+    after: the applied offsets that the store's rows are of; None: the store is empty. cuts: applied offsets of flushes
+    between, oldest first. only: this user's row alone, which costs the decoding of
     all events and the encoding of one user's. messages: takes the examples messages, whose boundaries are not
-    those of the worker's. Raises LogEndsError. The logs must begin at offset 0.
+    those of the worker's. Raises LogEndsError. The logs must still have all that comes after `after`.
     """
     names = sorted(upto, key=lambda name: USER_CODES[name])
-    feeds = {name: _Feed(read(name, partition, 0, upto[name])) for name in names}
-    inbox: Inbox[SourceEvent] = Inbox(dict.fromkeys(names, 0), 0.0)
+    first = {name: (after or {}).get(name, -1) + 1 for name in names}
+    feeds = {name: _Feed(read(name, partition, first[name], upto[name])) for name in names}
+    inbox: Inbox[SourceEvent] = Inbox(first, 0.0)
     for cut in (*cuts, upto):
         ends = {name: cut.get(name, -1) + 1 for name in names}
         while any(source.entries or source.expected < ends[name] for name, source in inbox.sources.items()):
@@ -163,14 +174,14 @@ async def _learn(read: Read, learner: ItemLearner, upto: int, progress: Progress
 
 async def changelog_rows(
     batches: AsyncIterable[Sequence[LogRecord]], upto: Mapping[str, int], rows: Store
-) -> list[dict[str, int]]:
-    """Takes a changelog's complete flushes up to `upto` into the empty store `rows`: the applied offsets of each.
+) -> list[Cut]:
+    """Takes a changelog's complete flushes up to `upto` into the empty store `rows`, and tells of each.
 
-    The last of them are `upto`'s where the changelog has such a flush; reading ends there, or at the first beyond.
+    The last of them is `upto`'s where the changelog has such a flush; reading ends there, or at the first beyond.
     Of a changelog whose head was deleted, rows are complete only where its first epoch has been swept.
     """
     reader = Reader()
-    cuts: list[dict[str, int]] = []
+    cuts: list[Cut] = []
     is_whole: bool | None = None
     async for batch in batches:
         for record in batch:
@@ -181,8 +192,8 @@ async def changelog_rows(
             if any(offset > upto.get(name, -1) for name, offset in accepted.applied.items()):
                 return cuts
             rows.write(accepted.rows)
-            cuts.append(accepted.applied)
-            if is_at(accepted.applied, upto) and (is_whole or reader.swept_epoch is not None):
+            cuts.append(Cut(accepted.applied, bool(is_whole or reader.swept_epoch is not None)))
+            if cuts[-1].is_complete and is_at(accepted.applied, upto):
                 return cuts
     return cuts
 

@@ -25,6 +25,7 @@ from streams import kafka, rebuild
 from streams.datakeys import sealer_of
 from streams.encoding import Encoder
 from streams.pipeline import ItemLearner
+from streams.rebuild import Cut
 from streams.settings import Fault, Settings
 
 CHANGELOGS: Final = {"users": "users-changelog", "catalogue": "catalogue-changelog", "learner": "items-changelog"}
@@ -44,7 +45,7 @@ class Finding(StrEnum):
 
 
 class Verdict(NamedTuple):
-    """One partition. rows: of its state; note: what to know about a finding that is not `equal`."""
+    """One partition. rows: of its state; note: what to know about a finding."""
 
     kind: str
     partition: int
@@ -83,7 +84,7 @@ class _Restored(NamedTuple):
     told: _Told
     finding: Finding
     rows: int
-    cuts: list[dict[str, int]]
+    cuts: list[Cut]
 
 
 class _Verification:
@@ -132,10 +133,10 @@ class _Verification:
 
     async def _restore(self, kind: str, partition: int, told: _Told) -> _Restored | None:
         """None: the changelog has no flush of exactly these offsets."""
-        log = self._changelog(CHANGELOGS[kind], partition, is_followed=kind != "learner")
+        log = self._changelog(kind, partition, is_followed=kind != "learner")
         with self._store() as rows:
             cuts = await rebuild.changelog_rows(log, told.applied, rows)
-            applied = cuts[-1] if cuts else dict.fromkeys(told.applied, -1)
+            applied = cuts[-1].applied if cuts else dict.fromkeys(told.applied, -1)
             if kind == "learner":
                 learner = self._learner()
                 learner.load(rows.items())
@@ -155,9 +156,12 @@ class _Verification:
         found = _finding(learner.learner.digest(), told)
         return _Restored(told, found, len(learner.learner.matrix), [])
 
-    async def _changelog(self, name: str, partition: int, *, is_followed: bool) -> AsyncIterator[Sequence[LogRecord]]:
+    def _changelog_topic(self, kind: str) -> str:
+        return self.settings.internal_topic(CHANGELOGS[kind])
+
+    async def _changelog(self, kind: str, partition: int, *, is_followed: bool) -> AsyncIterator[Sequence[LogRecord]]:
         """The changelog to its end; followed: until nothing has come for MARKER_WAIT_S_MAX."""
-        topic = self.settings.internal_topic(name)
+        topic = self._changelog_topic(kind)
         end = await kafka.log_end(self.options, topic, partition)
         if not is_followed:
             async for batch in kafka.read_log(self.options, topic, partition, 0, end - 1):
@@ -195,18 +199,42 @@ class _Verification:
             upto = told.applied["examples"]
             learner = await rebuild.learn_examples(self._read, self._learner(), upto, bar, self.sealer)
             return self._judged(learner.learner.digest(), told)
-        with self._store() as store:
-            rows = self._as_kept(kind, store)
-            if kind == "users":
-                evidence = self.settings.evidence_config()
-                await rebuild.user_rows(
-                    self._read, partition, told.applied, rows, self.encoder, evidence, cuts=restored.cuts, progress=bar
-                )
-            else:
+        if kind == "users":
+            found = await self._fold(partition, restored, None, bar)
+            complete = [cut.applied for cut in restored.cuts if cut.is_complete]
+            if found != told.digest and await self._is_cut(partition) and complete:
+                # The order in which late events were merged went with the changelog's beginning.
+                found = await self._fold(partition, restored, complete[0], bar)
+                if found == told.digest:
+                    return Finding.EQUAL, f"checked from {complete[0]} on: an erasure took the changelog before that"
+        else:
+            with self._store() as store:
                 await rebuild.catalogue_rows(
                     self._read, partition, told.applied["items"], store, self.encoder, progress=bar
                 )
-            return self._judged(digest(rows.items(), told.applied), told)
+                found = digest(store.items(), told.applied)
+        return self._judged(found, told)
+
+    async def _is_cut(self, partition: int) -> bool:
+        """Whether the head of the users' changelog was deleted."""
+        return await kafka.log_start(self.options, self._changelog_topic("users"), partition) > 0
+
+    async def _fold(
+        self, partition: int, restored: _Restored, start: dict[str, int] | None, bar: Callable[[int], None]
+    ) -> str:
+        """Digest of the users' rows by the sources; start: from the changelog's state at these offsets on."""
+        told, cuts = restored.told, [cut.applied for cut in restored.cuts]
+        with self._store() as store:
+            if start is not None:
+                log = self._changelog("users", partition, is_followed=False)
+                await rebuild.changelog_rows(log, start, store)
+                cuts = cuts[cuts.index(start) :]
+            rows = self._as_kept("users", store)
+            await rebuild.user_rows(
+                self._read, partition, told.applied, rows, self.encoder, self.settings.evidence_config(),
+                after=start, cuts=cuts, progress=bar,
+            )  # fmt: skip
+            return digest(rows.items(), told.applied)
 
     def _judged(self, found: str, told: _Told) -> tuple[Finding, str]:
         finding = _finding(found, told)

@@ -91,13 +91,9 @@ def verified(
 
 
 def test_what_a_worker_has_is_what_the_logs_say(
-    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    request: pytest.FixtureRequest,
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     """Comments far behind the clicks that they come before, an erasure, poison: equal. Another weight: found."""
-    if "kafka" in request.node.name:
-        known = "a known fault, see CHANGELOG: on Apache Kafka late events may be merged in another order again"
-        request.applymarker(pytest.mark.xfail(reason=known, strict=False))
     feed = Feed(deployment)
     worker = deployment.start_worker()
     worker.wait_ready()
