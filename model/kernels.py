@@ -18,8 +18,8 @@ Arrays grow by doubling and keep their types, so nothing is compiled twice. Ever
 single-threaded; the matrix products go to BLAS, which the process is expected to keep at one thread.
 
 A kernel that is called by another is inlined into it, always. Left to the compiler, a function has a copy in every
-caller, optimised again, with its sums in another order; which copy runs depends on what the process compiled and what it
-took from the cache, so that two processes differ in the last bits.
+caller, optimised again, with its sums in another order; which copy runs depends on what the process compiled and what
+it took from the cache, so that two processes differ in the last bits.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
