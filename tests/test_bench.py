@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import finetune, freshness, pipeline, rank, serve, store
+from bench import finetune, freshness, pipeline, published, rank, serve, store
+from tests.test_evaluate import FakeEncoder
 
 
 def test_pipeline_compares_faust_with_a_plain_loop() -> None:
@@ -57,3 +58,24 @@ def test_finetune_holds_the_loop_against_the_frozen_encoder(tmp_path: Path, monk
     assert result["decisions"][0]["kind"] == "candidate"
     assert 0 <= result["p_value"] <= 1 and result["frozen"].keys() == result["tuned"].keys()
     assert result["poisoned_promoted"] == 0 and {"planted_promoted", "regression_rolled_back_after"} <= result.keys()
+
+
+def test_published_protocol_scores_the_last_70_percent_of_the_five_stars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("model.encoder.Encoder", lambda *_, **__: FakeEncoder())
+    items = [{"item_id": f"i{n}", "text": f"film {n}"} for n in range(40)]
+    events = [
+        {
+            "type": "click", "user_id": f"u{n % 20}", "item_id": f"i{(n // 20 + n % 20) % 40}", "action": "rating",
+            "value": 4.0 if n % 3 == 0 else 5.0, "ts": n,
+        }
+        for n in range(1, 301)
+    ]  # fmt: skip
+    for name, lines in (("items", items), ("events", events)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    result = published.run(["--items", str(tmp_path / "items.jsonl"), "--events", str(tmp_path / "events.jsonl")])
+    assert (result["events"], result["learnt_first"], result["tests"]) == (200, 60, 140)
+    assert {"model", "popularity"} <= result["recall@10"].keys()
+    assert all(0 <= value <= 1 for value in result["recall@10"].values())
