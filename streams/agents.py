@@ -24,9 +24,10 @@ from state.changelog import LogRecord
 from state.partition import OpenReport, Partition
 from state.sealing import Sealer, SealError, is_sealed
 from streams import codec, examples, pipeline
+from streams.answers import ModelUnlearnt
 from streams.codec import Record, Reject
 from streams.encoding import Encoding
-from streams.erasure import Book, Eraser, ModelUnlearnt, Reach, erasure_id
+from streams.erasure import Book, Eraser, Reach, erasure_id
 from streams.events import Click, Comment, Erasure, Item, Withdrawn
 from streams.inbox import Entry, Inbox
 from streams.pipeline import EvidenceConfig, ItemLearner, Learnt, SourceEvent

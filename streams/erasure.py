@@ -23,6 +23,7 @@ from state.changelog import LogRecord
 from state.partition import Partition, digest
 from state.sealing import Sealer
 from streams import codec, examples, kafka
+from streams.answers import Certificate, ChangelogErased, LogRemains, ModelUnlearnt, StateErased, StoreErased
 from streams.events import Erasure
 from streams.pipeline import Erased
 from streams.settings import Settings
@@ -36,86 +37,6 @@ CERTIFICATES_MAX: Final = 100_000  # kept in memory, newest; older ones stay in 
 MODEL: Final = "/model"
 CHANGELOG: Final = "users-changelog"
 ID: Final = re.compile(r"erasures:([0-9]{1,9}):([0-9]{1,16})")
-
-
-class StateErased(msgspec.Struct):
-    """What the user's row held. place: the offsets of the partition's sources that were applied when it was deleted;
-    digest: of the partition's state afterwards, at the offsets `applied`."""
-
-    events: int
-    behaviours: int
-    seen: int
-    comments: int
-    place: dict[str, int]
-    applied: dict[str, int] | None = None
-    digest: str | None = None
-
-
-class StoreErased(msgspec.Struct):
-    """The owner's disk: `purged_at` (Unix s), all traces of the row were taken off it."""
-
-    purged_at: float
-
-
-class ChangelogErased(msgspec.Struct):
-    """The changelog of the partition: its records before `deleted_before` were deleted, and of those that are left
-    `naming` name the user (more than 0 where the user has come back). `kept`: why records could not be deleted."""
-
-    topic: str
-    partition: int
-    deleted_before: int
-    naming: int
-    kept: str | None = None
-
-
-class LogRemains(msgspec.Struct):
-    """Records of a log that name the user and leave with its retention, the last at `until` (Unix s)."""
-
-    topic: str
-    partition: int
-    records: int
-    first: int
-    last: int
-    until: float
-
-
-class ModelUnlearnt(msgspec.Struct):
-    """What the learner did: `exact` where its state is that of an examples log without the user's examples.
-
-    digest: of the item state at `applied` (a position of the examples log).
-    """
-
-    exact: bool
-    applied: int
-    removed: int = 0  # examples that were left out
-    messages: int = 0  # of the examples log, learnt again
-    seconds: float = 0.0
-    digest: str | None = None
-    reason: str | None = None  # why it is not exact
-    done: bool = True
-    progress: float = 1.0
-
-
-class Certificate(msgspec.Struct):
-    """An erasure. status: "pending" (its record is not applied yet), "running", "complete"."""
-
-    erasure_id: str
-    status: str
-    unlearn: bool = False
-    requested_at: float | None = None  # Unix s: when its record was published
-    completed_at: float | None = None
-    state: StateErased | None = None
-    store: StoreErased | None = None
-    changelog: ChangelogErased | None = None
-    remains: list[LogRemains] | None = None
-    unlearn_at: int | None = None  # place in the examples log from which on the learner leaves the user out
-    unlearn_from: dict[str, int] | None = None  # source topic -> where its log began: earlier events are not known
-    model: ModelUnlearnt | None = None
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.status == "complete"
 
 
 def erasure_id(partition: int, offset: int) -> str:

@@ -19,10 +19,11 @@ from state.rows import UserRow
 from state.sealing import Rows, SealedRows
 from state.store import RocksDisk
 from streams import kafka, rebuild, serving, tokens
+from streams.answers import RankedItem
 from streams.datakeys import sealer_of
 from streams.encoding import Encoder
 from streams.pipeline import ItemLearner
-from streams.serving import ListOptions, RankedItem, WorkerView
+from streams.serving import ListOptions, WorkerView
 from streams.settings import Fault, Settings
 from streams.tokens import Token
 from streams.worker import LEARNER_PARTITION

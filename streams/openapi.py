@@ -12,9 +12,8 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from streams import serving
+from streams import answers, serving
 from streams.erasure import ID as ERASURE_ID
-from streams.erasure import Certificate
 from streams.events import ID_CHARS_MAX, Click, Comment
 from streams.problems import KINDS, MEDIA_TYPE, ProblemDetails
 
@@ -122,19 +121,19 @@ _CERTIFICATE = {
 OPERATIONS: Final[dict[str, Operation]] = {
     "getState": Operation(
         "What is known of a user", "The user's last events, the vector z_i and the parts that it is made of. A user of "
-        "whom nothing is known has an empty state.", "users", USER_READ, serving.UserState, _STATE,
+        "whom nothing is known has an empty state.", "users", USER_READ, answers.UserState, _STATE,
     ),
     "getRecommendations": Operation(
         "A list for a user", "The best items, exactly ranked over the whole catalogue. With `explain`, bias + the "
         "contributions' values + rest = logit, within 1e-4; with `parts`, each in its parts too. `score` is the "
         "probability among all candidates. The `token` names all that the list was made of.",
-        "users", USER_READ, serving.Recommendations, _LIST,
+        "users", USER_READ, answers.Recommendations, _LIST,
         is_tagged=True,
     ),
     "rank": Operation(
         "Order given items for a user", "As recommendations, for the items named; unknown items are left out. An item "
         "that the user has consumed is ranked too.", "users",
-        (*USER_READ, "not-understood", "too-large", "unsupported-media-type"), serving.Recommendations, _LIST,
+        (*USER_READ, "not-understood", "too-large", "unsupported-media-type"), answers.Recommendations, _LIST,
         serving.RankRequest, {"user_id": "196", "item_ids": ["50", "172"], "explain": False}, scope="read",
     ),
     "whatIf": Operation(
@@ -142,7 +141,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "had come next (`with`), in their order. The item state stays as it is. Takes the same parameters as "
         "recommendations.", "users",
         (*USER_READ, "not-understood", "invalid-event", "unknown-position", "too-large", "unsupported-media-type"),
-        serving.WhatIf, {**_LIST, "exact": True}, serving.WhatIfRequest,
+        answers.WhatIf, {**_LIST, "exact": True}, serving.WhatIfRequest,
         {"without": ["clicks:3:1041"], "with": [{"type": "comment", "user_id": "196", "text": "no more westerns"}]},
         scope="read",
     ),
@@ -151,28 +150,29 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "first is sent: one bad event, and none is accepted. A position in `at_least` makes a read wait for its event.",
         "events",
         (*ALWAYS, "not-understood", "invalid-event", "too-large", "unsupported-media-type", "log-unreachable"),
-        serving.Accepted, {"accepted": 2, "positions": ["clicks:3:1041", "comments:3:7"]},
+        answers.Accepted, {"accepted": 2, "positions": ["clicks:3:1041", "comments:3:7"]},
         "events", _EVENTS, "202", scope="write",
     ),
     "deleteUser": Operation(
         "Forget a user", "Publishes an erasure of the user: the row goes at its place in the order of the user's "
         "events, and what comes later begins another. With `unlearn`, the item model is learnt again without the "
         "user's events, exactly. Ask for the erasure to see how far it is.", "erasures",
-        (*ALWAYS, "invalid-parameter", "log-unreachable"), Certificate,
+        (*ALWAYS, "invalid-parameter", "log-unreachable"), answers.Certificate,
         {"erasure_id": "erasures:3:17", "status": "pending", "unlearn": True}, status="202",
     ),
     "getErasure": Operation(
         "An erasure", "How far it is; when `status` is complete, the certificate: what was removed where, what remains "
         "until when, the digests of the states afterwards. It does not name the user.", "erasures",
-        (*ALWAYS, "invalid-parameter", "not-found", "not-ready", "owner-unreachable"), Certificate, _CERTIFICATE,
+        (*ALWAYS, "invalid-parameter", "not-found", "not-ready", "owner-unreachable"),
+        answers.Certificate, _CERTIFICATE,
     ),
     "getItem": Operation(
         "An item", "Its text, its bias b_j as of now, the norm of phi_j, its counts.", "items",
-        (*ALWAYS, "invalid-parameter", "not-found"), serving.ItemView, _ITEM, is_tagged=True,
+        (*ALWAYS, "invalid-parameter", "not-found"), answers.ItemView, _ITEM, is_tagged=True,
     ),
     "getSimilar": Operation(
         "Items like an item", "The nearest by the learnt and the text vectors together.", "items",
-        (*ALWAYS, "invalid-parameter", "not-found"), serving.Similar,
+        (*ALWAYS, "invalid-parameter", "not-found"), answers.Similar,
         {"item_id": "50", "items": [{"item_id": "181", "similarity": 0.83, "text": "Return of the Jedi (1983)"}]},
         is_tagged=True,
     ),
@@ -211,8 +211,8 @@ OPERATIONS: Final[dict[str, Operation]] = {
 }  # fmt: skip
 
 _SHAPES: Final = (
-    serving.UserState, serving.Recommendations, serving.RankRequest, serving.WhatIf, serving.WhatIfRequest,
-    serving.Accepted, serving.ItemView, serving.Similar, ProblemDetails, Click, Comment, Certificate,
+    answers.UserState, answers.Recommendations, serving.RankRequest, answers.WhatIf, serving.WhatIfRequest,
+    answers.Accepted, answers.ItemView, answers.Similar, ProblemDetails, Click, Comment, answers.Certificate,
 )  # fmt: skip
 
 

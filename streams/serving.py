@@ -1,6 +1,6 @@
 """What the worker answers: a user's row, the item matrix and the ranker, composed. No HTTP, no broker.
 
-The shapes here are the answers, byte for byte after msgspec's JSON encoding, and the schemas of the OpenAPI document.
+The answers are the shapes of `streams.answers`, byte for byte after msgspec's JSON encoding.
 Everything runs in the worker's loop on the replica of the item matrix: a list costs well under a millisecond at 10,000
 items, so that no lock and no copy is needed, and one answer never mixes two states.
 """
@@ -24,7 +24,24 @@ from model.ranker import Ranker, Scored
 from state import rows
 from state.rows import UserRow
 from streams import examples, tokens
-from streams.erasure import Certificate
+from streams.answers import (
+    BiasParts,
+    Certificate,
+    Contribution,
+    Explanation,
+    Heads,
+    ItemView,
+    Part,
+    PastEvent,
+    RankedItem,
+    Recommendations,
+    Share,
+    Similar,
+    SimilarItem,
+    UserState,
+    Vectors,
+    WhatIf,
+)
 from streams.events import Click, Comment, Id
 from streams.pipeline import EvidenceConfig, SourceEvent, learn_users, visible_text
 from streams.tokens import Token
@@ -142,13 +159,6 @@ class WorkerView(Protocol):
 # -- shapes
 
 
-class Accepted(msgspec.Struct):
-    """Events that the log has acknowledged, and where: "topic:partition:offset" each, in the request's order."""
-
-    accepted: int
-    positions: list[str]
-
-
 class RankRequest(msgspec.Struct):
     """Items to be ordered for a user."""
 
@@ -186,168 +196,6 @@ class ListOptions(NamedTuple):
     texts: bool = False  # each item's
     parts: bool = False  # of every bias and contribution
     words: bool = False  # what the user wrote, with each of their comments
-
-
-class Heads(msgspec.Struct):
-    """What makes the value of a behaviour: what was learnt of its item, how often the two items went together, how
-    alike their texts are. Of a comment's words the text alone."""
-
-    learnt: float
-    cooccurrence: float
-    text: float
-
-
-class Contribution(msgspec.Struct):
-    """What one past event adds to a logit. A comment about an item adds twice: as what was done with the item (its
-    action is "comment"), and by its words (no action). text: the item's; words: what the user wrote, where it was
-    asked for and the log still has it."""
-
-    type: str
-    ts: float
-    topic: str
-    partition: int
-    offset: int
-    value: float
-    action: str | UnsetType = UNSET
-    item_id: str | UnsetType = UNSET
-    text: str | UnsetType = UNSET
-    words: str | UnsetType = UNSET
-    parts: Heads | UnsetType = UNSET
-
-
-class BiasParts(msgspec.Struct):
-    """What makes the bias. constant: the item's learnt b_j; popularity, age, recency: of the item as of now;
-    calibration: minus the logarithm of what the user's other candidates sum up to."""
-
-    constant: float
-    popularity: float
-    age: float
-    recency: float
-    calibration: float
-
-
-class Explanation(msgspec.Struct):
-    """bias + the contributions' values + rest = logit, within 1e-4. bias: the item's own part and the calibration;
-    rest: texts older than those kept one by one."""
-
-    bias: float
-    contributions: list[Contribution]
-    rest: float
-    bias_parts: BiasParts | UnsetType = UNSET
-
-
-class RankedItem(msgspec.Struct):
-    """An item of a list. score: probability, among the user's candidates, of being the next positive."""
-
-    item_id: str
-    score: float
-    logit: float
-    explanation: Explanation | UnsetType = UNSET
-    text: str | UnsetType = UNSET
-
-
-class Recommendations(msgspec.Struct):
-    """A list, best first, and the state that it was made of: applied is topic -> [partition, last offset]."""
-
-    user_id: str
-    token: str
-    model_version: str
-    applied: dict[str, tuple[int, int]]
-    items: list[RankedItem]
-
-
-class WhatIf(Recommendations):
-    """The list that it would be, from the item state as it is. exact: to the byte that of a stream with these events
-    alone; false where the user's row does not hold every event, so that a repeat or an older event might have taken
-    a removed one's place. An event of `with` has the offset that would come next."""
-
-    exact: bool
-
-
-class Vectors(msgspec.Struct):
-    """z_i: against phi_j (behaviour), against the item's text vector (text), and against its co-occurrences, a
-    coefficient an item of the history."""
-
-    behaviour: list[float]
-    text: list[float]
-    cooccurrence: dict[str, float]
-
-
-class Share(msgspec.Struct):
-    """What part of a vector an event made: its projection on it, so that the shares and the rest make 1."""
-
-    topic: str
-    partition: int
-    offset: int
-    share: float
-
-
-class Part(msgspec.Struct):
-    """A part of z_i, with the events that made it, the largest shares first."""
-
-    name: str
-    norm: float
-    events: list[Share]
-
-
-class PastEvent(msgspec.Struct):
-    """An event of the user's row; of a comment's words only the vector is kept, and it is not shown."""
-
-    type: str
-    ts: float
-    topic: str
-    partition: int
-    offset: int
-    weight: float
-    action: str | UnsetType = UNSET
-    item_id: str | UnsetType = UNSET
-    text: str | UnsetType = UNSET
-
-
-class UserState(msgspec.Struct):
-    """What is known of a user, as of `at` (Unix s). consumed: items that are no candidates any more."""
-
-    user_id: str
-    events: int
-    positives: int
-    consumed: int
-    last_ts: float | None
-    at: float
-    z: Vectors
-    parts: list[Part]
-    last_events: list[PastEvent]
-    encoder: str
-    model_version: str
-    applied: dict[str, tuple[int, int]]
-
-
-class ItemView(msgspec.Struct):
-    """An item. bias: b_j as of now; norm: of phi_j; evidence: positives + .5 a low rating; candidate: may be listed."""
-
-    item_id: str
-    text: str
-    bias: float
-    norm: float
-    candidate: bool
-    positives: int
-    evidence: float
-    entered_ts: float | None
-    last_ts: float | None
-
-
-class SimilarItem(msgspec.Struct):
-    """similarity: cosine of the learnt vectors plus cosine of the text vectors, -2 to 2."""
-
-    item_id: str
-    similarity: float
-    text: str
-
-
-class Similar(msgspec.Struct):
-    """The nearest candidates, most like first."""
-
-    item_id: str
-    items: list[SimilarItem]
 
 
 # -- a user as the ranker sees them

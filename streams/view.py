@@ -14,7 +14,7 @@ from model.ranker import Ranker
 from state import partition as state_partition
 from streams import codec, kafka
 from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, UserKeeper
-from streams.erasure import Certificate
+from streams.answers import Certificate
 from streams.events import Click, Comment, Erasure
 from streams.pipeline import EvidenceConfig
 from streams.serving import NotReady, Origin, ServingMetrics, stream_event

@@ -33,9 +33,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from streams import codec, examples, serving
+from streams import answers, codec, examples, serving
 from streams.audit import EVERYBODY, Audit, Note
-from streams.erasure import Certificate, place_of
+from streams.erasure import place_of
 from streams.events import ID_CHARS_MAX, MESSAGE_BYTES_MAX, Click, Comment, Erasure
 from streams.keys import ANYBODY, Gate, credential_of, require
 from streams.openapi import OPERATIONS, describe, documentation_page
@@ -567,11 +567,11 @@ def _user_routes(app: FastAPI, http: Http) -> None:
         _about(request, (event.user_id for event, _ in events))
         told = [("comments" if isinstance(e, Comment) else "clicks", e.user_id.encode(), raw) for e, raw in events]
         positions = await http.publish(told)
-        return Response(msgspec.json.encode(serving.Accepted(len(positions), positions)), 202, None, "application/json")
+        return Response(msgspec.json.encode(answers.Accepted(len(positions), positions)), 202, None, "application/json")
 
 
 async def _told(
-    request: Request, view: WorkerView, told: serving.Recommendations, with_words: bool, etag: str = ""
+    request: Request, view: WorkerView, told: answers.Recommendations, with_words: bool, etag: str = ""
 ) -> Response:  # fmt: skip
     if with_words:
         require(request.state.caller, WORDS_SCOPE)
@@ -588,7 +588,7 @@ def _erasure_routes(app: FastAPI, http: Http) -> None:
         user = _id(user_id, "user_id")
         value = msgspec.json.encode(Erasure(user, view.now(), unlearn))
         (name,) = await http.publish([("erasures", user.encode(), value)])
-        body = msgspec.json.encode(Certificate(name, "pending", unlearn))
+        body = msgspec.json.encode(answers.Certificate(name, "pending", unlearn))
         return Response(body, 202, {"Location": f"/v1/erasures/{name}"}, "application/json")
 
     @app.get("/v1/erasures/{erasure_id}", operation_id="getErasure", response_model=None)
@@ -605,7 +605,7 @@ def _erasure_routes(app: FastAPI, http: Http) -> None:
             if owner is not None:
                 return await http.forward(request, owner)
             if view.erasure_waits(partition, offset):
-                return _json(Certificate(erasure_id, "pending"))
+                return _json(answers.Certificate(erasure_id, "pending"))
         raise Problem("not-found", f"{erasure_id} is no erasure that was applied; erasures.dlq has what was rejected.")
 
 

@@ -14,7 +14,8 @@ from model.items import ItemMatrix
 from model.learner import LearnerConfig
 from model.ranker import Ranker
 from streams import codec, examples, pipeline, serving
-from streams.erasure import Certificate, StateErased, erasure_id
+from streams.answers import Certificate, StateErased
+from streams.erasure import erasure_id
 from streams.events import Click, Comment, Erasure, Item
 from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
 from streams.tokens import settings_digest

@@ -17,7 +17,8 @@ from state.partition import Fenced, Partition, PartitionFailedError
 from state.sealing import SealedPartition, Sealer
 from state.store import Meta
 from streams import examples
-from streams.erasure import Book, Certificate, Eraser, ModelUnlearnt, Place, place_of
+from streams.answers import Certificate, ModelUnlearnt
+from streams.erasure import Book, Eraser, Place, place_of
 from streams.events import Erasure
 from streams.pipeline import Erased
 from streams.settings import Settings

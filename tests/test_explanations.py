@@ -6,7 +6,7 @@ import random
 import pytest
 from msgspec import UNSET
 
-from streams import serving
+from streams import answers, serving
 from streams.events import Click, Comment
 from streams.serving import ListOptions
 from tests.serving_world import GENRES, MOODS, World, small_world
@@ -42,11 +42,11 @@ def test_a_thousand_explanations_add_up_part_by_part(world: World) -> None:
         user = draw.choice(list(lists))
         told = draw.choice(lists[user])
         reason = told.explanation
-        assert isinstance(reason, serving.Explanation) and isinstance(reason.bias_parts, serving.BiasParts)
+        assert isinstance(reason, answers.Explanation) and isinstance(reason.bias_parts, answers.BiasParts)
         b = reason.bias_parts
         assert math.fsum((b.constant, b.popularity, b.age, b.recency, b.calibration)) == pytest.approx(reason.bias)
         for term in reason.contributions:
-            assert isinstance(term.parts, serving.Heads)
+            assert isinstance(term.parts, answers.Heads)
             heads = (term.parts.learnt, term.parts.cooccurrence, term.parts.text)
             assert math.fsum(heads) == pytest.approx(term.value, abs=1e-6)
         total = math.fsum((reason.bias, reason.rest, *(term.value for term in reason.contributions)))
@@ -58,7 +58,7 @@ def test_a_thousand_explanations_add_up_part_by_part(world: World) -> None:
 
 def test_parts_and_words_come_only_when_asked_for(world: World) -> None:
     plain = serving.recommend(world, "u0", OPTIONS._replace(parts=False)).items[0].explanation
-    assert isinstance(plain, serving.Explanation) and plain.bias_parts is UNSET
+    assert isinstance(plain, answers.Explanation) and plain.bias_parts is UNSET
     assert all(c.parts is UNSET and c.words is UNSET for c in plain.contributions)
 
 
@@ -67,7 +67,7 @@ async def test_a_comments_contribution_has_the_users_own_words(world: World) -> 
     told_words = 0
     await serving.add_words(world, told)
     for item in told.items:
-        assert isinstance(item.explanation, serving.Explanation)
+        assert isinstance(item.explanation, answers.Explanation)
         for c in item.explanation.contributions:
             if c.type == "comment" and c.action is UNSET:
                 assert c.words == world.written[c.partition, c.offset]

@@ -1,0 +1,265 @@
+"""The answers of HTTP as types: what a worker encodes and a client decodes, and the schemas of the OpenAPI document.
+
+No room is imported here, so that a program that asks a worker loads none of what a worker is made of. A field that does
+not apply is left out of the JSON and UNSET in the type; fields that a later version adds are ignored.
+"""
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+# -- events and lists
+
+
+class Accepted(msgspec.Struct):
+    """Events that the log has acknowledged, and where: "topic:partition:offset" each, in the request's order."""
+
+    accepted: int
+    positions: list[str]
+
+
+class Heads(msgspec.Struct):
+    """What makes the value of a behaviour: what was learnt of its item, how often the two items went together, how
+    alike their texts are. Of a comment's words the text alone."""
+
+    learnt: float
+    cooccurrence: float
+    text: float
+
+
+class Contribution(msgspec.Struct):
+    """What one past event adds to a logit. A comment about an item adds twice: as what was done with the item (its
+    action is "comment"), and by its words (no action). text: the item's; words: what the user wrote, where it was
+    asked for and the log still has it."""
+
+    type: str
+    ts: float
+    topic: str
+    partition: int
+    offset: int
+    value: float
+    action: str | UnsetType = UNSET
+    item_id: str | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    words: str | UnsetType = UNSET
+    parts: Heads | UnsetType = UNSET
+
+
+class BiasParts(msgspec.Struct):
+    """What makes the bias. constant: the item's learnt b_j; popularity, age, recency: of the item as of now;
+    calibration: minus the logarithm of what the user's other candidates sum up to."""
+
+    constant: float
+    popularity: float
+    age: float
+    recency: float
+    calibration: float
+
+
+class Explanation(msgspec.Struct):
+    """bias + the contributions' values + rest = logit, within 1e-4. bias: the item's own part and the calibration;
+    rest: texts older than those kept one by one."""
+
+    bias: float
+    contributions: list[Contribution]
+    rest: float
+    bias_parts: BiasParts | UnsetType = UNSET
+
+
+class RankedItem(msgspec.Struct):
+    """An item of a list. score: probability, among the user's candidates, of being the next positive."""
+
+    item_id: str
+    score: float
+    logit: float
+    explanation: Explanation | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+
+
+class Recommendations(msgspec.Struct):
+    """A list, best first, and the state that it was made of: applied is topic -> [partition, last offset]."""
+
+    user_id: str
+    token: str
+    model_version: str
+    applied: dict[str, tuple[int, int]]
+    items: list[RankedItem]
+
+
+class WhatIf(Recommendations):
+    """The list that it would be, from the item state as it is. exact: to the byte that of a stream with these events
+    alone; false where the user's row does not hold every event, so that a repeat or an older event might have taken
+    a removed one's place. An event of `with` has the offset that would come next."""
+
+    exact: bool
+
+
+# -- users and items
+
+
+class Vectors(msgspec.Struct):
+    """z_i: against phi_j (behaviour), against the item's text vector (text), and against its co-occurrences, a
+    coefficient an item of the history."""
+
+    behaviour: list[float]
+    text: list[float]
+    cooccurrence: dict[str, float]
+
+
+class Share(msgspec.Struct):
+    """What part of a vector an event made: its projection on it, so that the shares and the rest make 1."""
+
+    topic: str
+    partition: int
+    offset: int
+    share: float
+
+
+class Part(msgspec.Struct):
+    """A part of z_i, with the events that made it, the largest shares first."""
+
+    name: str
+    norm: float
+    events: list[Share]
+
+
+class PastEvent(msgspec.Struct):
+    """An event of the user's row; of a comment's words only the vector is kept, and it is not shown."""
+
+    type: str
+    ts: float
+    topic: str
+    partition: int
+    offset: int
+    weight: float
+    action: str | UnsetType = UNSET
+    item_id: str | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+
+
+class UserState(msgspec.Struct):
+    """What is known of a user, as of `at` (Unix s). consumed: items that are no candidates any more."""
+
+    user_id: str
+    events: int
+    positives: int
+    consumed: int
+    last_ts: float | None
+    at: float
+    z: Vectors
+    parts: list[Part]
+    last_events: list[PastEvent]
+    encoder: str
+    model_version: str
+    applied: dict[str, tuple[int, int]]
+
+
+class ItemView(msgspec.Struct):
+    """An item. bias: b_j as of now; norm: of phi_j; evidence: positives + .5 a low rating; candidate: may be listed."""
+
+    item_id: str
+    text: str
+    bias: float
+    norm: float
+    candidate: bool
+    positives: int
+    evidence: float
+    entered_ts: float | None
+    last_ts: float | None
+
+
+class SimilarItem(msgspec.Struct):
+    """similarity: cosine of the learnt vectors plus cosine of the text vectors, -2 to 2."""
+
+    item_id: str
+    similarity: float
+    text: str
+
+
+class Similar(msgspec.Struct):
+    """The nearest candidates, most like first."""
+
+    item_id: str
+    items: list[SimilarItem]
+
+
+# -- erasures
+
+
+class StateErased(msgspec.Struct):
+    """What the user's row held. place: the offsets of the partition's sources that were applied when it was deleted;
+    digest: of the partition's state afterwards, at the offsets `applied`."""
+
+    events: int
+    behaviours: int
+    seen: int
+    comments: int
+    place: dict[str, int]
+    applied: dict[str, int] | None = None
+    digest: str | None = None
+
+
+class StoreErased(msgspec.Struct):
+    """The owner's disk: `purged_at` (Unix s), all traces of the row were taken off it."""
+
+    purged_at: float
+
+
+class ChangelogErased(msgspec.Struct):
+    """The changelog of the partition: its records before `deleted_before` were deleted, and of those that are left
+    `naming` name the user (more than 0 where the user has come back). `kept`: why records could not be deleted."""
+
+    topic: str
+    partition: int
+    deleted_before: int
+    naming: int
+    kept: str | None = None
+
+
+class LogRemains(msgspec.Struct):
+    """Records of a log that name the user and leave with its retention, the last at `until` (Unix s)."""
+
+    topic: str
+    partition: int
+    records: int
+    first: int
+    last: int
+    until: float
+
+
+class ModelUnlearnt(msgspec.Struct):
+    """What the learner did: `exact` where its state is that of an examples log without the user's examples.
+
+    digest: of the item state at `applied` (a position of the examples log).
+    """
+
+    exact: bool
+    applied: int
+    removed: int = 0  # examples that were left out
+    messages: int = 0  # of the examples log, learnt again
+    seconds: float = 0.0
+    digest: str | None = None
+    reason: str | None = None  # why it is not exact
+    done: bool = True
+    progress: float = 1.0
+
+
+class Certificate(msgspec.Struct):
+    """An erasure. status: "pending" (its record is not applied yet), "running", "complete"."""
+
+    erasure_id: str
+    status: str
+    unlearn: bool = False
+    requested_at: float | None = None  # Unix s: when its record was published
+    completed_at: float | None = None
+    state: StateErased | None = None
+    store: StoreErased | None = None
+    changelog: ChangelogErased | None = None
+    remains: list[LogRemains] | None = None
+    unlearn_at: int | None = None  # place in the examples log from which on the learner leaves the user out
+    unlearn_from: dict[str, int] | None = None  # source topic -> where its log began: earlier events are not known
+    model: ModelUnlearnt | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.status == "complete"
