@@ -27,6 +27,7 @@ RUN pip install --no-cache-dir --no-deps -e .
 USER headwater
 ENV HEADWATER_STATE_DIR=/var/lib/headwater \
     NUMBA_CACHE_DIR=/home/headwater/.cache/numba
+RUN python -c 'from model import learner, ranker; learner.warm_up(); ranker.warm_up(learner.Learner().matrix)'
 VOLUME /var/lib/headwater
 EXPOSE 8080
 ENTRYPOINT ["headwater"]

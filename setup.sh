@@ -46,6 +46,11 @@ install_packages() {
     if [ "$what" = test ]; then pip_install -e '.[test]'; else pip_install -e .; fi
 }
 
+compile_kernels() {
+    say "compiling the learner's kernels (a minute; once)"
+    "$venv/bin/python" -c 'from model import learner, ranker; learner.warm_up(); ranker.warm_up(learner.Learner().matrix)'
+}
+
 install_test_programs() {
     local missing=()
     command -v chromium >/dev/null || missing+=(chromium)
@@ -74,6 +79,7 @@ case $what in run | test) ;; *) fail "unknown: $what" ;; esac
 [ -x "$venv/bin/python" ] || create_venv
 if ! [ -e "$venv/installed-$what-$pins" ]; then
     install_packages
+    compile_kernels
     rm -f "$venv"/installed-*
     touch "$venv/installed-run-$pins" "$venv/installed-$what-$pins"
 fi
