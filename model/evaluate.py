@@ -38,6 +38,7 @@ UNKNOWN: Final = -1  # positives of a user or item that nobody counted: in no sl
 MCNEMAR_WINDOW: Final = 1000  # tests
 MCNEMAR_ALPHA: Final = 0.01
 MCNEMAR_CHI2: Final = 6.6349  # the chi-square that it takes, of one degree of freedom
+RELIABILITY_GROUPS: Final = 20
 WINDOW_TESTS: Final = 5000  # of the live figures: HR@10 of .25 is known to +-.006
 
 NAMES: Final = ("hr@10", "ndcg@10", "mrr", "recall@20")
@@ -201,6 +202,28 @@ def _is_new(positives: Array) -> Array:
 
 def _mean(values: Array) -> float | None:
     return float(np.mean(values)) if len(values) else None
+
+
+def calibration(listed: Array, place: Array) -> Report:
+    """Whether the probabilities of the lists are the shares of targets among them.
+
+    listed: (n, k) p of each test's list, nan where it is shorter; place: (n,) the target's in it, -1 where it is not.
+    All of them, in order of p, are cut into RELIABILITY_GROUPS groups of one size: the reliability curve. The expected
+    calibration error is the mean over the groups of |mean p - share of targets| (Naeini, Cooper, Hauskrecht 2015, with
+    groups of equal size). Both are empty where nothing was listed.
+    """
+    target = np.zeros(listed.shape, np.bool_)
+    found = np.flatnonzero(place >= 0)
+    target[found, place[found]] = True
+    kept = ~np.isnan(listed)
+    p, hit = listed[kept].astype(np.float64), target[kept]
+    groups = [group for group in np.array_split(np.argsort(p, kind="stable"), RELIABILITY_GROUPS) if len(group)]
+    curve = [(float(p[group].mean()), float(hit[group].mean()), len(group)) for group in groups]
+    error = sum(n * abs(mean - share) for mean, share, n in curve)
+    return {
+        "ece@10": error / len(p) if len(p) else None,
+        "reliability": [{"p": mean, "observed": share, "listed": n} for mean, share, n in curve],
+    }
 
 
 class McNemar(NamedTuple):

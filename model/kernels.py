@@ -109,6 +109,7 @@ COUNT_DECAY: Final = 0.9  # co-occurrence weight per step back in the history
 COUNT_MIN: Final = 0.1  # the least weight that is counted
 AGE_MIDS: Final = (0.0, 1.0, 2.0, 3.0, 4.5, 7.0, 10.5, 16.5, 28.0, 48.0, 80.0)
 POPULARITIES: Final = 4  # running popularity: half-lives of 10, 100, 1000 positives, all-time
+LISTED: Final = 10  # of the best candidates, whose probabilities are told
 
 CLOSED: Final = -1e30  # the score of a row that is no candidate
 
@@ -222,6 +223,10 @@ class Outcomes(NamedTuple):
     popularity_rank: Array  # (B, POPULARITIES) float64
     probability: Array  # (B,) float64 p of the target
     log_loss: Array  # (B,) float64 -ln p_i - sum_{j != i} ln(1 - p_j)
+    raw_log_loss: Array  # (B,) float64 the same of p = sigmoid(s)
+    popularity_log_loss: Array  # (B, POPULARITIES) float64 the same of p = (1 + count) / sum (1 + count)
+    listed: Array  # (B, LISTED) float64 p of the best candidates, best first; -1 where there are fewer
+    place: Array  # (B,) int32 of the target in that list, -1: not in it
 
 
 class Steps(NamedTuple):
@@ -1030,25 +1035,54 @@ def _rank_candidates(m, w, ts, target, dense, rows, o, b):
             mean += p * s
     mean /= mass
     log_loss = 0.0
+    raw = 0.0
     for j in range(rows):
         if w.score[j] > f4(-1e29) and j != target:
-            p = np.float64(_exp(sharp * (w.score[j] - top))) / mass
-            log_loss -= np.log1p(-min(p, 1 - 1e-6)) if p > 1e-3 else -p * (1 + 0.5 * p)
+            log_loss += _miss(np.float64(_exp(sharp * (w.score[j] - top))) / mass)
+            raw += np.float64(max(w.score[j], f4(0)) + _log(f4(1) + _exp(-abs(w.score[j]))))
     p_i = np.float64(_exp(sharp * (s_i - top))) / mass
     o.candidates[b] = candidates
     o.rank[b] = 1 + greater + 0.5 * (ties - 1)
     o.probability[b] = p_i
     o.log_loss[b] = log_loss - np.log(max(p_i, 1e-30))
+    o.raw_log_loss[b] = raw + np.float64(max(-s_i, f4(0)) + _log(f4(1) + _exp(-abs(s_i))))
+    _rank_by_popularity(w, target, rows, candidates, o, b)
+    listed = np.empty(LISTED, np.int32)
+    found = best(w.score[:rows], LISTED, listed)
+    o.listed[b] = -1
+    o.place[b] = -1
+    for q in range(found):
+        o.listed[b, q] = np.float64(_exp(sharp * (w.score[listed[q]] - top))) / mass
+        if listed[q] == target:
+            o.place[b] = q
+    return s_i - mean
+
+
+@nb.njit(**INNER)
+def _miss(p):
+    """-ln(1 - p)."""
+    return -np.log1p(-min(p, 1 - 1e-6)) if p > 1e-3 else p * (1 + 0.5 * p)
+
+
+@nb.njit(**INNER)
+def _rank_by_popularity(w, target, rows, candidates, o, b):
+    """The target's mid-rank by each running popularity, among the candidates of w.score, and the log loss of that."""
     for h in range(POPULARITIES):
         count = w.popularity[h]
         greater = 0
         ties = 0
+        mass = np.float64(candidates)
         for j in range(rows):
             if w.score[j] > f4(-1e29):
                 greater += count[j] > count[target]
                 ties += count[j] == count[target]
+                mass += np.float64(count[j])
         o.popularity_rank[b, h] = 1 + greater + 0.5 * (ties - 1)
-    return s_i - mean
+        loss = -np.log((1 + np.float64(count[target])) / mass)
+        for j in range(rows):
+            if w.score[j] > f4(-1e29) and j != target:
+                loss += _miss((1 + np.float64(count[j])) / mass)
+        o.popularity_log_loss[b, h] = loss
 
 
 @nb.njit(**INNER)

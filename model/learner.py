@@ -71,6 +71,10 @@ class Outcome:
     log_loss: Array  # (n,) float32, nats: -ln p_i - sum over the other candidates of ln(1 - p_j)
     auc: Array  # (n,) float32: share of the other candidates below the target
     pop_rank: Array  # (n, 4) float32: by running popularity, HALF_LIVES_POSITIVES, among the same candidates
+    raw_log_loss: Array  # (n,) float32: the log loss of sigmoid(s), not calibrated
+    pop_log_loss: Array  # (n, 4) float32: of popularity's own p_j = (1 + count_j) / sum (1 + count)
+    listed: Array  # (n, kernels.LISTED) float32: p of the best candidates, best first; nan where there are fewer
+    place: Array  # (n,) int32: of the target in that list, from 0; -1 where it is not in it
 
 
 class Problem(NamedTuple):
@@ -310,6 +314,10 @@ class Learner:
             log_loss=column(o.log_loss[:n]),
             auc=column(auc),
             pop_rank=column(o.popularity_rank[:n]),
+            raw_log_loss=column(o.raw_log_loss[:n]),
+            pop_log_loss=column(o.popularity_log_loss[:n]),
+            listed=column(np.where(o.listed[:n] < 0, np.nan, o.listed[:n])),
+            place=np.where(ranked, o.place[:n], -1).astype(np.int32),
         )
 
     # --- rows ---
@@ -395,8 +403,10 @@ def _new_outcomes(examples_max: int) -> kernels.Outcomes:
     def f(*shape: int) -> Array:
         return np.zeros(shape, np.float64)
 
-    b = examples_max
-    return kernels.Outcomes(np.zeros(b, np.int32), f(b), f(b, kernels.POPULARITIES), f(b), f(b))
+    b, h = examples_max, kernels.POPULARITIES
+    return kernels.Outcomes(
+        np.zeros(b, np.int32), f(b), f(b, h), f(b), f(b), f(b), f(b, h), f(b, kernels.LISTED), np.zeros(b, np.int32)
+    )  # fmt: skip
 
 
 def warm_up(config: LearnerConfig | None = None) -> None:

@@ -25,9 +25,10 @@ import numpy.typing as npt
 
 from model import baselines
 from model.adapter import Adapter
-from model.evaluate import CREATED, LOW, SCORED, DriftMonitor, Metrics, Report, Trace, mcnemar, trace
+from model.evaluate import CREATED, LOW, SCORED, DriftMonitor, Metrics, Report, Trace, calibration, mcnemar, trace
 from model.examples import new_examples
-from model.learner import LearnerConfig, Outcome, warm_up
+from model.kernels import LISTED
+from model.learner import HALF_LIVES_POSITIVES, LearnerConfig, Outcome, warm_up
 from streams import codec, examples, pipeline
 from streams import report as html_report
 from streams.encoding import Encoder, item_vector
@@ -43,7 +44,7 @@ PARTITION: Final = 0  # a file is one partition
 LINE_BYTES_MAX: Final = 4_000_000
 GZIP_MAGIC: Final = b"\x1f\x8b"
 TIMED_MESSAGES: Final = 100  # learnt once more without ranking, to tell the two costs apart
-CHECKPOINT_VERSION: Final = 1
+CHECKPOINT_VERSION: Final = 2
 
 
 class StreamError(ValueError):
@@ -223,6 +224,11 @@ class Run:
         self.rank = np.full(n, np.nan)
         self.candidates = np.zeros(n, np.int32)
         self.log_loss = np.full(n, np.nan)
+        self.other_log_loss = np.full(
+            (n, 1 + len(HALF_LIVES_POSITIVES)), np.nan, np.float32
+        )  # sigmoid(s), popularities
+        self.listed = np.full((n, LISTED), np.nan, np.float32)  # p of the ten best
+        self.place = np.full(n, -1, np.int32)  # of the target among them
         self._encoder = encoder
         self._evidence = replace(evidence, rank_sample=1.0)
         self._entered = 0  # items
@@ -324,6 +330,8 @@ class Run:
         self.rank[events] = outcome.rank
         self.candidates[events] = outcome.candidates
         self.log_loss[events] = outcome.log_loss
+        self.other_log_loss[events] = np.column_stack((outcome.raw_log_loss, outcome.pop_log_loss))
+        self.listed[events], self.place[events] = outcome.listed, outcome.place
 
     # --- figures ---
 
@@ -358,6 +366,7 @@ class Run:
             "rejects": self.stream.rejects,
             "candidates_differ": int((self.candidates[: self.done] != laid.candidates[: self.done])[tests].sum()),
             "model": self.metrics().report(),
+            "calibration": self._calibration(np.flatnonzero(tests)),
             "digest": self.digest(),
             "drift": self._drift(),
         }
@@ -396,6 +405,14 @@ class Run:
             monitor.update(self.log_loss[first:stop])
             first = stop
         return {monitor.signal: monitor.detections}
+
+    def _calibration(self, tests: Array) -> Report:
+        """Of the lists' p; log losses, popularity's of its best half-life."""
+        losses = self.other_log_loss[tests].mean(axis=0, dtype=np.float64) if len(tests) else np.full(2, np.nan)
+        mean = (self.log_loss[tests].mean() if len(tests) else np.nan, losses[1:].min(), losses[0])
+        names = ("model", "popularity", "uncalibrated")
+        told = {name: None if np.isnan(loss) else float(loss) for name, loss in zip(names, mean, strict=True)}
+        return {**calibration(self.listed[tests], self.place[tests]), "log_loss": told}
 
     def _costs(self) -> Report:
         """CPU of this run: in all, and of fold, learning and ranking apart."""
@@ -448,7 +465,8 @@ class Run:
             CHECKPOINT_VERSION, self._identity(), self.done, self._entered, self._position,
             list(self.users.items()), list(self._learner_rows.items()),
             self.rank[: self.done].tobytes(), self.candidates[: self.done].tobytes(),
-            self.log_loss[: self.done].tobytes(),
+            self.log_loss[: self.done].tobytes(), self.other_log_loss[: self.done].tobytes(),
+            self.listed[: self.done].tobytes(), self.place[: self.done].tobytes(),
         )  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         fresh = folder / "run.new"
@@ -471,6 +489,11 @@ class Run:
         self.rank[: saved.done] = np.frombuffer(saved.rank, np.float64)
         self.candidates[: saved.done] = np.frombuffer(saved.candidates, np.int32)
         self.log_loss[: saved.done] = np.frombuffer(saved.log_loss, np.float64)
+        self.other_log_loss.reshape(-1)[: saved.done * self.other_log_loss.shape[1]] = np.frombuffer(
+            saved.other_log_loss, np.float32
+        )
+        self.listed.reshape(-1)[: saved.done * LISTED] = np.frombuffer(saved.listed, np.float32)
+        self.place[: saved.done] = np.frombuffer(saved.place, np.int32)
 
     def _identity(self) -> str:
         evidence = {**asdict(self._evidence), "low_actions": sorted(self._evidence.low_actions)}
@@ -488,6 +511,9 @@ class _Saved(msgspec.Struct, array_like=True):
     rank: bytes
     candidates: bytes
     log_loss: bytes
+    other_log_loss: bytes
+    listed: bytes
+    place: bytes
 
 
 def render(report: Report) -> str:
@@ -511,11 +537,14 @@ def render(report: Report) -> str:
             line += f"; better in {told['better']:.0%} of the windows, worse in {told['worse']:.0%}"
         lines.append(line)
     lines += [f"best {name}: {variant}" for name, variant in report["baseline_variants"].items()]
-    loss = report["model"]["log_loss"]
-    lines.append(
-        f"log loss {'-' if loss is None else f'{loss:.3f}'} nats a test; CPU {report['cpu_s_per_1k_events']:.3f} s per "
-        f"1,000 events: fold {report['fold_us_per_event']:.0f} us an event, learning "
-        f"{report['learning_us_per_example']:.0f} us an example, ranking {report['ranking_us_per_test']:.0f} us a test"
-    )
+    told = report["calibration"]
+    losses = ", ".join(f"{name} {'-' if loss is None else f'{loss:.3f}'}" for name, loss in told["log_loss"].items())
+    error = "-" if told["ece@10"] is None else f"{told['ece@10']:.4f}"
+    lines += [
+        f"log loss, nats a test: {losses}; expected calibration error of the ten best {error}",
+        f"CPU {report['cpu_s_per_1k_events']:.3f} s per 1,000 events: fold {report['fold_us_per_event']:.0f} us an "
+        f"event, learning {report['learning_us_per_example']:.0f} us an example, ranking "
+        f"{report['ranking_us_per_test']:.0f} us a test",
+    ]
     lines.append(f"state digest {report['digest']['state']}")
     return "\n".join(lines)

@@ -41,6 +41,7 @@ def render(report: Report, records: Mapping[str, Array]) -> str:
         for title, chosen in slices
     ]
     figures.append(_tail(gains, first["item_positives"]))
+    figures.append(_reliability(report["calibration"]["reliability"]))
     title = html.escape(f"Headwater: {report['stream']}")
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
@@ -97,6 +98,15 @@ def _tail(gains: Mapping[str, Array], positives: Array) -> str:
         for name, gain in gains.items()
     }
     return _figure("Long tail", f"item's positives before: from {', '.join(map(str, TAILS))}", "NDCG@10", curves)
+
+
+def _reliability(groups: Sequence[Mapping[str, float]]) -> str:
+    """Share of targets by the p of the ten best, beside what it should be."""
+    told = [(group["p"], group["observed"]) for group in groups]
+    return _figure(
+        "Calibration of the ten best", "mean probability of a group", "share of targets",
+        {"model": told, "exact": [(0.0, 0.0), (told[-1][0], told[-1][0])] if told else []},
+    )  # fmt: skip
 
 
 def _figure(title: str, x: str, y: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:

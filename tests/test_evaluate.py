@@ -23,6 +23,7 @@ from model.evaluate import (
     LOW,
     MCNEMAR_ALPHA,
     MCNEMAR_CHI2,
+    RELIABILITY_GROUPS,
     REPEAT,
     SCORED,
     UNKNOWN,
@@ -30,6 +31,7 @@ from model.evaluate import (
     LiveMetrics,
     Metrics,
     Trace,
+    calibration,
     mcnemar,
     trace,
 )
@@ -328,7 +330,27 @@ def test_log_loss_equals_rivers_over_the_candidates(tmp_path: Path) -> None:
         reference.update(False, 1 - p)
         assert run.log_loss[k] == pytest.approx(2 * reference.get(), rel=1e-5)
         assert 0 < p < 1
+        assert run.listed[k, :2].sum() == pytest.approx(1) and np.isnan(run.listed[k, 2:]).all()
+        assert run.listed[k, run.place[k]] == pytest.approx(p, rel=1e-4)
+        counts = [k // 2 + 1, (k + 1) // 2 + 1]  # with one more each: of the target, of the other
+        assert run.other_log_loss[k, -1] == pytest.approx(-2 * math.log(counts[0] / sum(counts)), rel=1e-5)
     assert run.log_loss[0] == pytest.approx(2 * math.log(2), rel=0.2), "no knowledge: about 1/2 each"
+
+
+def test_calibration_error_tells_a_sharp_model_from_a_calibrated_one() -> None:
+    random = np.random.default_rng(5)
+    listed = random.uniform(0, 0.1, (20_000, 10))
+    drawn = random.random(20_000)[:, None] < np.cumsum(listed, axis=1)
+    place = np.where(drawn.any(axis=1), drawn.argmax(axis=1), -1)
+    told = calibration(listed, place)
+    assert told["ece@10"] < 0.003
+    assert len(told["reliability"]) == RELIABILITY_GROUPS
+    assert sum(group["listed"] for group in told["reliability"]) == listed.size
+    sharp = calibration(np.minimum(listed * 2, 1), place)
+    assert sharp["ece@10"] == pytest.approx(0.05, abs=0.003), "twice as sure as it may be: off by the mean p"
+    short = calibration(np.array([[0.5, np.nan], [0.5, 0.25]]), np.array([0, -1]))
+    assert [(group["p"], group["observed"]) for group in short["reliability"]] == [(0.25, 0), (0.5, 1), (0.5, 0)]
+    assert calibration(np.zeros((0, 10)), np.zeros(0, np.int32)) == {"ece@10": None, "reliability": []}
 
 
 # --- drift and the live figures -------------------------------------------------------------------------------
@@ -399,9 +421,10 @@ def test_the_page_has_every_curve_and_needs_no_network(stream: Files, tmp_path: 
     page = tmp_path / "report.html"
     report = stream.run(html=page, baselines=("popularity", "last_touched"))
     text = page.read_text(encoding="utf-8")
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 5
     assert "http" not in text and "<script" not in text
-    assert all(text.count(f">{name}</text>") == 4 for name in ("model", "popularity", "last_touched"))
+    curves = {name: text.count(f">{name}</text>") for name in ("model", "popularity", "last_touched", "exact")}
+    assert curves == {"model": 5, "popularity": 4, "last_touched": 4, "exact": 1}
     assert f"{report['model']['ndcg@10']:.4f}" in text
     assert set(report["significance"]) == {"popularity", "last_touched"}
     assert 0 <= report["significance"]["popularity"]["p"] <= 1
@@ -435,6 +458,7 @@ def test_two_runs_and_a_resumed_run_end_in_the_same_digest(stream: Files, tmp_pa
     assert stream.run()["digest"] == straight["digest"] == finished["digest"] != stopped["digest"]
     assert finished["model"] == straight["model"]
     assert finished["drift"] == straight["drift"]
+    assert finished["calibration"] == straight["calibration"]
 
 
 def test_saved_run_of_another_stream_is_refused(stream: Files, tmp_path: Path) -> None:
