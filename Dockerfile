@@ -18,6 +18,7 @@ RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/wh
         > requirements.txt \
     && pip install --no-cache-dir -c constraints.txt -r requirements.txt
 
+COPY headwater ./headwater
 COPY streams ./streams
 COPY model ./model
 COPY state ./state

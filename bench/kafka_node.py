@@ -5,6 +5,7 @@ from the system. Kafka's own command line clients run from the same jars.
 """
 
 import base64
+import shlex
 import shutil
 import socket
 import subprocess
@@ -137,6 +138,15 @@ class KafkaNode:
             "--formatter-property", "print.key=true", "--formatter-property", "print.headers=true",
         )  # fmt: skip
         return printed.splitlines()
+
+    def console_producer(self, folder: Path) -> Path:
+        """Kafka's console producer under its usual name in this folder; the folder, for a PATH."""
+        folder.mkdir()
+        script = folder / "kafka-console-producer.sh"
+        command = shlex.join(self._java("org.apache.kafka.tools.ConsoleProducer", heap="128m"))
+        script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        script.chmod(0o755)
+        return folder
 
     def __enter__(self) -> Self:
         self.start()

@@ -1,25 +1,22 @@
 """The command line. Each command loads what it needs when it runs, so that `--help` answers at once."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    import httpx
+from streams import cli_asking
+from streams.cli import Json, fail, faults, load, offsets, print_json, say, table
+from streams.cli_asking import print_list, running_worker
 
+if TYPE_CHECKING:
     from streams.audit import Record, Verifier
     from streams.checkpoints import Checkpoints
     from streams.settings import Settings
-
-HTTP_TIMEOUT_S: Final = 15.0
-FORGET_POLL_S: Final = 0.2
-PIPE_COLUMNS: Final = 300  # a pipe has no width: nothing is cut for it
 
 app = typer.Typer(
     name="headwater",
@@ -31,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+app.add_typer(cli_asking.app)
 keys_app = typer.Typer(help="The API keys that workers take, in HEADWATER_API_KEYS_FILE.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 audit_app = typer.Typer(help="Who read or changed which user: the audit topic.", no_args_is_help=True)
@@ -40,11 +38,9 @@ checkpoints_app = typer.Typer(
 )
 app.add_typer(checkpoints_app, name="checkpoints")
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")]
 ItemsFile = Annotated[Path, typer.Option("--items", help="The catalogue: items.jsonl or .jsonl.gz.")]
 EventsFile = Annotated[Path, typer.Option("--events", help="The events: events.jsonl or .jsonl.gz, in order of time.")]
 CheckpointName = Annotated[str, typer.Argument(help="The checkpoint's name, or its adapter's.")]
-UserId = Annotated[str, typer.Argument(help="The user's id, as producers write it.")]
 
 
 # -- running it
@@ -65,8 +61,8 @@ def demo(
     from streams import demo as show
 
     overrides = {} if port is None else {"http_port": port}
-    settings = _load(**overrides)
-    with _faults():
+    settings = load(**overrides)
+    with faults():
         show.run(settings, show.Options(once=once, events=events, report=report, state_dir=state), time.time)
 
 
@@ -83,13 +79,13 @@ def broker(
     from streams.settings import EMBEDDED_BROKER_PORT
 
     _end_on_sigterm()
-    with _faults(), EmbeddedBroker(port or EMBEDDED_BROKER_PORT, log_file) as running:
-        _say(f"broker on {running.address}, in memory; end it with Ctrl-C. Topics: headwater topics")
+    with faults(), EmbeddedBroker(port or EMBEDDED_BROKER_PORT, log_file) as running:
+        say(f"broker on {running.address}, in memory; end it with Ctrl-C. Topics: headwater topics")
         try:
             code = running.wait()
         except KeyboardInterrupt:
             return
-    _fail(f"the broker ended by itself, with {code}")
+    fail(f"the broker ended by itself, with {code}")
 
 
 @app.command()
@@ -103,8 +99,8 @@ def worker() -> None:
     from streams.settings import one_thread_each
 
     one_thread_each()
-    settings = _load()
-    with _faults():
+    settings = load()
+    with faults():
         gate = Gate.of(settings)
         log.set_up(settings.log_level, settings.log_format)
         from streams import app as worker_app
@@ -122,17 +118,17 @@ def topics(as_json: Json = False) -> None:
     """
     from streams import topics as ours
 
-    settings = _load()
-    with _faults():
+    settings = load()
+    with faults():
         reports = ours.ensure(settings)
     if as_json:
-        _print_json([
+        print_json([
             {"topic": r.topic.name, "partitions": r.topic.partitions, "replication": r.topic.replication,
              "configs": dict(r.topic.configs), "state": r.state, "differences": list(r.differences)}
             for r in reports
         ])  # fmt: skip
     else:
-        _table(
+        table(
             ["topic", "partitions", "copies", "cleanup", "kept", "holds", "state"],
             [
                 [r.topic.name, r.topic.partitions, r.topic.replication, r.topic.configs["cleanup.policy"],
@@ -142,7 +138,7 @@ def topics(as_json: Json = False) -> None:
         )  # fmt: skip
     for report in reports:
         for difference in report.differences:
-            _say(f"{report.topic.name}: {difference}")
+            say(f"{report.topic.name}: {difference}")
     if any(report.state is ours.State.WRONG for report in reports):
         raise typer.Exit(1)
 
@@ -170,16 +166,16 @@ def replay(
     from streams import replay as tool
     from streams.progress import Bars
 
-    settings = _load()
-    with _faults(), Bars() as bars:
+    settings = load()
+    with faults(), Bars() as bars:
         done = tool.replay(settings, items, events, events_per_s=_speed(speed), limit=limit, progress=bars.bytes_of)
     for line in done.bad_lines:
-        _say(f"{line.file}:{line.number}: {line.reason}")
+        say(f"{line.file}:{line.number}: {line.reason}")
     if done.bad > len(done.bad_lines):
-        _say(f"and {done.bad - len(done.bad_lines)} more")
+        say(f"and {done.bad - len(done.bad_lines)} more")
     print(f"{done.items} items, {done.events} events in {done.seconds:.1f} s ({done.events_per_s:,.0f} events/s)")
     if done.bad:
-        _fail(f"{done.bad} lines were not published: mend or remove them")
+        fail(f"{done.bad} lines were not published: mend or remove them")
 
 
 def _speed(speed: str) -> float | None:
@@ -217,8 +213,8 @@ def evaluate(
     from streams.settings import one_thread_each
 
     one_thread_each()
-    settings = _load()
-    with _faults():
+    settings = load()
+    with faults():
         from model.encoder import Encoder
         from streams import checkpoints as store
         from streams import evaluate as tool
@@ -241,9 +237,9 @@ def evaluate(
                     options, base, settings.evidence_config(), settings.learner_config(base.dim), bars.steps_of
                 )
             except tool.StreamError as problem:
-                _fail(str(problem))
+                fail(str(problem))
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         print(tool.render(result))
 
@@ -258,7 +254,7 @@ def trainer() -> None:
     from streams.settings import one_thread_each
 
     one_thread_each()
-    settings = _load()
+    settings = load()
     log.set_up(settings.log_level, settings.log_format)
     with _broker_faults(settings):
         from streams import trainer as tool
@@ -278,17 +274,17 @@ def list_checkpoints(as_json: Json = False) -> None:
     import msgspec
 
     folder = _checkpoints()
-    with _faults():
+    with faults():
         manifests = folder.manifests()
     if as_json:
-        _print_json([msgspec.to_builtins(manifest) for manifest in manifests])
+        print_json([msgspec.to_builtins(manifest) for manifest in manifests])
         return
     rows = []
     for m in manifests:
         loss = f"{m.training['loss_frozen']:.4f} -> {m.training['loss']:.4f}" if "loss" in m.training else ""
         last = m.decisions[-1] if m.decisions else {}
         rows.append([m.name, m.state, m.parent, m.offset, loss, last.get("kind", ""), _e_values(last)])
-    _table(["checkpoint", "state", "parent", "examples offset", "loss", "last decision", "log10 e"], rows)
+    table(["checkpoint", "state", "parent", "examples offset", "loss", "last decision", "log10 e"], rows)
 
 
 def _e_values(decision: dict[str, Any]) -> str:
@@ -307,16 +303,16 @@ def show_checkpoint(name: CheckpointName, as_json: Json = False) -> None:
     import msgspec
 
     folder = _checkpoints()
-    with _faults():
+    with faults():
         told = msgspec.to_builtins(folder.get(name))
     if as_json:
-        _print_json(told)
+        print_json(told)
         return
     plain = {field: value for field, value in told.items() if not isinstance(value, list | dict)}
-    _table(["", "manifest"], [[*line] for line in (plain | told["training"]).items()])
+    table(["", "manifest"], [[*line] for line in (plain | told["training"]).items()])
     if told["decisions"]:
         names = list(dict.fromkeys(name for decision in told["decisions"] for name in decision))
-        _table(names, [[decision.get(name, "") for name in names] for decision in told["decisions"]])
+        table(names, [[decision.get(name, "") for name in names] for decision in told["decisions"]])
 
 
 @checkpoints_app.command("promote")
@@ -325,7 +321,7 @@ def promote_checkpoint(name: CheckpointName) -> None:
 
     Example: `headwater checkpoints promote 000000000209-1f2e3d4c5b6a`
     """
-    settings, folder = _load(), _checkpoints()
+    settings, folder = load(), _checkpoints()
     with _broker_faults(settings):
         import asyncio
 
@@ -333,7 +329,7 @@ def promote_checkpoint(name: CheckpointName) -> None:
 
         manifest = folder.get(name)
         offset = asyncio.run(tool.switch(settings, manifest, folder, taken_back=False))
-    _say(f"{manifest.name} is in use from offset {offset} of {settings.internal_topic('examples')} on")
+    say(f"{manifest.name} is in use from offset {offset} of {settings.internal_topic('examples')} on")
 
 
 @checkpoints_app.command("rollback")
@@ -342,7 +338,7 @@ def rollback_checkpoint() -> None:
 
     Example: `headwater checkpoints rollback`
     """
-    settings, folder = _load(), _checkpoints()
+    settings, folder = load(), _checkpoints()
     with _broker_faults(settings):
         import asyncio
 
@@ -350,11 +346,11 @@ def rollback_checkpoint() -> None:
 
         current = folder.current()
         if current is None:
-            _fail(f"no checkpoint of {folder.url} is in use")
+            fail(f"no checkpoint of {folder.url} is in use")
         parent = folder.get(current.parent) if current.parent else None
         offset = asyncio.run(tool.switch(settings, parent, folder, taken_back=True))
     told = parent.name if parent is not None else "the encoder as it is"
-    _say(f"{told} is in use from offset {offset} of {settings.internal_topic('examples')} on")
+    say(f"{told} is in use from offset {offset} of {settings.internal_topic('examples')} on")
 
 
 @checkpoints_app.command("prune")
@@ -366,14 +362,14 @@ def prune_checkpoints(
     Example: `headwater checkpoints prune --keep 5`
     """
     folder = _checkpoints()
-    with _faults():
-        for name in folder.prune(_load().checkpoints_keep if keep is None else keep):
+    with faults():
+        for name in folder.prune(load().checkpoints_keep if keep is None else keep):
             print(name)
 
 
 def _checkpoints() -> "Checkpoints":
-    settings = _load()
-    with _faults():
+    settings = load()
+    with faults():
         from streams.checkpoints import Checkpoints
 
         return Checkpoints(settings.checkpoints)
@@ -384,7 +380,7 @@ def _broker_faults(settings: "Settings") -> Iterator[None]:
     """As `_faults`, where a broker is asked, too."""
     from aiokafka.errors import KafkaError
 
-    with _faults():
+    with faults():
         try:
             yield
         except KafkaError as problem:
@@ -393,24 +389,7 @@ def _broker_faults(settings: "Settings") -> Iterator[None]:
             raise unreachable(settings, problem) from problem
 
 
-# -- asking a running worker
-
-
-@app.command()
-def digest(as_json: Json = False) -> None:
-    """What each partition of the worker at HTTP_HOST:HTTP_PORT has applied, with the digests of its state.
-
-    Example: `headwater digest --json`
-    """
-    told = _ask("/v1/digest")
-    if as_json:
-        _print_json(told)
-        return
-    rows = [
-        [part["kind"], part["partition"], _offsets(part["applied"]), part.get("rows", ""), part["digest"]]
-        for part in told["partitions"]
-    ]
-    _table(["state", "partition", "applied", "rows", "digest"], rows)
+# -- holding state against the logs
 
 
 @app.command()
@@ -425,29 +404,35 @@ def verify(as_json: Json = False) -> None:
     from streams.settings import one_thread_each
 
     one_thread_each()
-    settings = _load()
-    told = _ask("/v1/digest")
-    with _faults():
+    settings = load()
+    with running_worker() as client:
+        told = client.digest()
+    with faults():
         from model.encoder import Encoder
         from streams import verify as tool
         from streams.progress import Bars
 
         def ask() -> Any:
-            return [_ask("/v1/digest", url=url) for url in told["workers"]]
+            return [_digest_of(url) for url in told["workers"]]
 
         encoder = Encoder(settings.encoder, device=settings.device)
         with Bars() as bars:
             verdicts = tool.verify(settings, ask, encoder, bars.steps_of)
     if as_json:
-        _print_json({"equal": all(v.is_equal for v in verdicts), "partitions": [v._asdict() for v in verdicts]})
+        print_json({"equal": all(v.is_equal for v in verdicts), "partitions": [v._asdict() for v in verdicts]})
     else:
-        _table(
+        table(
             ["state", "partition", "applied", "rows", "changelog", "sources", ""],
-            [[v.kind, v.partition, _offsets(v.applied), v.rows, v.changelog, v.sources, v.note] for v in verdicts],
+            [[v.kind, v.partition, offsets(v.applied), v.rows, v.changelog, v.sources, v.note] for v in verdicts],
         )
     unequal = sum(not v.is_equal for v in verdicts)
     if unequal:
-        _fail(f"{unequal} of {len(verdicts)} partitions are not proven equal")
+        fail(f"{unequal} of {len(verdicts)} partitions are not proven equal")
+
+
+def _digest_of(url: str) -> Any:
+    with running_worker(url) as client:
+        return client.digest()
 
 
 @app.command()
@@ -465,8 +450,8 @@ def explain(
     from streams.settings import one_thread_each
 
     one_thread_each()
-    settings = _load()
-    with _faults():
+    settings = load()
+    with faults():
         from model.encoder import Encoder
         from streams import explain as tool
         from streams import tokens
@@ -475,156 +460,25 @@ def explain(
         try:
             told = tokens.read(token)
         except tokens.TokenError as problem:
-            _fail(str(problem))
+            fail(str(problem))
         encoder = Encoder(settings.encoder, device=settings.device)
         with Bars() as bars:
             found = tool.rebuild_list(settings, told, encoder, item or [], bars.steps_of)
-    import msgspec
-
-    items = msgspec.to_builtins(found.items)
     if as_json:
-        _print_json({
+        import msgspec
+
+        print_json({
             "equal": found.is_equal, "user_id": found.user_id, "at": told.at, "kind": tokens.KINDS[told.kind],
-            "applied": told.applied, "examples": told.examples, "epoch": told.epoch, "items": items,
+            "applied": told.applied, "examples": told.examples, "epoch": told.epoch,
+            "items": msgspec.to_builtins(found.items),
         })  # fmt: skip
     else:
         whose = "a user without events" if found.user_id is None else f"user {found.user_id}"
-        _say(f"{whose}, partition {told.partition} at {_offsets(told.applied)}, items at examples {told.examples}")
-        _print_list(items, explain=True)
+        say(f"{whose}, partition {told.partition} at {offsets(told.applied)}, items at examples {told.examples}")
+        print_list(found.items, explain=True)
     if not found.is_equal:
-        _fail("this is another list than the token's: events were merged long after their time, the model has unlearnt "
+        fail("this is another list than the token's: events were merged long after their time, the model has unlearnt "
               "a user since, or this is another kind of processor than the worker's")  # fmt: skip
-
-
-@app.command()
-def state(user_id: UserId, as_json: Json = False) -> None:
-    """What is known of a user: counts, last events, the parts of z.
-
-    Example: `headwater state u42`
-    """
-    told = _ask(f"/v1/users/{_segment(user_id)}/state")
-    if as_json:
-        _print_json(told)
-        return
-    plain = [[name, value] for name, value in told.items() if not isinstance(value, list | dict)]
-    _table(["", f"user {user_id}"], [*plain, ["applied", _offsets(told["applied"])]])
-    events = told["last_events"]
-    if events:
-        names = list(dict.fromkeys(name for event in events for name in event))
-        _table(names, [[event.get(name, "") for name in names] for event in events])
-
-
-@app.command()
-def recommend(
-    user_id: UserId,
-    limit: Annotated[int, typer.Option(min=1, max=200, help="How many items.")] = 10,
-    explain: Annotated[bool, typer.Option("--explain", help="Each item with the events that speak for it.")] = False,
-    as_json: Json = False,
-) -> None:
-    """The list that the user would be shown now.
-
-    Example: `headwater recommend u42 --explain`
-    """
-    query = {"limit": limit, "explain": explain, "texts": True}
-    told = _ask(f"/v1/users/{_segment(user_id)}/recommendations", {k: str(v).lower() for k, v in query.items()})
-    if as_json:
-        _print_json(told)
-        return
-    _print_list(told["items"], explain)
-
-
-def _print_list(items: list[dict[str, Any]], explain: bool) -> None:
-    rows = []
-    for rank, item in enumerate(items, 1):
-        line = [rank, item["item_id"], f"{item['score']:.4f}", str(item.get("text", ""))[:60]]
-        if explain:
-            line.append(_reasons(item["explanation"]))
-        rows.append(line)
-    _table(["", "item", "p", "text", *(["because"] if explain else [])], rows)
-
-
-@app.command()
-def forget(
-    user_id: UserId,
-    unlearn: Annotated[
-        bool, typer.Option("--unlearn", help="Also learn the item model again without this user's events.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Erases a user everywhere and waits until that is complete; then shows the certificate, which names nobody.
-
-    Example: `headwater forget u42 --unlearn`
-    """
-    query = {"unlearn": str(unlearn).lower()}
-    told = _ask(f"/v1/users/{_segment(user_id)}", query, method="DELETE")
-    _say(f"{told['erasure_id']}: asked for")
-    before = ""
-    while told["status"] != "complete":
-        time.sleep(FORGET_POLL_S)
-        told = _ask(f"/v1/erasures/{told['erasure_id']}")
-        now = _erasure_step(told)
-        if now != before:
-            _say(f"{told['erasure_id']}: {now}")
-            before = now
-    if as_json:
-        _print_json(told)
-        return
-    _table(["erased", told["erasure_id"]], _certified(told))
-    remains = told["remains"] or []
-    if remains:
-        _table(
-            ["remains in", "partition", "records", "until"],
-            [[r["topic"], r["partition"], r["records"], _day(r["until"])] for r in remains],
-        )
-
-
-def _certified(told: dict[str, Any]) -> list[list[Any]]:
-    """The lines of a complete certificate."""
-    lines = []
-    if told["state"] is not None:
-        state = told["state"]
-        lines += [["events of the row", state["events"]], ["offsets applied before it", _offsets(state["place"])]]
-        lines += [["partition's digest after it", f"{state['digest']} at {_offsets(state['applied'])}"]]
-    if told["changelog"] is not None:
-        changelog = told["changelog"]
-        cut = changelog["kept"] or f"deleted before offset {changelog['deleted_before']}"
-        lines += [["changelog", f"{cut}; {changelog['naming']} records name the user"]]
-    if told["model"] is not None:
-        lines += [["item model", _model(told["model"])]]
-    return lines
-
-
-def _erasure_step(told: dict[str, Any]) -> str:
-    if told["status"] != "running":
-        return str(told["status"])
-    model = told["model"]
-    if told["unlearn_at"] is not None:
-        return "the item model is learnt again" + (f", {model['progress']:.0%}" if model else "")
-    steps = {"store": "the row is gone; the disk is purged", "changelog": "the changelog is rewritten",
-             "remains": "the logs are searched"}  # fmt: skip
-    return next((words for step, words in steps.items() if told[step] is None), "almost complete")
-
-
-def _model(model: dict[str, Any]) -> str:
-    if not model["exact"]:
-        return f"not unlearnt: {model['reason']}"
-    return f"{model['removed']} examples taken back in {model['seconds']:.1f} s; digest {model['digest']}"
-
-
-def _day(unix_s: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(unix_s))
-
-
-def _reasons(explanation: dict[str, Any]) -> str:
-    parts = sorted(explanation["contributions"], key=lambda part: -abs(part["value"]))[:3]
-    named = [f"{part.get('action') or part['type']} {part.get('item_id', '')} {part['value']:+.3f}" for part in parts]
-    return f"bias {explanation['bias']:+.3f}, " + ", ".join(named) + f", rest {explanation['rest']:+.3f}"
-
-
-def _offsets(applied: Any) -> str:
-    if isinstance(applied, dict):
-        return ", ".join(f"{name} {json.dumps(value)}" for name, value in applied.items())
-    return json.dumps(applied)
 
 
 # -- keys and the audit log
@@ -641,9 +495,9 @@ def keys_add(
     """
     from streams import keys
 
-    with _faults():
+    with faults():
         made = keys.add(_keys_file(), name, scope, time.time())
-    _say("This is the only time that the key is shown; its hash is kept.")
+    say("This is the only time that the key is shown; its hash is kept.")
     print(made)
 
 
@@ -655,12 +509,12 @@ def keys_list(as_json: Json = False) -> None:
     """
     from streams import keys
 
-    with _faults():
+    with faults():
         found = list(keys.read(_keys_file()).values())
     if as_json:
-        _print_json([{"name": k.name, "scope": k.scope, "id": k.id, "created": k.created} for k in found])
+        print_json([{"name": k.name, "scope": k.scope, "id": k.id, "created": k.created} for k in found])
     else:
-        _table(["name", "scope", "id", "created"], [[k.name, k.scope, k.id, k.created] for k in found])
+        table(["name", "scope", "id", "created"], [[k.name, k.scope, k.id, k.created] for k in found])
 
 
 @keys_app.command("revoke")
@@ -671,15 +525,15 @@ def keys_revoke(name: Annotated[str, typer.Argument(help="Of the key, as `keys l
     """
     from streams import keys
 
-    with _faults():
+    with faults():
         keys.revoke(_keys_file(), name)
-    _say(f"revoked: {name}")
+    say(f"revoked: {name}")
 
 
 def _keys_file() -> Path:
     from streams.settings import Fault
 
-    path = _load().api_keys_file
+    path = load().api_keys_file
     if path is None:
         raise Fault("set HEADWATER_API_KEYS_FILE to the file of the keys; it is made when it is not there")
     return path
@@ -702,15 +556,15 @@ def audit_verify(as_json: Json = False) -> None:
         {"chain": c.name, "first": c.first, "last": c.last_n, "digest": c.last, "closed": c.is_closed}
         for c in verifier.chains.values()
     ]
-    faults = verifier.all_faults
+    found = verifier.all_faults
     if as_json:
-        _print_json({"records": count, "chains": chains, "faults": faults})
+        print_json({"records": count, "chains": chains, "faults": found})
     else:
-        _table(["chain", "first", "last", "digest", "closed"], [list(chain.values()) for chain in chains])
-        print(f"{count} records, {len(faults)} faults")
-    for fault in faults:
-        _say(fault)
-    if faults:
+        table(["chain", "first", "last", "digest", "closed"], [list(chain.values()) for chain in chains])
+        print(f"{count} records, {len(found)} faults")
+    for fault in found:
+        say(fault)
+    if found:
         raise typer.Exit(1)
 
 
@@ -732,22 +586,22 @@ def audit_show(
     wanted = None if user_id is None else {audit.pseudonym(user_id, key), audit.EVERYBODY}
     found = [r for r in _audit_records(audit.Verifier(key)) if wanted is None or wanted.intersection(r.users)]
     if as_json:
-        _print_json([msgspec.to_builtins(r) for r in found])
+        print_json([msgspec.to_builtins(r) for r in found])
         return
     rows = [
         [datetime.fromtimestamp(r.ts, UTC).isoformat(timespec="milliseconds"), r.operation, r.status or "",
          r.key, r.address, ", ".join(r.users), r.count, r.request_id]
         for r in found
     ]  # fmt: skip
-    _table(["time", "operation", "status", "key", "from", "users", "times", "request"], rows)
+    table(["time", "operation", "status", "key", "from", "users", "times", "request"], rows)
 
 
 def _audit_key() -> bytes:
     from streams.audit import audit_key
     from streams.datakeys import sealer_of
 
-    settings = _load()
-    with _faults():
+    settings = load()
+    with faults():
         return audit_key(sealer_of(settings))
 
 
@@ -757,8 +611,8 @@ def _audit_records(verifier: "Verifier") -> "list[Record]":
 
     from streams import audit, topics
 
-    settings = _load()
-    with _faults():
+    settings = load()
+    with faults():
         topics.require(settings, [f"{settings.app_id}-audit"])
         return asyncio.run(audit.read(settings, verifier))
 
@@ -774,71 +628,14 @@ def show_settings(as_json: Json = False) -> None:
     """
     from streams.settings import show
 
-    lines = show(_load())
+    lines = show(load())
     if as_json:
-        _print_json({line.variable: line._asdict() for line in lines})
+        print_json({line.variable: line._asdict() for line in lines})
     else:
-        _table(
+        table(
             ["variable", "value", "unit", "from", "why"],
             [[x.variable, x.value, x.unit, x.source, x.why] for x in lines],
         )
-
-
-# -- shared
-
-
-def _load(**overrides: Any) -> "Settings":
-    from streams import settings
-
-    with _faults():
-        return settings.load(**overrides)
-
-
-@contextmanager
-def _faults() -> Iterator[None]:
-    """The world's faults become a sentence on stderr and exit code 1; a fault of ours keeps its traceback."""
-    from streams.settings import Fault
-
-    try:
-        yield
-    except Fault as problem:
-        _fail(str(problem))
-    except KeyboardInterrupt:
-        _say("interrupted")
-        raise typer.Exit(130) from None
-
-
-def _ask(path: str, query: dict[str, str] | None = None, url: str | None = None, method: str = "GET") -> Any:
-    import httpx
-
-    settings = _load()
-    url = url or settings.http_url()
-    try:
-        answer = httpx.request(
-            method, url + path, params=query, headers=settings.http_headers(), timeout=HTTP_TIMEOUT_S, trust_env=False
-        )
-    except httpx.HTTPError as problem:
-        _fail(
-            f"no worker answers at {url} ({type(problem).__name__}): start one with `headwater worker` or "
-            "`headwater demo`, or set HEADWATER_HTTP_HOST and HEADWATER_HTTP_PORT to a running one's"
-        )
-    if answer.is_error:
-        _fail(_problem_of(answer))
-    return answer.json()
-
-
-def _problem_of(answer: "httpx.Response") -> str:
-    try:
-        problem = answer.json()
-        return f"{problem['title']}: {problem.get('detail', '')} ({answer.status_code})"
-    except (ValueError, KeyError, TypeError):
-        return f"{answer.url} answers {answer.status_code}"
-
-
-def _segment(user_id: str) -> str:
-    from urllib.parse import quote
-
-    return quote(user_id, safe="")
 
 
 def _end_on_sigterm() -> None:
@@ -848,38 +645,10 @@ def _end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for number, name in enumerate(head):
-        table.add_column(name, no_wrap=number == 0)
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_COLUMNS)
-    console.print(table)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _fail(line: str) -> NoReturn:
-    _say(f"headwater: {line}")
-    raise typer.Exit(1)
-
-
 def main() -> None:
     """The command `headwater`."""
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        app.rich_markup_mode = None  # help and usage errors without boxes
     app(prog_name="headwater")
 
 

@@ -443,6 +443,11 @@ def one_thread_each() -> None:
         os.environ.setdefault(name, "1")
 
 
+def api_key() -> str:
+    """HEADWATER_API_KEY as it is set, for programs that load no settings; empty: none."""
+    return os.environ.get(PREFIX + "API_KEY", "")
+
+
 def kafka_test_dir() -> Path | None:
     """The folder with Kafka's `libs/` that the broker tests run on, where one is given."""
     given = os.environ.get(TEST_PREFIX + "KAFKA")

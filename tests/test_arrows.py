@@ -19,7 +19,7 @@ PLACES: Final = {
     "torch": {"model.encoder"},
     "transformers": {"model.encoder"},
     "fastapi": {"streams.web", "streams.openapi"},
-    "typer": {"streams.__main__"},
+    "typer": {"streams.__main__", "streams.cli", "streams.cli_asking"},
     "pydantic_settings": {"streams.settings"},
 }
 

@@ -7,6 +7,8 @@ that a fuzzer thinks of.
 fuzzes a running worker of a deployment that may be thrown away, as long as it may.
 """
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -21,9 +23,11 @@ import pytest
 from kafka import KafkaProducer
 
 from bench.deployment import Deployment, WorkerProcess
+from headwater import Click, Client, Comment
 from model.encoder import Encoder
 from streams import rebuild, tokens
 from streams.explain import CannotRebuildError, rebuild_list
+from tests.readme import example, run_shell
 
 FILMS = {
     "alien": "Alien. A crew in deep space meets a creature that hunts them. horror, science fiction",
@@ -185,6 +189,51 @@ async def no_flush(batches: Any, upto: Any, rows: Any) -> list[rebuild.Cut]:
 
 async def starts_at_five(options: Any, topic: str, partition: int) -> int:
     return 5
+
+
+def test_the_readmes_examples_do_what_it_says(asked: Asked) -> None:
+    """Ten lines to the first list; a Kafka producer; curl."""
+    url, settings = asked.worker.settings.http_url(), asked.worker.settings
+    here = {'"localhost:9092"': f'"{settings.broker}", topic_prefix="{settings.topic_prefix}"'}
+    exec(example("python", "Producer", here), {})
+    asked.worker.wait_until("the item", lambda: asked.worker.http.get("/v1/items/50").status_code == 200)
+    lines = example("python", "Client(", {"http://127.0.0.1:8080": url})
+    assert len(lines.splitlines()) <= 10
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(lines, {})
+    assert re.fullmatch(r"(0\.\d{3}  \w.*\n){7}", printed.getvalue()), "all films but the one just liked"
+    assert "Star Wars" not in printed.getvalue()
+
+    sent = json.loads(run_shell(example("bash", "/v1/events", {"http://127.0.0.1:8080": url})))
+    assert sent["accepted"] == 2
+    block = example("bash", "what-if", {"http://127.0.0.1:8080": url, "clicks:3:1041": sent["positions"][0]})
+    answers = list(objects(run_shell(block)))
+    explained, waited, state, what_if, ranked = answers
+    assert explained["items"][0]["explanation"]["contributions"] and len(explained["items"]) == 5
+    assert waited["applied"]["clicks"][1] >= int(sent["positions"][0].split(":")[2])
+    assert state["events"] == 5 and "exact" in what_if
+    assert [item["item_id"] for item in ranked["items"]] == ["50"]
+
+
+def objects(text: str) -> Iterator[Any]:
+    """The JSON objects that stand one after another."""
+    while text.strip():
+        found, end = json.JSONDecoder().raw_decode(text.strip())
+        text = text.strip()[end:]
+        yield found
+
+
+def test_the_client_reads_what_it_wrote_and_is_told_of_it(asked: Asked) -> None:
+    with Client(asked.worker.settings.http_url()) as client:
+        stream = client.stream()
+        assert next(stream)["type"] == "status"
+        positions = client.send(*(Click("client", item, "view") for item in ("up", "heat")), Comment("client", "crime"))
+        assert client.state("client", at_least=positions).events == 3
+        assert {"up", "heat"}.isdisjoint(i.item_id for i in client.recommendations("client").items)
+        assert next(m for m in stream if m["type"] == "event" and m["user_id"] == "client")["item_id"] == "up"
+        assert client.recommendations("client").token
+        told = client.erased(client.forget("client").erasure_id)
+        assert told.state is not None and told.state.events == 3 and client.state("client").events == 0
 
 
 def test_the_contract_holds_for_whatever_a_fuzzer_asks(asked: Asked, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line: examples in every help, exit code 0 on success only, errors that say what to do."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -29,30 +30,52 @@ EXPLANATION = {
          "value": 1.5},
     ],
 }  # fmt: skip
+STATE = {
+    "user_id": "a/b c", "events": 3, "positives": 2, "consumed": 2, "last_ts": 1.0, "at": 2.0,
+    "z": {"behaviour": [], "text": [], "cooccurrence": {}}, "encoder": "e", "model_version": "e/1", "applied": APPLIED,
+    "parts": [
+        {"name": "behaviour", "norm": 1.25,
+         "events": [{"topic": "clicks", "partition": 1, "offset": 3, "share": 0.75}]},
+    ],
+    "last_events": [
+        {"type": "click", "action": "like", "item_id": "i1", "ts": 1.0, "topic": "clicks", "partition": 1, "offset": 3,
+         "weight": 1.0, "text": "Alien"},
+    ],
+}  # fmt: skip
+LIST = {"user_id": "a/b c", "token": "v2.x", "model_version": "e/1", "applied": APPLIED}
+NEWCOMER = {"item_id": "i7", "score": 0.1, "logit": -0.2, "explanation": {**EXPLANATION, "contributions": []}}
 ANSWERS: dict[str, Any] = {
     "/v1/digest": {"partitions": [{"kind": "users", "partition": 1, "applied": {"clicks": 41}, "digest": "ab12"}]},
-    "/v1/users/a%2Fb%20c/state": {
-        "user_id": "a/b c", "events": 3, "positives": 2, "applied": APPLIED, "parts": [],
-        "last_events": [{"type": "click", "action": "like", "item_id": "i1", "ts": 1.0}],
-    },
+    "/v1/users/a%2Fb%20c/state": STATE,
+    "/v1/users/unknown/state": {**STATE, "user_id": "unknown", "events": 0, "parts": [], "last_events": []},
     "/v1/users/a%2Fb%20c/recommendations": {
-        "user_id": "a/b c", "applied": APPLIED,
-        "items": [{"item_id": "i7", "score": 0.125, "logit": -0.25, "text": "Seven", "explanation": EXPLANATION}],
+        **LIST,
+        "items": [
+            {"item_id": "i7", "score": 0.125, "logit": -0.25, "text": "Seven\x1b[2J", "explanation": EXPLANATION},
+        ],
     },
+    "/v1/users/unknown/recommendations": {**LIST, "user_id": "unknown", "items": [NEWCOMER]},
 }  # fmt: skip
 
 
 AUTHORIZATIONS: list[str | None] = []  # of the requests so far
 ERASURE = {"erasure_id": "erasures:1:7", "status": "pending", "unlearn": True, "state": None, "changelog": None,
-           "remains": None, "model": None, "unlearn_at": None, "store": None}  # fmt: skip
+           "remains": None, "model": None, "unlearn_at": None, "store": None, "requested_at": None,
+           "completed_at": None, "unlearn_from": None}  # fmt: skip
 COMPLETE = {
-    **ERASURE, "status": "complete", "state": {"events": 4, "place": {"clicks": 9}, "applied": {"clicks": 12},
-    "digest": "ab12"}, "changelog": {"kept": None, "deleted_before": 50, "naming": 0},
-    "model": {"exact": True, "removed": 3, "seconds": 1.5, "digest": "cd34", "reason": None},
+    **ERASURE, "status": "complete",
+    "state": {"events": 4, "behaviours": 3, "seen": 0, "comments": 1, "place": {"clicks": 9},
+              "applied": {"clicks": 12}, "digest": "ab12"},
+    "changelog": {"topic": "c", "partition": 1, "deleted_before": 50, "naming": 0, "kept": None},
+    "model": {"exact": True, "applied": 70, "removed": 3, "messages": 9, "seconds": 1.5, "digest": "cd34",
+              "reason": None, "done": True, "progress": 1.0},
     "remains": [{"topic": "clicks", "partition": 1, "records": 4, "first": 1, "last": 9, "until": 86400.0}],
 }  # fmt: skip
 ANSWERS["/v1/erasures/erasures:1:7"] = COMPLETE
 ANSWERS["DELETE /v1/users/a%2Fb%20c"] = ERASURE
+
+
+FAULTS = {"/anybody/": 401, "/reader/": 403, "/proxy/": 302, "/busy/": 429, "/broken/": 500}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -67,9 +90,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, asked: str) -> None:
         answer = ANSWERS.get(asked)
-        problem = {"title": "Not ready", "detail": "partition 1 is being restored", "status": 503}
-        body = json.dumps(answer or problem).encode()
-        self.send_response(200 if answer else 503)
+        status = 200 if answer else next((s for path, s in FAULTS.items() if path in asked), 503)
+        problem = {"type": "/docs#problem-x", "title": "Not so", "detail": "partition 1 is being restored"}
+        body = b"<html>" if status == 302 else json.dumps(answer or {**problem, "status": status}).encode()
+        self.send_response(status)
+        self.send_header("Retry-After", "600")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -81,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def http_port() -> Iterator[int]:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield server.server_address[1]
         server.shutdown()
@@ -173,10 +198,40 @@ def test_no_worker_is_an_error_that_says_what_to_do(arguments: tuple[str, ...], 
     assert "headwater worker" in result.stderr
 
 
-def test_problem_of_the_worker_is_told(http_port: int) -> None:
-    result = run("state", "someone", http_port=http_port)
-    assert result.exit_code == 1
-    assert "partition 1 is being restored" in result.stderr
+@pytest.mark.parametrize(
+    ("user", "advice"),
+    [
+        ("someone", "takes partitions over answers soon"), ("anybody", "HEADWATER_API_KEY to a key that the worker"),
+        ("reader", "headwater keys add NAME --scope SCOPE"), ("proxy", "have to be a worker's"),
+        ("busy", "ask less often"), ("broken", "log has the cause"),
+    ],
+)  # fmt: skip
+def test_problem_of_the_worker_is_told_with_what_to_do(user: str, advice: str, http_port: int) -> None:
+    result = run("state", user, http_port=http_port)
+    assert result.exit_code == 1 and result.stdout == ""
+    assert advice in result.stderr and len(result.stderr.splitlines()) == 1
+    assert ("partition 1 is being restored" in result.stderr) == (user != "proxy")
+
+
+def test_of_an_unknown_user_it_is_said_that_nothing_is_known(http_port: int) -> None:
+    state = run("state", "unknown", http_port=http_port)
+    assert state.exit_code == 1 and "nothing is known of user 'unknown'" in state.stderr
+    assert json.loads(run("state", "unknown", "--json", http_port=http_port).stdout)["events"] == 0
+    shown = run("recommend", "unknown", http_port=http_port)
+    assert shown.exit_code == 0 and "i7" in shown.stdout
+    assert "this is what newcomers see" in shown.stderr
+
+
+def test_nothing_is_drawn_or_coloured_where_nobody_looks(http_port: int) -> None:
+    env = {**os.environ, "HEADWATER_HTTP_PORT": str(http_port), "FORCE_COLOR": ""}
+    for arguments in (["recommend", "a/b c", "--explain"], ["recommend"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "streams", *arguments], capture_output=True, text=True, encoding="utf-8", env=env
+        )
+        told = done.stdout + done.stderr
+        assert done.returncode == (2 if arguments == ["recommend"] else 0), told
+        assert told.isascii() and "\x1b" not in told, told
+    assert "Usage: headwater" in told
 
 
 def test_digest_state_and_list_are_shown(http_port: int) -> None:
@@ -186,11 +241,11 @@ def test_digest_state_and_list_are_shown(http_port: int) -> None:
     state = run("state", "a/b c", http_port=http_port)
     assert state.exit_code == 0, state.output
     assert "positives" in state.stdout
-    assert "like" in state.stdout
+    assert "like Alien 75%" in state.stdout and "1970-01-01 00:00 UTC" in state.stdout
     shown = run("recommend", "a/b c", "--explain", http_port=http_port)
     assert shown.exit_code == 0, shown.output
-    assert "Seven" in shown.stdout
-    assert "like i1 +1.500" in shown.stdout
+    assert "Seven [2J" in shown.stdout
+    assert "bias -2.000, like i1 +1.500, rest +0.250" in shown.stdout
     for command in (("digest",), ("state", "a/b c"), ("recommend", "a/b c")):
         printed = run(*command, "--json", http_port=http_port)
         assert json.loads(printed.stdout) in ANSWERS.values()
@@ -296,4 +351,4 @@ def test_forget_waits_for_the_certificate_and_shows_what_was_removed_and_what_re
     assert json.loads(run("forget", "a/b c", "--json", http_port=http_port).stdout) == COMPLETE
     refused = run("forget", "nobody", http_port=http_port)
     assert refused.exit_code == 1
-    assert "Not ready" in refused.stderr
+    assert "Not so" in refused.stderr

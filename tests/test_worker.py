@@ -20,6 +20,7 @@ from bench.kafka_node import KafkaNode
 from streams.agents import INBOX_RECORDS_MAX
 from streams.kafka import partition_of
 from streams.settings import Settings
+from tests.readme import example, run_shell
 
 FILMS = {
     "alien": "Alien. A crew in deep space meets a creature that hunts them. horror, science fiction",
@@ -242,6 +243,11 @@ def test_what_kafkas_console_types_ends_in_state_list_and_dead_letters(kafka_nod
         (letter,) = kafka_node.read_records("console-clicks.dlq", 1)
         assert "this is not an event" in letter
         assert "__streams.errors.exception:not_json" in letter
+        here = {"localhost:9092": kafka_node.address, "--topic ": "--topic console-"}
+        as_told = example("bash", "kafka-console-producer.sh", here)
+        run_shell(as_told, str(kafka_node.console_producer(tmp_path / "bin")))
+        worker.wait_until("the README's events", lambda: worker.get("/v1/users/u42/state")["events"] == 2)
+        assert worker.get("/v1/items/50")["text"].startswith("Star Wars")
         assert worker.stop()[0] == 0
     finally:
         made.close()

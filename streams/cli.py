@@ -1,0 +1,99 @@
+"""What the commands share: settings, faults in words, tables for people, JSON for scripts."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from streams.settings import Settings
+
+CONTROL: Final = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")]
+
+
+def load(**overrides: Any) -> "Settings":
+    """The settings, or the end of the command."""
+    from streams import settings
+
+    with faults():
+        return settings.load(**overrides)
+
+
+@contextmanager
+def faults() -> Iterator[None]:
+    """The world's faults become a sentence on stderr and exit code 1; a fault of ours keeps its traceback."""
+    from streams.settings import Fault
+
+    try:
+        yield
+    except Fault as problem:
+        fail(str(problem))
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(130) from None
+
+
+def say(line: str) -> None:
+    """A line for people, beside the result."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def fail(line: str) -> NoReturn:
+    """Ends the command with exit code 1: the line says what to do."""
+    say(f"headwater: {line}")
+    raise typer.Exit(1)
+
+
+def print_json(value: Any) -> None:
+    """The result for scripts."""
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def table(head: list[str], rows: list[list[Any]]) -> None:
+    """The result for people: ruled on a terminal, plain columns elsewhere, without colour and never cut."""
+    cells = [[" ".join(printable(str(cell)).split()) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+        for line in (head, *cells):
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    ruled = Table(box=box.SIMPLE_HEAD)
+    for number, name in enumerate(head):
+        ruled.add_column(name, no_wrap=number == 0, overflow="fold")
+    for row in cells:
+        ruled.add_row(*map(Text, row))
+    Console().print(ruled)
+
+
+def tables(*given: tuple[list[str], list[list[Any]]]) -> None:
+    """Several tables (head, rows) as one result; those without rows are left out."""
+    for number, (head, rows) in enumerate(filter(lambda one: one[1], given)):
+        if number and not sys.stdout.isatty():
+            print()
+        table(head, rows)
+
+
+def printable(text: str) -> str:
+    """Without control characters: what others wrote moves no cursor of a terminal.
+
+    >>> printable("a\\x1b[2Jb")
+    'a [2Jb'
+    """
+    return CONTROL.sub(" ", text)
+
+
+def offsets(applied: Any) -> str:
+    """Applied offsets in one cell."""
+    if isinstance(applied, dict):
+        return ", ".join(f"{name} {json.dumps(value)}" for name, value in applied.items())
+    return json.dumps(applied)
