@@ -53,21 +53,22 @@ def _faults(path: Path, text: str, tree: ast.Module) -> Iterator[str]:
             yield f"{number}: unfinished: {line.strip()}"
     if not ast.get_docstring(tree):
         yield "1: a module says what it is for"
+    may_read = _may_read_environment(path)
     set_here = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Subscript) and _is_set(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1
             if lines > FUNCTION_LINES_MAX:
                 yield f"{node.lineno}: {node.name} has {lines} lines, {FUNCTION_LINES_MAX} at most"
-        if _is_environment(node) and id(node) not in set_here and not _may_read_environment(path):
+        if isinstance(node, ast.Attribute) and _is_environment(node) and not (id(node) in set_here or may_read):
             yield f"{node.lineno}: only streams/settings.py reads the environment"
         if isinstance(node, ast.ExceptHandler) and _swallows_all(node):
             yield f"{node.lineno}: every failure is swallowed here"
     yield from _call_faults(path, tree)
 
 
-def _is_environment(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and ast.unparse(node) == "os.environ"
+def _is_environment(node: ast.Attribute) -> bool:
+    return ast.unparse(node) == "os.environ"
 
 
 def _is_set(node: ast.Subscript) -> bool:
