@@ -15,7 +15,7 @@ from streams import topics
 from streams.broker import end_with_parent, free_port
 from streams.settings import Settings, environment
 
-READY_S_MAX: Final = 120.0  # compiling kernels on a first start, and waiting out a killed member's session
+READY_S_MAX: Final = 180.0  # compiling kernels on a first start, and waiting out a killed member's session
 STOP_S_MAX: Final = 15.0
 POLL_S: Final = 0.05
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -43,10 +43,13 @@ def run(arguments: list[str]) -> dict[str, Any]:
         "--broker", default="kafka", help="embedded, kafka (started here), or a running one's HOST:PORT"
     )
     parser.add_argument("--kafka", type=Path, help="folder with Kafka's libs/; else HEADWATER_TEST_KAFKA")
+    parser.add_argument("--folder", type=Path, help="kept, with the workers' logs; else a temporary one")
     asked = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder, site_of(asked.broker, Path(folder), asked.kafka) as site:
+    with ExitStack() as stack:
+        folder = asked.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        site = stack.enter_context(site_of(asked.broker, folder, asked.kafka))
         deployment = Deployment(
-            site.address, Path(folder), topic_prefix="takeover-", app_id="bench", rank_sample=0.0,
+            site.address, folder, topic_prefix="takeover-", app_id="bench", rank_sample=0.0,
             session_timeout_s=SESSION_S, log_format="json", partitions=asked.partitions,
         )  # fmt: skip
         try:
@@ -74,6 +77,7 @@ class _Trial:
     def __init__(self, deployment: Deployment, asked: argparse.Namespace) -> None:
         self.deployment, self.asked = deployment, asked
         self.workers: dict[str, WorkerProcess] = {}
+        self.open: list[WorkerProcess] = []  # to readers: they have been ready once
         self.phases: list[_Phase] = []
         self.began = 0.0
         self.problems: list[str] = []
@@ -86,7 +90,9 @@ class _Trial:
         await self._held()
         await self._drained()
         drained_s = time.monotonic() - started
+        self.phases.append(_Phase("one worker"))
         async with self._load():
+            await asyncio.sleep(CALM_S)
             for n in range(1, self.asked.workers):
                 await self._disturbed(f"w{n} joins", lambda n=n: self._start(f"w{n}"))
             await self._disturbed("w1 is killed", lambda: self._kill("w1"))
@@ -104,10 +110,14 @@ class _Trial:
         self.workers[name] = self.deployment.start_worker(name)
 
     def _kill(self, name: str) -> None:
-        self.workers.pop(name).kill()
+        worker = self.workers.pop(name)
+        worker.kill()
+        self.open.remove(worker)
 
     def _stop(self, name: str) -> None:
-        code, seconds = self.workers.pop(name).stop()
+        worker = self.workers.pop(name)
+        self.open.remove(worker)  # as a load balancer drains what is to stop
+        code, seconds = worker.stop()
         if code or seconds > 5:
             self.problems.append(f"{name} ended with {code} after {seconds:.1f} s")
 
@@ -135,7 +145,10 @@ class _Trial:
             parts = [(d["kind"], d["partition"]) for d in verdict.held(workers)]
         except httpx.HTTPError:
             return False
-        return bool(len(parts) == len(set(parts)) == 2 * self.asked.partitions + 1)
+        if len(parts) != len(set(parts)) or len(parts) != 2 * self.asked.partitions + 1:
+            return False
+        self.open = workers
+        return True
 
     async def _drained(self) -> None:
         (worker,) = self.workers.values()
@@ -169,10 +182,8 @@ class _Trial:
 
     async def _probe(self, http: httpx.AsyncClient, n: int) -> None:
         """A click by way of one worker, and the list that must know it by way of another."""
-        if not self.phases or not self.workers:
-            return
         user, phase = f"reader{n % PROBE_USERS}", self.phases[-1]
-        writer, reader = (self.random.choice(list(self.workers.values())) for _ in range(2))
+        writer, reader = self.random.choices(self.open, k=2)
         event = [{"type": "click", "user_id": user, "item_id": f"i{n % self.asked.items}", "action": "click"}]
         try:
             posted = await http.post(f"{writer.settings.http_url()}/v1/events", json=event)

@@ -14,6 +14,11 @@ from streams.settings import PREFIX, Settings, kafka_test_dir
 
 EMBEDDED: Final = "embedded"
 KAFKA: Final = "kafka"
+# The long ones, which begin first. Their tests share nothing, so that the processes of a run share them out.
+SPREAD: Final = (
+    "test_worker_simulation", "test_switch", "test_worker", "test_forget", "test_bench", "test_privacy", "test_stop",
+    "test_verify", "test_trainer",
+)  # fmt: skip
 _numbers = itertools.count()
 
 
@@ -24,10 +29,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("broker", kinds, indirect=True, scope="session")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that ask for `kafka_node` exist only where Kafka's jars do: they are the same promises on more software."""
+    """Tests that ask for `kafka_node` exist only where Kafka's jars do: they are the same promises on more software.
+
+    Of the others a module's tests stay in one process (pytest-xdist's groups): they share what it has started.
+    """
     if kafka_test_dir() is None:
         items[:] = [item for item in items if KAFKA + "_node" not in getattr(item, "fixturenames", ())]
+    for item in items:
+        if item.path.stem not in SPREAD:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: SPREAD.index(item.path.stem) if item.path.stem in SPREAD else len(SPREAD))
 
 
 @pytest.fixture(scope="session")
