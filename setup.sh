@@ -2,7 +2,7 @@
 # Installs what a target needs, once, and says so:  ./setup.sh run | test
 #
 # Everything goes into .venv, from PyPI; `test` adds the test packages and, from Debian's archive, chromium (the page
-# is tested in it), curl, prometheus (copied into .venv, not installed) and, for tests on real Kafka, java.
+# is tested in it), curl, prometheus (copied into .venv, not installed) and, for tests on real Kafka, java and kcat.
 # A stamp named after the contents of pyproject.toml and constraints.txt makes the second run need nothing at all.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -55,7 +55,10 @@ install_test_programs() {
     local missing=()
     command -v chromium >/dev/null || missing+=(chromium)
     command -v curl >/dev/null || missing+=(curl)
-    if [ -n "${HEADWATER_TEST_KAFKA:-}" ] && ! command -v java >/dev/null; then missing+=(default-jre-headless); fi
+    if [ -n "${HEADWATER_TEST_KAFKA:-}" ]; then
+        command -v java >/dev/null || missing+=(default-jre-headless)
+        command -v kcat >/dev/null || missing+=(kcat)
+    fi
     if [ ${#missing[@]} -gt 0 ]; then apt_install "${missing[@]}"; fi
     if ! [ -x "$venv/bin/promtool" ]; then copy_prometheus; fi
 }

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
 from streams import kafka, movielens, replay, topics
 from streams.broker import EmbeddedBroker, end_with_parent, free_port, is_open
+from streams.client import Client
+from streams.failures import HeadwaterError
 from streams.progress import Bars
 from streams.settings import Fault, Settings, cache_dir, environment, is_default
 from streams.visitor import Freshness, Visitor
@@ -106,9 +107,7 @@ class _Worker:
         self.settings = settings
         self.log_file = settings.state_dir / "worker.log"
         self._console = console
-        self._http = httpx.Client(
-            base_url=settings.http_url(), headers=settings.http_headers(), timeout=HTTP_TIMEOUT_S, trust_env=False
-        )
+        self._client = Client(settings.http_url(), settings.api_key.get_secret_value(), timeout_s=HTTP_TIMEOUT_S)
 
     def __enter__(self) -> "_Worker":
         names = ("broker", "state_dir", "http_host", "http_port", "rank_sample", "live_tests_max")
@@ -139,8 +138,8 @@ class _Worker:
 
     def _is_ready(self) -> bool:
         try:
-            return self._http.get("/readyz").is_success
-        except httpx.HTTPError:
+            return not self._client.readyz()
+        except HeadwaterError:
             return False
 
     def check(self) -> None:
@@ -149,12 +148,15 @@ class _Worker:
         if code is not None:
             raise DemoError(f"the worker has ended with {code}\n{self._log_end()}")
 
-    def get(self, path: str) -> Any:
-        """The worker's answer."""
+    def model(self) -> dict[str, Any]:
+        """What it tells of the model. Raises DemoError when it has ended."""
         self.check()
-        answer = self._http.get(path)
-        answer.raise_for_status()
-        return answer.json()
+        return self._client.model()
+
+    def digest(self) -> dict[str, Any]:
+        """What it tells of its state. Raises DemoError when it has ended."""
+        self.check()
+        return self._client.digest()
 
     def wait(self) -> None:
         """Until it ends."""
@@ -166,7 +168,7 @@ class _Worker:
         return "\n".join([f"the end of {self.log_file}:", *lines])
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._http.close()
+        self._client.close()
         if self._process.poll() is not None:
             return
         self._process.terminate()
@@ -204,7 +206,7 @@ def _learn(
         )
     progress.wait_until_learnt(total + freshness.published, items)
     seconds = time.monotonic() - started
-    info = worker.get("/v1/model")  # before the visit below: the figures are the stream's
+    info = worker.model()  # before the visit below: the figures are the stream's
     visitor.visit(console)
     return {
         "events": done.events + paced_done.events, "seconds": round(seconds, 2),
@@ -270,7 +272,7 @@ class _Progress:
         examples_end = -1
         best, deadline = (-1, -1, -1), time.monotonic() + LEARNT_S_MAX
         while True:
-            info = self._worker.get("/v1/model")
+            info = self._worker.model()
             reached = (info["events_applied"], info["items_applied"], info["replica"]["applied"]["examples"] + 1)
             if bars is not None:
                 bars.steps_of("learnt", min(reached[0], events), events)
@@ -290,7 +292,7 @@ class _Progress:
 
 
 def _state(settings: Settings, worker: _Worker) -> Report:
-    digest = worker.get("/v1/digest")
+    digest = worker.digest()
     on_disk = sum(path.stat().st_size for path in settings.state_dir.rglob("*") if path.is_file())
     return {"bytes_on_disk": on_disk, **digest}
 

@@ -1,4 +1,4 @@
-"""The demo's visitor: acts over HTTP as any client would, and measures when its own acts are seen."""
+"""The demo's visitor: acts over HTTP by the client that others use, and measures when its own acts are seen."""
 
 import gzip
 import json
@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import httpx
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from streams.answers import RankedItem
+from streams.client import Client
+from streams.events import Click, Comment
 from streams.settings import Settings
 
 PROBE: Final = "freshness-probe"
@@ -68,9 +70,7 @@ class Visitor:
     """A client of one worker."""
 
     def __init__(self, settings: Settings, items: Path, now: Callable[[], float]) -> None:
-        self._http = httpx.Client(
-            base_url=settings.http_url(), headers=settings.http_headers(), timeout=HTTP_TIMEOUT_S, trust_env=False
-        )
+        self._client = Client(settings.http_url(), settings.api_key.get_secret_value(), timeout_s=HTTP_TIMEOUT_S)
         self._now = now
         with gzip.open(items, "rt", encoding="utf-8") as lines:
             self._texts: dict[str, str] = {item["item_id"]: item["text"] for item in map(json.loads, lines)}
@@ -82,57 +82,39 @@ class Visitor:
         for number, item_id in enumerate(chosen):
             if stop.wait(ACT_PAUSE_S):
                 return
+            act: Click | Comment
             if number % COMMENT_EVERY == COMMENT_EVERY - 1:
                 text = PROBE_COMMENTS[number // COMMENT_EVERY % len(PROBE_COMMENTS)]
-                act = {"type": "comment", "user_id": PROBE, "text": f"{text} ({number})", "ts": self._now()}
-                times = freshness.comments
+                act, times = Comment(PROBE, f"{text} ({number})", ts=self._now()), freshness.comments
             else:
-                act = {"type": "click", "user_id": PROBE, "item_id": item_id, "action": "click", "ts": self._now()}
-                times = freshness.clicks
+                act, times = Click(PROBE, item_id, "click", ts=self._now()), freshness.clicks
             started = time.perf_counter()
-            positions = self._post([act])
-            self._list(PROBE, positions)
+            self._list(PROBE, self._client.send(act))
             times.append((time.perf_counter() - started) * 1e3)
 
     def visit(self, console: Console) -> None:
         """Somebody new: the list before, a few acts, the list after with its reasons."""
         before = self._list(VISITOR, [])
         liked = [next(item_id for item_id, text in self._texts.items() if text.startswith(title)) for title in LIKED]
-        acts: list[dict[str, Any]] = [
-            {"type": "click", "user_id": VISITOR, "item_id": item_id, "action": "like", "ts": self._now()}
-            for item_id in liked
-        ]
-        acts.append({"type": "comment", "user_id": VISITOR, "text": COMMENT, "ts": self._now()})
-        positions = self._post(acts)
+        likes = [Click(VISITOR, item_id, "like", ts=self._now()) for item_id in liked]
+        positions = self._client.send(*likes, Comment(VISITOR, COMMENT, ts=self._now()))
         after = self._list(VISITOR, positions)
         titles = ", ".join(self._title(item_id) for item_id in liked)
         console.print(f'\na visitor likes {titles}, and writes: "{COMMENT}"')
         table = Table("before", "after", "because of (share of the logit)")
         for old, new in zip(before, after, strict=False):
-            table.add_row(self._title(old["item_id"]), self._title(new["item_id"]), self._because(new))
+            table.add_row(self._title(old.item_id), self._title(new.item_id), self._because(new))
         console.print(table)
 
-    def _because(self, item: dict[str, Any]) -> str:
-        parts = sorted(item["explanation"]["contributions"], key=lambda part: -part["value"])[:2]
+    def _because(self, item: RankedItem) -> str:
+        parts = item.explanation.contributions if item.explanation else []
         return ", ".join(
-            f"{self._title(part['item_id']) if part.get('item_id') else 'the comment'} {part['value']:+.2f}"
-            for part in parts
+            f"{self._title(part.item_id) if part.item_id else 'the comment'} {part.value:+.2f}"
+            for part in sorted(parts, key=lambda part: -part.value)[:2]
         )
 
     def _title(self, item_id: str) -> str:
         return self._texts[item_id].split(").")[0] + ")"
 
-    def _post(self, acts: list[dict[str, Any]]) -> list[str]:
-        answer = self._http.post("/v1/events", json=acts)
-        answer.raise_for_status()
-        positions: list[str] = answer.json()["positions"]
-        return positions
-
-    def _list(self, user_id: str, at_least: list[str]) -> list[dict[str, Any]]:
-        answer = self._http.get(
-            f"/v1/users/{user_id}/recommendations",
-            params={"limit": LIST_ITEMS, "explain": "true", "at_least": at_least},
-        )
-        answer.raise_for_status()
-        items: list[dict[str, Any]] = answer.json()["items"]
-        return items
+    def _list(self, user_id: str, at_least: list[str]) -> list[RankedItem]:
+        return self._client.recommendations(user_id, limit=LIST_ITEMS, explain=True, at_least=at_least).items

@@ -246,8 +246,10 @@ def test_what_kafkas_console_types_ends_in_state_list_and_dead_letters(kafka_nod
         here = {"localhost:9092": kafka_node.address, "--topic ": "--topic console-"}
         as_told = example("bash", "kafka-console-producer.sh", here)
         run_shell(as_told, str(kafka_node.console_producer(tmp_path / "bin")))
-        worker.wait_until("the README's events", lambda: worker.get("/v1/users/u42/state")["events"] == 2)
-        assert worker.get("/v1/items/50")["text"].startswith("Star Wars")
+        here = {"localhost:9092": kafka_node.address, "-t clicks": "-t console-clicks"}
+        run_shell(example("bash", "kcat", here))
+        worker.wait_until("the README's events", lambda: worker.get("/v1/users/u42/state")["events"] == 3)
+        worker.wait_until("the README's item", lambda: worker.get("/v1/items/50")["text"].startswith("Star Wars"))
         assert worker.stop()[0] == 0
     finally:
         made.close()
