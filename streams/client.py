@@ -186,12 +186,25 @@ def _query(options: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
+def _segment(an_id: str) -> str:
+    """An id as one path segment; dots too, where they alone would be a relative path. Raises Invalid.
+
+    >>> _segment("a/b c"), _segment("..")
+    ('a%2Fb%20c', '%2E%2E')
+    """
+    try:
+        quoted = quote(an_id, safe="")
+    except UnicodeEncodeError:
+        raise Invalid(ProblemDetails("invalid-parameter", "Invalid parameter", 422, "the id is not text")) from None
+    return quoted if quoted.strip(".") else quoted.replace(".", "%2E")
+
+
 def _user(user_id: str, what: str = "") -> str:
-    return f"/v1/users/{quote(user_id, safe='')}{what}"
+    return f"/v1/users/{_segment(user_id)}{what}"
 
 
 def _item(item_id: str, what: str = "") -> str:
-    return f"/v1/items/{quote(item_id, safe='')}{what}"
+    return f"/v1/items/{_segment(item_id)}{what}"
 
 
 # -- the operations, once

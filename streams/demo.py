@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -299,7 +300,10 @@ def _state(settings: Settings, worker: _Worker) -> Report:
 
 def _print(report: Report, console: Console) -> None:
     popularity = max(report["baselines"].items(), key=lambda entry: entry[1]["ndcg@10"] or 0.0)
-    table = Table(title=f"{report['events']:,} events, each ranked before it was learnt", title_justify="left")
+    ruled = box.HEAVY_HEAD if console.is_terminal else None
+    table = Table(
+        title=f"{report['events']:,} events, each ranked before it was learnt", title_justify="left", box=ruled
+    )
     for name in ("", "HR@10", "NDCG@10", "MRR", "Recall@20", "HR@10 second half"):
         table.add_column(name, justify="left" if not name else "right")
     for name, m in (("the live model", report["model"]), (f"running popularity ({popularity[0]})", popularity[1])):

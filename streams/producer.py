@@ -16,7 +16,8 @@ SEND_TIMEOUT_S: Final = 30.0  # until the brokers have acknowledged what was sen
 class Producer:
     """Sends events to the source topics by kafka-python: each with its id as the key, placed by murmur2.
 
-    A record is acknowledged by all in-sync replicas. Threads may share one.
+    A record is acknowledged by all in-sync replicas, and written once and in order where the brokers have the
+    idempotent producer. Threads may share one.
 
     bootstrap: "host:port" with commas between. topic_prefix: the deployment's HEADWATER_TOPIC_PREFIX. options: of
     kafka-python's KafkaProducer (security_protocol, sasl_mechanism, compression_type, ...).
@@ -31,7 +32,12 @@ class Producer:
 
         self._fault: type[Exception] = KafkaError
         self._bootstrap, self._prefix, self._timeout_s = bootstrap, topic_prefix, timeout_s
-        told = {"acks": "all", **options, "bootstrap_servers": bootstrap.split(",")}
+        told = {
+            "acks": "all",
+            "max_block_ms": round(timeout_s * 1e3),
+            **options,
+            "bootstrap_servers": bootstrap.split(","),
+        }
         self._producer: KafkaProducer = self._answered(KafkaProducer, **told)
 
     def __enter__(self) -> Self:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -101,7 +102,8 @@ class Visitor:
         after = self._list(VISITOR, positions)
         titles = ", ".join(self._title(item_id) for item_id in liked)
         console.print(f'\na visitor likes {titles}, and writes: "{COMMENT}"')
-        table = Table("before", "after", "because of (share of the logit)")
+        ruled = box.HEAVY_HEAD if console.is_terminal else None
+        table = Table("before", "after", "because of (share of the logit)", box=ruled)
         for old, new in zip(before, after, strict=False):
             table.add_row(self._title(old.item_id), self._title(new.item_id), self._because(new))
         console.print(table)

@@ -127,8 +127,12 @@ async def test_every_other_read_is_typed(ask: AsyncClient, world: World) -> None
     assert await ask.readyz() == []
     world.waits_for = ["partition 1 opens"]
     assert await ask.readyz() == ["partition 1 opens"]
-    odd = "a/b c?#é"
-    assert (await ask.state(odd)).user_id == odd
+    for odd in ("a/b c?#é", ".", "..", "%2E", "a."):
+        assert (await ask.state(odd)).user_id == odd
+    with pytest.raises(Invalid, match="not text"):
+        await ask.state("\ud800")
+    with pytest.raises(Invalid):
+        await ask.erasure("no/erasure")
 
 
 async def test_an_erasure_is_asked_for_and_waited_for(ask: AsyncClient, world: World) -> None:
