@@ -41,7 +41,7 @@ def run(args: list[str]) -> dict[str, Any]:
     encoder = Encoder(chosen.encoder, device=chosen.device)
     stream = evaluate.read_stream(options.items, options.events, chosen.evidence_config())
     config = TuningConfig(round_examples=options.round_examples)
-    learner = chosen.learner_config(encoder.dim)
+    learner = replace(chosen.learner_config(encoder.dim), rank_items=0)
     warm_up(learner)
 
     def new_run() -> evaluate.Run:

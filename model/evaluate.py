@@ -41,6 +41,8 @@ MCNEMAR_CHI2: Final = 6.6349  # the chi-square that it takes, of one degree of f
 RELIABILITY_GROUPS: Final = 20
 WINDOW_TESTS: Final = 5000  # of the live figures: HR@10 of .25 is known to +-.006
 
+ITEM_KNN: Final = "item_knn"  # the rival that the learner ranks by its own counts
+
 NAMES: Final = ("hr@10", "ndcg@10", "mrr", "recall@20")
 
 
@@ -263,6 +265,8 @@ class LiveOutcome(Protocol):
     def log_loss(self) -> Array: ...  # (n,) nan: not ranked
     @property
     def pop_rank(self) -> Array: ...  # (n, H)
+    @property
+    def knn_rank(self) -> Array: ...  # (n,) nan: not ranked
 
 
 class DriftMonitor:
@@ -295,11 +299,11 @@ class DriftMonitor:
 
 
 class LiveMetrics:
-    """The live prequential figures of a worker: the newest tests, the model beside running popularity."""
+    """The live prequential figures of a worker: the newest tests, the model beside running popularity and item-kNN."""
 
     def __init__(self, popularities: tuple[str, ...] = (), tests_max: int = WINDOW_TESTS) -> None:
         """popularities: a name for each column of an outcome's `pop_rank`."""
-        self.models = {name: Metrics(tests_max=tests_max) for name in ("model", *popularities)}
+        self.models = {name: Metrics(tests_max=tests_max) for name in ("model", *popularities, ITEM_KNN)}
         self.drift = DriftMonitor()
         self._popularities = popularities
 
@@ -312,6 +316,7 @@ class LiveMetrics:
         for h, name in enumerate(self._popularities):
             ranks = np.where(np.isnan(rank), np.nan, outcome.pop_rank[:, h])
             self.models[name].update(ranks, outcome.candidates)
+        self.models[ITEM_KNN].update(outcome.knn_rank, outcome.candidates)
         return self.drift.update(np.where(np.isnan(rank), np.nan, outcome.log_loss))
 
     def report(self) -> Report:

@@ -77,6 +77,7 @@ ENTRIES: Final = 8  # calls of enter, which break ties of pending items
 MESSAGES: Final = 9
 LOSS: Final = 10  # sum of the sampled cross-entropy
 LOSSES: Final = 11
+RANK_CREDIT: Final = 12  # item scores that ranking in full may still cost
 SCALARS: Final = 16
 
 FEATURES: Final = 11
@@ -109,6 +110,10 @@ COUNT_DECAY: Final = 0.9  # co-occurrence weight per step back in the history
 COUNT_MIN: Final = 0.1  # the least weight that is counted
 AGE_MIDS: Final = (0.0, 1.0, 2.0, 3.0, 4.5, 7.0, 10.5, 16.5, 28.0, 48.0, 80.0)
 POPULARITIES: Final = 4  # running popularity: half-lives of 10, 100, 1000 positives, all-time
+KNN_DECAY: Final = 0.65  # of item-kNN, per entry further back in the history
+KNN_PRIOR: Final = 0.001  # what a positive counts there, decayed with a half-life of KNN_POPULARITY
+KNN_POPULARITY: Final = 2
+RANK_CREDIT_EXAMPLES_MAX: Final = 1024  # whose allowance is kept at the most
 LISTED: Final = 10  # of the best candidates, whose probabilities are told
 
 CLOSED: Final = -1e30  # the score of a row that is no candidate
@@ -210,6 +215,9 @@ class Work(NamedTuple):
     weight_c: Array  # (K + 2,) float32
     score: Array  # (N,) float32
     dense: Array  # (R N,) float32
+    rival: Array  # (N,) float32
+    rival_history: Array  # (L,) float32
+    ranked: Array  # (B,) bool: is ranked in full
     skip: Array  # (N,) uint8
     bias_j: Array  # (N,) float32
     popularity: Array  # (POPULARITIES, N) float32
@@ -221,6 +229,7 @@ class Outcomes(NamedTuple):
     candidates: Array  # (B,) int32
     rank: Array  # (B,) float64
     popularity_rank: Array  # (B, POPULARITIES) float64
+    knn_rank: Array  # (B,) float64 by item-kNN
     probability: Array  # (B,) float64 p of the target
     log_loss: Array  # (B,) float64 -ln p_i - sum_{j != i} ln(1 - p_j)
     raw_log_loss: Array  # (B,) float64 the same of p = sigmoid(s)
@@ -237,6 +246,7 @@ class Steps(NamedTuple):
     y_history: int
     seed: int
     refresh: int  # examples after which the candidates' features are taken anew
+    rank_items: int  # item scores that ranking in full may cost an example; 0: no limit
     lr_phi: float
     lr_y: float
     lr_beta: float
@@ -996,6 +1006,11 @@ def _rank(m, w, x, b, dense, rows, o):
     if w.skip[target] == 0 and m.flags[target] & ACTIVE:
         kept = min(used, w.link_start.shape[1] - 1)
         neighbour_scores(m, w.history[b, :kept], w.ck[b, :kept], w.score[:rows])
+        weight = f4(1)
+        for q in range(kept):
+            w.rival_history[q] = weight * m.rec[w.history[b, q]].damping
+            weight *= f4(KNN_DECAY)
+        neighbour_scores(m, w.history[b, :kept], w.rival_history[:kept], w.rival[:rows])
         slope = _rank_candidates(m, w, x.ts[b], target, dense, rows, o, b)
     for q in range(used):
         w.skip[w.history[b, q]] = 0
@@ -1008,7 +1023,7 @@ def _rank(m, w, x, b, dense, rows, o):
 
 @nb.njit(**INNER)
 def _rank_candidates(m, w, ts, target, dense, rows, o, b):
-    """The body of `_rank`: w.score holds the co-occurrence sums. Mid-ranks: 1 + #greater + ties / 2."""
+    """The body of `_rank`: w.score and w.rival hold the co-occurrence sums. Mid-ranks: 1 + #greater + ties / 2."""
     a_k = w.coefficient[b, T_NEIGHBOUR]
     _bias_all(m, rows, ts, w.coefficient[b], w.bias_j, w.popularity)
     top = f4(-1e30)
@@ -1047,6 +1062,7 @@ def _rank_candidates(m, w, ts, target, dense, rows, o, b):
     o.log_loss[b] = log_loss - np.log(max(p_i, 1e-30))
     o.raw_log_loss[b] = raw + np.float64(max(-s_i, f4(0)) + _log(f4(1) + _exp(-abs(s_i))))
     _rank_by_popularity(w, target, rows, candidates, o, b)
+    _rank_by_neighbours(m, w, target, rows, o, b)
     listed = np.empty(LISTED, np.int32)
     found = best(w.score[:rows], LISTED, listed)
     o.listed[b] = -1
@@ -1086,6 +1102,35 @@ def _rank_by_popularity(w, target, rows, candidates, o, b):
 
 
 @nb.njit(**INNER)
+def _rank_by_neighbours(m, w, target, rows, o, b):
+    """The target's mid-rank by streaming item-kNN (Sarwar et al. 2001; Deshpande, Karypis 2004) over the learner's own
+    counts, nothing in it learnt: sum_q .65^q sqrt(C_kj) / ((c_k + 1)(c_j + 1))^.2, and popularity where that is 0."""
+    prior = w.popularity[KNN_POPULARITY]
+    own = w.rival[target] * m.rec[target].damping + f4(KNN_PRIOR) * prior[target]
+    greater = 0
+    ties = 0
+    for j in range(rows):
+        if w.score[j] > f4(-1e29) and j != target:
+            s = w.rival[j] * m.rec[j].damping + f4(KNN_PRIOR) * prior[j]
+            greater += s > own
+            ties += s == own
+    o.knn_rank[b] = 1 + greater + 0.5 * ties
+
+
+@nb.njit(**INNER)
+def _choose_ranked(m, w, x, steps):
+    """Which examples are ranked in full: those asked for, as far as they cost steps.rank_items item scores an example
+    on average. By the state and the message alone."""
+    credit = m.scalar[RANK_CREDIT]
+    for b in range(x.count):
+        credit = min(credit + steps.rank_items, np.float64(RANK_CREDIT_EXAMPLES_MAX * steps.rank_items))
+        w.ranked[b] = x.ranked[b] and w.go[b] and (steps.rank_items == 0 or credit >= 0)
+        if w.ranked[b] and steps.rank_items > 0:
+            credit -= m.scalar[ACTIVES]
+    m.scalar[RANK_CREDIT] = credit
+
+
+@nb.njit(**INNER)
 def _dense_scores(m, w, x, b, rows):
     """<zC, phi_j> + <v, e_j> of every row for the next ranked examples from b on, into w.dense; returns how many.
 
@@ -1094,14 +1139,14 @@ def _dense_scores(m, w, x, b, rows):
     most = max(1, len(w.dense) // rows)
     chosen = 0
     for r in range(b, x.count):
-        if x.ranked[r] and w.go[r] and chosen < most:
+        if w.ranked[r] and chosen < most:
             chosen += 1
     dim = m.phi.shape[1]
     z = np.empty((chosen, dim), np.float32)
     v = np.empty((chosen, m.e.shape[1]), np.float32)
     at = 0
     for r in range(b, x.count):
-        if x.ranked[r] and w.go[r] and at < chosen:
+        if w.ranked[r] and at < chosen:
             z[at] = w.user[r, :dim]
             v[at] = w.user[r, dim:]
             at += 1
@@ -1135,7 +1180,7 @@ def _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts,
             done += 1
         used = x.history_count[b]
         if w.go[b]:
-            if x.ranked[b]:
+            if w.ranked[b]:
                 if taken == ready:
                     ready = _dense_scores(m, w, x, b, rows)
                     taken = 0
@@ -1402,6 +1447,7 @@ def learn_message(m, w, x, o, steps, entry_row, entry_at, entry_ts, position, re
     count, named = _draw(m, w, x, steps, rows, candidates, position)
     _user_side(m, w, x, steps, entry_row, entry_at, entries)
     _gather(m, w, count)
+    _choose_ranked(m, w, x, steps)
     slope = _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts, entries, record_bytes)
     learnt = 0
     for b in range(x.count):

@@ -35,6 +35,7 @@ class LearnerConfig:
     cooccurrence_history: int = 32  # of these in the co-occurrence block
     y_history: int = 32  # of these whose y gets a gradient
     message_examples_max: int = 64  # B
+    rank_items: int = 40  # item scores an example that ranking in full may cost on average; 0: no limit
     refresh_examples: int = 2  # after which the candidates' features are taken anew; the target's never lag
     seed: int = 7
     lr_phi: float = 0.05
@@ -62,7 +63,8 @@ class LearnerConfig:
 class Outcome:
     """What ranking in full gave, one row an example of the message, n in all.
 
-    rank is NaN where the example was not ranked: not asked for, no positive, or its target no candidate.
+    rank is NaN where the example was not ranked: not asked for, more than `rank_items` allows, no positive, or its
+    target no candidate.
     """
 
     rank: Array  # (n,) float32: 1 + #greater + ties / 2 among the candidates
@@ -71,6 +73,7 @@ class Outcome:
     log_loss: Array  # (n,) float32, nats: -ln p_i - sum over the other candidates of ln(1 - p_j)
     auc: Array  # (n,) float32: share of the other candidates below the target
     pop_rank: Array  # (n, 4) float32: by running popularity, HALF_LIVES_POSITIVES, among the same candidates
+    knn_rank: Array  # (n,) float32: by item-kNN over the learner's counts, among the same candidates
     raw_log_loss: Array  # (n,) float32: the log loss of sigmoid(s), not calibrated
     pop_log_loss: Array  # (n, 4) float32: of popularity's own p_j = (1 + count_j) / sum (1 + count)
     listed: Array  # (n, kernels.LISTED) float32: p of the best candidates, best first; nan where there are fewer
@@ -100,6 +103,7 @@ class Learner:
         self.matrix = ItemMatrix(config.dim, config.text_dim, config.neighbours_max)
         self._steps = kernels.Steps(
             config.negatives, config.cooccurrence_history, config.y_history, config.seed, config.refresh_examples,
+            config.rank_items,
             config.lr_phi, config.lr_y, config.lr_beta, config.lr_scale, config.lr_decay,
             config.lr_setting, config.lr_map, config.lr_sharp, config.start,
             config.backward,
@@ -314,6 +318,7 @@ class Learner:
             log_loss=column(o.log_loss[:n]),
             auc=column(auc),
             pop_rank=column(o.popularity_rank[:n]),
+            knn_rank=column(o.knn_rank[:n]),
             raw_log_loss=column(o.raw_log_loss[:n]),
             pop_log_loss=column(o.popularity_log_loss[:n]),
             listed=column(np.where(o.listed[:n] < 0, np.nan, o.listed[:n])),
@@ -395,6 +400,7 @@ def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
         grad_i=f(b), step_phi=f(k + b, d), step_beta=f(k + b), row_phi=i(k + b), slot_y=i(capacity),
         step_y=f(b * config.y_history, d), row_y=i(b * config.y_history), theta=f(kernels.THETA),
         weight_c=f(k + 2), score=f(capacity), dense=f(max(DENSE_FLOATS_MAX, capacity)),
+        rival=f(capacity), rival_history=f(length), ranked=np.zeros(b, np.bool_),
         skip=np.zeros(capacity, np.uint8), bias_j=f(capacity), popularity=f(kernels.POPULARITIES, capacity),
     )  # fmt: skip
 
@@ -405,7 +411,9 @@ def _new_outcomes(examples_max: int) -> kernels.Outcomes:
 
     b, h = examples_max, kernels.POPULARITIES
     return kernels.Outcomes(
-        np.zeros(b, np.int32), f(b), f(b, h), f(b), f(b), f(b), f(b, h), f(b, kernels.LISTED), np.zeros(b, np.int32)
+        candidates=np.zeros(b, np.int32), rank=f(b), popularity_rank=f(b, h), knn_rank=f(b), probability=f(b),
+        log_loss=f(b), raw_log_loss=f(b), popularity_log_loss=f(b, h), listed=f(b, kernels.LISTED),
+        place=np.zeros(b, np.int32),
     )  # fmt: skip
 
 

@@ -91,6 +91,7 @@ def _settings(settings: Settings, address: str, state_dir: Path) -> Settings:
         raise DemoError(f"port {port} is in use: give another with --port, or stop what listens there")
     return settings.model_copy(update={
         "broker": address, "state_dir": state_dir, "http_port": port, "rank_sample": 1.0,
+        "learner_rank_items": 0,
         "live_tests_max": 2 * movielens.RATINGS,
     })  # fmt: skip
 
@@ -299,14 +300,17 @@ def _state(settings: Settings, worker: _Worker) -> Report:
 
 
 def _print(report: Report, console: Console) -> None:
-    popularity = max(report["baselines"].items(), key=lambda entry: entry[1]["ndcg@10"] or 0.0)
+    rivals = dict(report["baselines"])
+    knn = rivals.pop("item_knn")
+    popularity = max(rivals.items(), key=lambda entry: entry[1]["ndcg@10"] or 0.0)
     ruled = box.HEAVY_HEAD if console.is_terminal else None
     table = Table(
         title=f"{report['events']:,} events, each ranked before it was learnt", title_justify="left", box=ruled
     )
     for name in ("", "HR@10", "NDCG@10", "MRR", "Recall@20", "HR@10 second half"):
         table.add_column(name, justify="left" if not name else "right")
-    for name, m in (("the live model", report["model"]), (f"running popularity ({popularity[0]})", popularity[1])):
+    told = (("the live model", report["model"]), (f"running popularity ({popularity[0]})", popularity[1]))
+    for name, m in (*told, ("item-kNN", knn)):
         figures = (m["hr@10"], m["ndcg@10"], m["mrr"], m["recall@20"], m["second_half"]["hr@10"])
         table.add_row(name, *("-" if figure is None else f"{figure:.4f}" for figure in figures))
     console.print(table)

@@ -208,12 +208,13 @@ class Run:
         self, stream: Stream, encoder: Encoder, evidence: EvidenceConfig, config: LearnerConfig,
         adapter: Adapter | None = None,
     ) -> None:  # fmt: skip
-        """Every target is ranked, whatever `evidence` says of sampling. Raises StreamError for a foreign adapter."""
+        """Every target is ranked, whatever `evidence` and `config` say of sampling and cost. Raises StreamError for a
+        foreign adapter."""
         if adapter is not None and adapter.base != encoder.name:
             raise StreamError(f"the checkpoint is of the encoder {adapter.base}, texts are encoded by {encoder.name}")
         n = len(stream.events)
         self.stream = stream
-        self.config = config
+        self.config = config = replace(config, rank_items=0)
         self.users: dict[bytes, bytes] = {}
         self.learner = ItemLearner(config, encoder.dim)
         if adapter is not None:

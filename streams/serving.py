@@ -152,7 +152,7 @@ class WorkerView(Protocol):
 
         {"type": "event", "topic", "user_id", "item_id"?, "action"?, "ts"} as `stream_event` makes it, and each second
         {"type": "status", "events_per_s", "lag_records", "lag_s", "positives", "items",
-         "hit_ratio": {"model": number|null, "popularity": number|null}}.
+         "hit_ratio": {"model": number|null, "popularity": number|null, "item_knn": number|null}}.
         """
 
 

@@ -214,7 +214,8 @@ class Settings(BaseSettings):
     )
     rank_sample: Share = _setting(
         0.05, "share",
-        "Of the targets, ranked in full before they are learnt: the live metrics. Each is a pass over the catalogue.",
+        "Of the targets, ranked in full before they are learnt: the live metrics. Each is a pass over the catalogue; "
+        "learner_rank_items bounds their cost.",
     )  # fmt: skip
 
     live_tests_max: int = _setting(
@@ -236,6 +237,11 @@ class Settings(BaseSettings):
         32, "events", "Newest of a user's history that the co-occurrence block reads.", ge=1, le=100
     )
     learner_y_history: int = _setting(32, "events", "Newest of a user's history whose y is trained.", ge=1, le=100)
+    learner_rank_items: int = _setting(
+        40, "item scores",
+        "That ranking targets in full may cost an example, on average: of a large catalogue less than rank_sample is "
+        "ranked. 0: no limit.", ge=0, le=10_000_000,
+    )  # fmt: skip
     learner_refresh_examples: int = _setting(
         2, "examples", "Between the refreshes of what the dense part reads inside a message.", ge=1, le=64
     )

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from model.evaluate import ITEM_KNN
 from model.ranker import Ranker
 from state import partition as state_partition
 from streams import codec, kafka
@@ -253,6 +254,6 @@ class View:
                 "type": "status", "events_per_s": (events - before) / max(now - at, 1e-9),
                 "lag_records": self.worker.lag_records(), "lag_s": self.worker.telemetry.event_lag_s,
                 "positives": self.worker.replica.positives, "items": self.worker.replica.active_count,
-                "hit_ratio": {name: report.get(name, {}).get("hr@10") for name in ("model", "popularity")},
+                "hit_ratio": {name: report.get(name, {}).get("hr@10") for name in ("model", "popularity", ITEM_KNN)},
             })  # fmt: skip
             before, at = events, now

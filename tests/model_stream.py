@@ -20,6 +20,7 @@ SMALL = LearnerConfig(
     cooccurrence_history=5,
     y_history=4,
     message_examples_max=8,
+    rank_items=0,
 )
 ITEMS = 40
 START_TS = 1_600_000_000.0

@@ -66,9 +66,9 @@ class World:
         self.failing_after: int | None = None
         self.clock_s = START_S
         self.rate = 12.0
-        self.hits: list[tuple[bool, bool]] = []  # the model's and popularity's, of each click that was ranked
+        self.hits: list[tuple[bool, ...]] = []  # of each ranked click: the model, popularity, item-kNN
         self.listeners: list[asyncio.Queue[dict[str, Any]]] = []
-        config = LearnerConfig(dim=16, text_dim=TEXT_DIM, negatives=32, neighbours_max=32)
+        config = LearnerConfig(dim=16, text_dim=TEXT_DIM, negatives=32, neighbours_max=32, rank_items=0)
         self.settings_digest = settings_digest(self.encoder, config, EVIDENCE)
         self._learner = ItemLearner(config, TEXT_DIM)
         self._replica = ItemMatrix(config.dim, config.text_dim, config.neighbours_max)
@@ -175,11 +175,11 @@ class World:
     # -- the stream behind it
 
     def status(self) -> dict[str, Any]:
-        ratios = np.mean(self.hits or [(False, False)], axis=0).tolist()
+        ratios = np.mean(self.hits or [(False, False, False)], axis=0).tolist()
         return {
             "type": "status", "events_per_s": self.rate, "lag_records": 0, "lag_s": 0.0,
             "positives": self._replica.positives, "items": self._replica.active_count,
-            "hit_ratio": dict(zip(("model", "popularity"), ratios, strict=True)),
+            "hit_ratio": dict(zip(("model", "popularity", "item_knn"), ratios, strict=True)),
         }  # fmt: skip
 
     def add_items(self, items: list[Item]) -> None:
@@ -243,8 +243,8 @@ class World:
             outcome = self._learner.learn(self._examples_end, message).outcome
             if outcome is not None:
                 ranked = ~np.isnan(outcome.rank)
-                model, popular = outcome.rank[ranked] <= LIST, outcome.pop_rank[ranked, -1] <= LIST
-                self.hits.extend(zip(model.tolist(), popular.tolist(), strict=True))
+                ranks = (outcome.rank[ranked], outcome.pop_rank[ranked, -1], outcome.knn_rank[ranked])
+                self.hits.extend(zip(*((rank <= LIST).tolist() for rank in ranks), strict=True))
             self._examples_end += 1
         changed = self._learner.take_dirty()
         self._replica.apply((k, v) for k, v in changed.items() if k not in pipeline.OWN_KEYS)

@@ -372,6 +372,7 @@ class FakeOutcome:
     candidates: npt.NDArray[Any]
     log_loss: npt.NDArray[Any]
     pop_rank: npt.NDArray[Any]
+    knn_rank: npt.NDArray[Any]
 
 
 def test_live_metrics_compare_the_model_with_popularity_on_the_same_tests() -> None:
@@ -380,12 +381,13 @@ def test_live_metrics_compare_the_model_with_popularity_on_the_same_tests() -> N
     live.observe(
         FakeOutcome(
             np.array([1.0, nan, 30.0]), np.array([50, 0, 50]), np.array([0.5, nan, 4.0]),
-            np.array([[2.0, 40.0], [nan, nan], [3.0, 4.0]]),
+            np.array([[2.0, 40.0], [nan, nan], [3.0, 4.0]]), np.array([11.0, nan, 10.0]),
         )
     )  # fmt: skip
-    live.observe(FakeOutcome(np.array([nan]), np.array([0]), np.array([nan]), np.full((1, 2), nan)))
+    live.observe(FakeOutcome(np.array([nan]), np.array([0]), np.array([nan]), np.full((1, 2), nan), np.array([nan])))
     report = live.report()
-    assert [report[name]["hr@10"] for name in ("model", "popularity 10", "popularity")] == [0.5, 1.0, 0.5]
+    names = ("model", "popularity 10", "popularity", "item_knn")
+    assert [report[name]["hr@10"] for name in names] == [0.5, 1.0, 0.5, 0.5]
     assert report["model"]["log_loss"] == pytest.approx(2.25)
     assert report["drift"] == {"log_loss": 0}
 

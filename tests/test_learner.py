@@ -1,6 +1,7 @@
 """The learner against slow float64 equations, and as a state machine: same log, same bytes."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +50,12 @@ def one(item: int, ts: float, history: tuple[int, ...] = (), *, label: int = 1, 
     x.history_ts[0, : len(history)] = ts - 10
     x.history_weight[0, : len(history)] = 1
     return x._replace(count=1)
+
+
+def ask_all(messages: int, config: LearnerConfig) -> Iterator[Examples]:
+    for x in stream(config, messages):
+        x.ranked[:] = True
+        yield x
 
 
 # --- the equations, slowly ---
@@ -454,3 +461,50 @@ def test_warm_up_leaves_nothing_to_compile() -> None:
     assert [
         len(kernel.signatures) for kernel in (kernels.learn_message, kernels.find_examples, kernels.mark)
     ] == compiled
+
+
+# --- the live race ---
+
+
+def test_item_knn_ranks_by_the_learners_own_counts() -> None:
+    learner = trained(40)
+    m, rows = learner.matrix.arrays, len(learner.matrix)
+    history, target = (3, 8, 21), 12
+    near: dict[int, float] = {}
+    index = {int(m.key[row]): row for row in range(rows)}
+    for q, k in enumerate(index[key] for key in history):
+        counts = dict(zip(m.neighbour[k, : m.length[k]].tolist(), m.weight[k, : m.length[k]].tolist(), strict=True))
+        for j, count in counts.items():
+            damping = ((m.rec["evidence"][k] + 1) * (m.rec["evidence"][j] + 1)) ** -0.2
+            near[j] = near.get(j, 0.0) + kernels.KNN_DECAY**q * math.sqrt(count) * damping
+    since = m.scalar[kernels.STEP] - m.rec["last_step"][:rows]
+    prior = kernels.KNN_PRIOR * m.rec["count_1000"][:rows] * np.exp2(-since / 1000)
+    score = {j: near.get(j, 0.0) + prior[j] for j in range(rows) if learner.matrix.is_active(j)}
+    others = [s for j, s in score.items() if j != index[target] and m.key[j] not in history]
+    own = score[index[target]]
+    outcome = learner.learn(one(target, START_TS + 1e5, history, ranked=True), 40)
+    assert outcome.knn_rank[0] == 1 + sum(s > own * (1 + 1e-6) for s in others)
+    assert outcome.candidates[0] == len(others) + 1
+    assert 1 < outcome.knn_rank[0] < 20
+
+
+def test_ranking_in_full_costs_what_it_may_and_no_more() -> None:
+    config = replace(SMALL, rank_items=10)
+    learner, again = Learner(config), Learner(config)
+    enter_all(learner, late=0)
+    enter_all(again, late=0)
+    examples = scores = 0
+    for position, x in enumerate(ask_all(150, config)):
+        outcome = learner.learn(x, position)
+        examples += x.count
+        scores += ITEMS * int((outcome.candidates > 0).sum())
+        other = again.learn(x, position)
+        assert np.array_equal(outcome.candidates, other.candidates), "by the state alone, also by a restored one"
+        if position == 70:
+            saved, again = again.take_dirty(), Learner(config)
+            again.load(saved.items())
+    assert 0.3 * 10 * examples < scores <= 10 * examples + ITEMS, "scored in vain, for a user's own item, counts too"
+    free = Learner(replace(SMALL, rank_items=0))
+    enter_all(free, late=0)
+    asked = [free.learn(x, position).candidates for position, x in enumerate(ask_all(20, config))]
+    assert sum(int((candidates > 0).sum()) for candidates in asked) * ITEMS > 10 * 20 * 8

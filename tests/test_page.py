@@ -136,7 +136,7 @@ async def test_a_visitor_clicks_and_comments_and_the_list_changes(page: Page, wo
 
 async def test_users_of_the_stream_can_be_picked_and_the_race_is_drawn(page: Page, world: World) -> None:
     await expect(page.locator("#live-rate")).to_have_text("12")
-    world.hits = [(n < 24, n < 10) for n in range(100)]
+    world.hits = [(n < 24, n < 10, n < 17) for n in range(100)]
     world.click("western-fan-1", "western-1", "like")  # a repeat: shown, not ranked
     await expect(page.locator("#feed")).to_contain_text("like The Last Canyon")
     await page.locator("#recent").get_by_role("button", name="western-fan-1").click()

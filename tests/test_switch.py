@@ -28,7 +28,7 @@ from tests.test_worker import FILMS
 @pytest.fixture
 def deployment(broker: str, tmp_path: Path) -> Iterator[Deployment]:
     made = Deployment(
-        broker, tmp_path, topic_prefix=f"switch-{tmp_path.name}-", partitions=1, rank_sample=1.0,
+        broker, tmp_path, topic_prefix=f"switch-{tmp_path.name}-", partitions=1, rank_sample=1.0, learner_rank_items=0,
         checkpoints=str(tmp_path / "checkpoints"), trainer_dir=str(tmp_path / "trainer"), trainer_port=free_port(),
     )  # fmt: skip
     made.create_topics()

@@ -17,7 +17,7 @@ from streams.tuning import TuningConfig
 
 DIM = 24
 TASTES = 4  # the first directions
-LEARNER = LearnerConfig(dim=8, text_dim=DIM, negatives=32, neighbours_max=4, cooccurrence_history=4,
+LEARNER = LearnerConfig(rank_items=0, dim=8, text_dim=DIM, negatives=32, neighbours_max=4, cooccurrence_history=4,
                         y_history=4)  # fmt: skip
 TUNING = TuningConfig(
     round_examples=1500, messages_min=10, shadow_tests=3000, watch_tests=2500,
