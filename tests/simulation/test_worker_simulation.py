@@ -11,7 +11,7 @@ import pytest
 from bench import simulate
 from bench.simulation import run_seed
 
-SEEDS = 1000
+SEEDS = 2000
 
 
 @pytest.fixture(scope="module")
