@@ -1,4 +1,4 @@
-"""What a recommender has to beat, under the very protocol of the model: five that learn event by event, one refitted.
+"""What a recommender has to beat, under the very protocol of the model: six that learn event by event, one refitted.
 
     popularity    positives counted with a half-life, in positives of the whole stream
     last_touched  the item that anybody touched last comes first
@@ -7,7 +7,15 @@
     isgd          incremental matrix factorisation of positive-only feedback (Vinagre, Jorge, Gama 2014)
     bpr           matrix factorisation by pairwise ranking (Rendle et al. 2009), stepped at every positive against
                   sampled items that the user has not had
+    river         reco.Baseline, reco.FunkMF and reco.BiasedMF of the library river (Montiel et al. 2021): y = 1 for a
+                  positive, 0 for a low rating and for sampled items that the user has not had
     ease          the linear autoencoder in closed form (Steck 2019), fitted anew every EASE_REFIT events
+
+With the extra `rivals` installed (the library implicit, Frederickson 2017), two more that are fitted anew every
+EASE_REFIT positives:
+
+    implicit_als  weighted matrix factorisation (Hu, Koren, Volinsky 2008); a user's factors are solved for at each test
+    implicit_bpr  matrix factorisation by pairwise ranking; who was not there at the fit has the items' biases
 
 Each is a small family, and the member that does best *on the very stream* stands for it: a choice in hindsight that
 the model is not given. All take a `model.evaluate.Trace` and give a rank for each SCORED event, nan elsewhere.
@@ -15,14 +23,23 @@ the model is not given. All take a `model.evaluate.Trace` and give a rank for ea
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numba as nb
 import numpy as np
 import numpy.typing as npt
+from river import optim, reco
 from scipy.sparse import csr_matrix
 
 from model.evaluate import ASIDE, CREATED, HITS_MAX, LOW, SCORED, Metrics, Trace
+
+try:  # the extra `rivals`
+    from implicit.als import AlternatingLeastSquares
+    from implicit.bpr import BayesianPersonalizedRanking
+except ImportError:
+    HAS_IMPLICIT = False
+else:
+    HAS_IMPLICIT = True
 
 Array = npt.NDArray[Any]
 
@@ -46,9 +63,22 @@ BPR_NEGATIVES: Final = (1, 10)  # steps a positive, each against one sampled ite
 BPR_REGULARISATION: Final = 0.01
 BPR_SEED: Final = 0
 
+RIVER_DIM: Final = 32
+RIVER_RATES: Final = (0.05, 0.1)
+RIVER_NEGATIVES: Final = 3  # sampled items a positive
+RIVER_GRADIENT_MAX: Final = 1.0  # of the squared loss, 2 (prediction - y): larger steps diverge
+RIVER_SEED: Final = 0
+
 EASE_REFIT: Final = 1000  # positives
 EASE_ITEMS_MAX: Final = 2000  # with the most positives; a fit costs their number cubed
 EASE_REGULARISATION: Final = (50.0, 250.0)
+
+IMPLICIT_DIM: Final = 64
+IMPLICIT_ALPHAS: Final = (1.0, 10.0)  # ALS: what a positive weighs more than its absence
+IMPLICIT_REGULARISATION: Final = 0.1
+IMPLICIT_BPR_RATE: Final = 0.05
+IMPLICIT_BPR_PASSES: Final = 30
+IMPLICIT_SEED: Final = 0
 
 OPTIONS: Final = {"nogil": True, "cache": True, "error_model": "numpy"}
 
@@ -150,13 +180,154 @@ def ease(t: Trace) -> dict[str, Array]:
     return out
 
 
+class _River:
+    """One of river's recommenders with its predictions for all items at once: the sum that its predict_one makes."""
+
+    def __init__(self, model: reco.Baseline | reco.FunkMF | reco.BiasedMF, items: int) -> None:
+        self.model = model
+        self.bias = np.zeros(items)  # stays 0 where the model has none
+        self.latent = np.zeros((items, 0))
+        if not isinstance(model, reco.Baseline):
+            self.latent = np.array([model.i_latents[j] for j in range(items)]).reshape(items, RIVER_DIM)
+
+    def learn(self, user: int, item: int, y: float) -> None:
+        self.model.learn_one(user, item, y)
+        if not isinstance(self.model, reco.FunkMF):
+            self.bias[item] = self.model.i_biases[item]
+        if not isinstance(self.model, reco.Baseline):
+            self.latent[item] = self.model.i_latents[item]
+
+    def scores(self, user: int, items: int) -> Array:
+        """(items,) predictions for the first items, up to what all items of the user share."""
+        score = self.bias[:items].copy()
+        if not isinstance(self.model, reco.Baseline):
+            score += self.latent[:items] @ self.model.u_latents[user]
+        return score
+
+
+def river(t: Trace) -> dict[str, Array]:
+    """Ranks by river's own models, each learning by its own learn_one; one array a model and step size."""
+    out = {}
+    for rate in RIVER_RATES:
+        step, more = optim.SGD(rate), {"clip_gradient": RIVER_GRADIENT_MAX, "seed": RIVER_SEED}
+        models = (
+            reco.Baseline(step, **more), reco.FunkMF(RIVER_DIM, step, **more),
+            reco.BiasedMF(RIVER_DIM, step, step, **more),
+        )  # fmt: skip
+        for model in models:
+            name = f"reco.{type(model).__name__}, step {rate:g}, {RIVER_NEGATIVES} negatives"
+            out[name] = _river(t, _River(model, len(t.order)))
+    return out
+
+
+def _river(t: Trace, model: _River) -> Array:
+    ranks = np.full(len(t.kind), np.nan)
+    consumed: list[set[int]] = [set() for _ in range(t.users)]
+    draws = np.random.default_rng(RIVER_SEED).random((len(t.kind), RIVER_NEGATIVES))
+    events = zip(t.kind.tolist(), t.user.tolist(), t.item.tolist(), t.available.tolist(), strict=True)
+    for k, (kind, user, item, available) in enumerate(events):
+        if kind not in (SCORED, CREATED, LOW):
+            continue
+        had = consumed[user]
+        if kind == SCORED:
+            score = model.scores(user, available)
+            own = score[item]
+            mine = score[[j for j in had if j < available]]
+            greater = int((score > own).sum()) - int((mine > own).sum())
+            ties = int((score == own).sum()) - int((mine == own).sum()) - 1
+            ranks[k] = 1 + greater + 0.5 * ties
+        had.add(item)
+        model.learn(user, item, 0.0 if kind == LOW else 1.0)
+        if kind != LOW and available:
+            for rival in (draws[k] * available).astype(int).tolist():
+                if rival not in had:
+                    model.learn(user, rival, 0.0)
+    return ranks
+
+
+def implicit_als(t: Trace) -> dict[str, Array]:
+    """Ranks by <p_u, q_j>, p_u solved for the user's positives so far; one array an alpha."""
+    return {
+        f"alpha {alpha:g}, {IMPLICIT_DIM} factors": _refitted(t, _als(alpha)) for alpha in IMPLICIT_ALPHAS
+    }  # fmt: skip
+
+
+def implicit_bpr(t: Trace) -> dict[str, Array]:
+    """Ranks by <p_u, q_j> + b_j of the last fit."""
+    return {f"step {IMPLICIT_BPR_RATE:g}, {IMPLICIT_BPR_PASSES} passes": _refitted(t, _fit_bpr)}
+
+
+# (what users had: users x items, row of each test's user in it or -1, what the tests' users have: tests x items)
+# -> what is ranked by, (tests, items)
+Fit: TypeAlias = Callable[[csr_matrix, Array, csr_matrix], Array]
+
+
+def _als(alpha: float) -> Fit:
+    def fit(had: csr_matrix, rows: Array, has: csr_matrix) -> Array:
+        model = AlternatingLeastSquares(
+            IMPLICIT_DIM, IMPLICIT_REGULARISATION, alpha, num_threads=1, random_state=IMPLICIT_SEED
+        )
+        model.fit(had, show_progress=False)
+        return np.asarray(model.recalculate_user(np.arange(len(rows)), has) @ model.item_factors.T)
+
+    return fit
+
+
+def _fit_bpr(had: csr_matrix, rows: Array, has: csr_matrix) -> Array:
+    model = BayesianPersonalizedRanking(
+        IMPLICIT_DIM, IMPLICIT_BPR_RATE, iterations=IMPLICIT_BPR_PASSES, num_threads=1, random_state=IMPLICIT_SEED
+    )
+    model.fit(had, show_progress=False)
+    stranger = np.zeros(IMPLICIT_DIM + 1, np.float32)
+    stranger[-1] = 1  # the last factor of an item is its bias
+    users = np.where((rows >= 0)[:, None], model.user_factors[rows], stranger)
+    return np.asarray(users @ model.item_factors.T)
+
+
+def _refitted(t: Trace, fit: Fit) -> Array:
+    """Ranks by the scores of a fit on all that was positive before every EASE_REFIT-th positive; items that had none
+    come last."""
+    positive = (t.kind == SCORED) | (t.kind == CREATED)
+    fits = np.flatnonzero(positive)[EASE_REFIT - 1 :: EASE_REFIT] + 1
+    chain, ranks = _chain(t), np.full(len(t.kind), np.nan)
+    nothing = np.zeros((0, len(t.order)), np.float32)
+    for first, last in pairwise([0, *fits.tolist(), len(t.kind)]):
+        tests = first + np.flatnonzero(t.kind[first:last] == SCORED)
+        taken = np.flatnonzero(positive[:first])
+        scores = nothing
+        if len(taken) and len(tests):
+            users, at = np.unique(t.user[taken], return_inverse=True)
+            had = csr_matrix((np.ones(len(taken), np.float32), (at, t.item[taken])), (len(users), len(t.order)))
+            row = np.minimum(np.searchsorted(users, t.user[tests]), len(users) - 1)
+            rows = np.where(users[row] == t.user[tests], row, -1)
+            entries = [(n, k) for n, test in enumerate(tests.tolist()) for k in _positives(t.kind, chain, test)]
+            which, events = np.array(entries, np.int64).reshape(-1, 2).T
+            has = csr_matrix((np.ones(len(which), np.float32), (which, t.item[events])), (len(tests), len(t.order)))
+            scores = fit(had, rows, has).astype(np.float32)
+            scores[:, np.asarray(had.sum(axis=0)).ravel() == 0] = -1e30
+        _rank_scores(t.item, t.available, chain, tests, scores, ranks)
+    return ranks
+
+
+def _positives(kind: Array, chain: Array, test: int) -> list[int]:
+    """The events before a test by which its user had a positive."""
+    found, k = [], int(chain[test])
+    while k >= 0:
+        if kind[k] != LOW:
+            found.append(k)
+        k = int(chain[k])
+    return found
+
+
 BASELINES: Final[dict[str, Callable[[Trace], dict[str, Array]]]] = {
     "popularity": popularity,
     "last_touched": last_touched,
     "item_knn": item_knn,
     "isgd": isgd,
     "bpr": bpr,
+    "river": river,
     "ease": ease,
+    **({"implicit_als": implicit_als, "implicit_bpr": implicit_bpr} if HAS_IMPLICIT else {}),
 }
 
 
@@ -466,6 +637,18 @@ def _ease(kind, item, available, chain, first, last, place, b, ranks):  # type: 
             score[j] = total[place[j]] if place[j] >= 0 else np.float32(-1e30)
         _mark(skip, item, chain, k, 1)
         ranks[k] = _rank_of(score, available[k], item[k], skip)
+        _mark(skip, item, chain, k, 0)
+
+
+@nb.njit(**OPTIONS)
+def _rank_scores(item, available, chain, tests, scores, ranks):  # type: ignore[no-untyped-def]
+    """Ranks of the tests by their rows of scores (tests, items); all alike where there are none."""
+    skip = np.zeros(scores.shape[1], np.uint8)
+    alike = np.zeros(scores.shape[1], np.float32)
+    for n in range(len(tests)):
+        k = tests[n]
+        _mark(skip, item, chain, k, 1)
+        ranks[k] = _rank_of(scores[n] if len(scores) else alike, available[k], item[k], skip)
         _mark(skip, item, chain, k, 0)
 
 

@@ -16,7 +16,9 @@ WIDTH: Final = 560
 HEIGHT: Final = 300
 MARGIN: Final = 44
 POINTS_MAX: Final = 300  # of a curve
-COLOURS: Final = ("#0b6e4f", "#c1121f", "#e09f3e", "#335c67", "#9a4eae", "#5f0f40", "#7f7f7f", "#118ab2")
+COLOURS: Final = (
+    "#0b6e4f", "#c1121f", "#e09f3e", "#335c67", "#9a4eae", "#5f0f40", "#7f7f7f", "#118ab2", "#8a6d3b", "#2b2d42",
+)  # fmt: skip
 TAILS: Final = (0, 1, 5, 20, 100)  # least positives of an item before the test, of each group of the long tail
 STYLE: Final = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1180px;color:#222;padding:0 1em}"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from river import optim, reco
 
 from model import baselines
 from model.evaluate import CREATED, LOW, SCORED, Trace, trace
@@ -169,6 +170,34 @@ def test_bpr_equals_its_formulas(laid: Trace) -> None:
     assert np.mean(got[scored] == expected[scored]) > 0.97
 
 
+def test_river_ranks_by_its_own_predictions(laid: Trace) -> None:
+    grid = baselines.river(laid)
+    assert len(grid) == 3 * len(baselines.RIVER_RATES)
+    rate = baselines.RIVER_RATES[0]
+    step, more = optim.SGD(rate), {"clip_gradient": baselines.RIVER_GRADIENT_MAX, "seed": baselines.RIVER_SEED}
+    model = reco.BiasedMF(baselines.RIVER_DIM, step, step, **more)
+    for j in range(ITEMS):
+        model.i_latents[j]  # an item's factors are drawn when it is first met
+    draws = np.random.default_rng(baselines.RIVER_SEED).random((len(laid.kind), baselines.RIVER_NEGATIVES))
+
+    def score(k: int, history: list[int]) -> Array:
+        return np.array([model.predict_one(int(laid.user[k]), j) for j in range(ITEMS)])
+
+    def learn(k: int, history: list[int]) -> None:
+        user, item = int(laid.user[k]), int(laid.item[k])
+        if laid.kind[k] == LOW:
+            model.learn_one(user, item, 0.0)
+        if is_positive(laid, k):
+            model.learn_one(user, item, 1.0)
+            for rival in (draws[k] * laid.available[k]).astype(int).tolist():
+                if rival != item and rival not in history:
+                    model.learn_one(user, rival, 0.0)
+
+    expected = replay(laid, score, learn)
+    name = f"reco.BiasedMF, step {rate:g}, {baselines.RIVER_NEGATIVES} negatives"
+    np.testing.assert_array_equal(grid[name], expected)
+
+
 def test_ease_is_the_closed_form_of_all_that_came_before_its_last_fit(
     laid: Trace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +237,29 @@ def plain(user: list[int], item: list[int], items: int) -> Trace:
     return trace(np.array(user), np.array(item), np.arange(n, dtype=float), nothing, nothing, np.full(items, -np.inf))
 
 
+@pytest.mark.skipif(not baselines.HAS_IMPLICIT, reason="the extra `rivals` is not installed")
+@pytest.mark.parametrize("name", ["implicit_als", "implicit_bpr"])
+def test_implicit_is_fitted_on_what_came_before_alone(
+    laid: Trace, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(baselines, "EASE_REFIT", 100)
+    whole = baselines.BASELINES[name](laid)
+    again = baselines.BASELINES[name](laid)
+    start = baselines.BASELINES[name](laid.head(450))
+    scored = laid.kind == SCORED
+    for variant, ranks in whole.items():
+        assert np.array_equal(ranks, again[variant], equal_nan=True)
+        assert np.array_equal(ranks[:450], start[variant], equal_nan=True), "what comes later changes no rank"
+        assert (ranks[scored] >= 1).all() and (ranks[scored] <= laid.candidates[scored]).all()
+        first = np.flatnonzero(scored)[0]
+        assert ranks[first] == (1 + laid.candidates[first]) / 2, "before the first fit: what chance does"
+    random = np.random.default_rng(1)
+    user = random.integers(0, 60, 3000)
+    item = random.integers(0, 20, 3000) + user % 2 * 20
+    report = baselines.run(name, plain(user.tolist(), item.tolist(), 40)).metrics.report()
+    assert report["auc"] > 0.7, "two tastes that share no item"
+
+
 def test_scores_that_know_nothing_earn_what_chance_does() -> None:
     ranks = baselines.popularity(plain([0], [3], 9))["half-life inf positives"]
     assert ranks.tolist() == [5.0]
@@ -231,7 +283,7 @@ def test_item_knn_finds_what_goes_together_and_popularity_does_not() -> None:
             user.append(u)
             item.append(int(u % 40 * 6 + j))
     laid = plain(user, item, 240)
-    reports = {name: baselines.run(name, laid).metrics.report() for name in baselines.BASELINES}
+    reports = {name: baselines.run(name, laid).metrics.report() for name in ("item_knn", "popularity", "isgd")}
     assert reports["item_knn"]["hr@10"] > 0.7
     assert reports["item_knn"]["hr@10"] > reports["popularity"]["hr@10"] + 0.3
     assert reports["item_knn"]["auc"] > reports["isgd"]["auc"]
@@ -247,5 +299,5 @@ def test_isgd_learns_tastes_better_than_chance() -> None:
 
 
 def test_unknown_baseline_is_an_error_that_names_the_known() -> None:
-    with pytest.raises(ValueError, match="popularity, last_touched, item_knn, isgd, bpr, ease"):
+    with pytest.raises(ValueError, match="popularity, last_touched, item_knn, isgd, bpr, river, ease"):
         baselines.run("oracle", plain([0], [0], 1))
