@@ -19,7 +19,8 @@ from streams.settings import Settings, environment
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
-    """`python -m bench pipeline [--events N] [--items N] [--users N] [--rounds N] [--broker embedded|HOST:PORT]`"""
+    """`python -m bench pipeline [--events N] [--items N] [--users N] [--rounds N] [--broker embedded|HOST:PORT]
+    [--rank-sample SHARE]`"""
     parser = argparse.ArgumentParser(prog="python -m bench pipeline")
     parser.add_argument("--events", type=int, default=200_000)
     parser.add_argument("--items", type=int, default=2_000)
@@ -27,11 +28,13 @@ def run(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--users", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=1, help="of each way, in turn; the median counts")
     parser.add_argument("--broker", default="embedded", help="embedded, or a running Kafka's HOST:PORT")
+    parser.add_argument("--rank-sample", type=float, default=0.0, help="share of the targets in the live race")
     asked = parser.parse_args(arguments)
+    told = {"rank_sample": str(asked.rank_sample)}
     rounds: dict[str, list[dict[str, Any]]] = {"faust": [], "plain": []}
     for n in range(asked.rounds):
         for via in ("faust", "plain"):
-            rounds[via].append(drain(via, asked.broker, asked.events, asked.items, asked.users, f"{via}{n}-"))
+            rounds[via].append(drain(via, asked.broker, asked.events, asked.items, asked.users, f"{via}{n}-", told))
             print(json.dumps({"via": via, **rounds[via][-1]}), flush=True)
     faust, plain = (statistics.median(r["events_per_s"] for r in rounds[via]) for via in ("faust", "plain"))
     result: dict[str, Any] = {
@@ -42,7 +45,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
         "cpu_us_per_event": rounds["faust"][-1]["cpu_us_per_event"],
     }  # fmt: skip
     if asked.items_many:
-        many = drain("faust", asked.broker, asked.events, asked.items_many, asked.users, "many-")
+        many = drain("faust", asked.broker, asked.events, asked.items_many, asked.users, "many-", told)
         print(json.dumps({"via": "faust", **many}), flush=True)
         result |= {
             "items_many": asked.items_many, "items_many_events_per_s": many["events_per_s"],
@@ -51,11 +54,13 @@ def run(arguments: list[str]) -> dict[str, Any]:
     return result
 
 
-def drain(via: str, broker: str, events: int, items: int, users: int, prefix: str) -> dict[str, Any]:
-    """One worker process that knows the items and no users, let loose on a backlog of events."""
+def drain(
+    via: str, broker: str, events: int, items: int, users: int, prefix: str, more: dict[str, str]
+) -> dict[str, Any]:
+    """One worker process that knows the items and no users, let loose on a backlog of events. more: its settings."""
     with tempfile.TemporaryDirectory() as folder, broker_for(broker) as address:
-        told = {"broker": address, "topic_prefix": prefix, "app_id": "bench", "rank_sample": "0",
-                "state_dir": str(Path(folder) / "state"), "session_timeout_s": "60"}  # fmt: skip
+        told = {"broker": address, "topic_prefix": prefix, "app_id": "bench", "session_timeout_s": "60",
+                "state_dir": str(Path(folder) / "state"), **more}  # fmt: skip
         settings = Settings.model_validate(told)
         topics.ensure(settings)
         asyncio.run(load.publish_items(settings, items))

@@ -35,7 +35,7 @@ class LearnerConfig:
     cooccurrence_history: int = 32  # of these in the co-occurrence block
     y_history: int = 32  # of these whose y gets a gradient
     message_examples_max: int = 64  # B
-    rank_items: int = 40  # item scores an example that ranking in full may cost on average; 0: no limit
+    rank_items: int = 30  # item scores an example that ranking in full may cost on average; 0: no limit
     refresh_examples: int = 2  # after which the candidates' features are taken anew; the target's never lag
     seed: int = 7
     lr_phi: float = 0.05

@@ -238,7 +238,7 @@ class Settings(BaseSettings):
     )
     learner_y_history: int = _setting(32, "events", "Newest of a user's history whose y is trained.", ge=1, le=100)
     learner_rank_items: int = _setting(
-        40, "item scores",
+        30, "item scores",
         "That ranking targets in full may cost an example, on average: of a large catalogue less than rank_sample is "
         "ranked. 0: no limit.", ge=0, le=10_000_000,
     )  # fmt: skip
