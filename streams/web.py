@@ -71,10 +71,13 @@ KEY_HEADERS: Final = ("authorization", "x-api-key")
 FORWARDED_BACK: Final = ("retry-after", "etag", "cache-control")
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 PAGE_DIR: Final = Path(__file__).parent / "page"
+PAGE_MODULES: Final = ("app", "api", "chart", "elements", "whatif", "uplot")
 PAGE_FILES: Final = {
     "/": ("index.html", "text/html; charset=utf-8"),
-    "/page/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    **{f"/page/{name}.js": (f"{name}.js", "text/javascript; charset=utf-8") for name in PAGE_MODULES},
     "/page/style.css": ("style.css", "text/css; charset=utf-8"),
+    "/page/uplot.css": ("uplot.css", "text/css; charset=utf-8"),
+    "/page/uplot.LICENSE.txt": ("uplot.LICENSE.txt", "text/plain; charset=utf-8"),
     "/page/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 SECURITY_HEADERS: Final = {

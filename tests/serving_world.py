@@ -66,6 +66,7 @@ class World:
         self.failing_after: int | None = None
         self.clock_s = START_S
         self.rate = 12.0
+        self.lag_s = 0.0
         self.hits: list[tuple[bool, ...]] = []  # of each ranked click: the model, popularity, item-kNN
         self.listeners: list[asyncio.Queue[dict[str, Any]]] = []
         config = LearnerConfig(dim=16, text_dim=TEXT_DIM, negatives=32, neighbours_max=32, rank_items=0)
@@ -157,7 +158,11 @@ class World:
         return {"partitions": {str(p): {"applied": self.applied(p)} for p in range(self.partitions)}}
 
     def model_info(self) -> dict[str, Any]:
-        return {"model_version": self.model_version, "encoder": self.encoder, "items": len(self._replica)}
+        return {
+            "model_version": self.model_version, "learner": {"applied": {"examples": self._examples_end - 1}},
+            "encoder": {"name": self.encoder, "dim": TEXT_DIM, "adapter": None},
+            "replica": {"items": len(self._replica), "active": self._replica.active_count},
+        }  # fmt: skip
 
     def ready(self) -> list[str]:
         return self.waits_for
@@ -177,7 +182,7 @@ class World:
     def status(self) -> dict[str, Any]:
         ratios = np.mean(self.hits or [(False, False, False)], axis=0).tolist()
         return {
-            "type": "status", "events_per_s": self.rate, "lag_records": 0, "lag_s": 0.0,
+            "type": "status", "events_per_s": self.rate, "lag_records": 0, "lag_s": self.lag_s,
             "positives": self._replica.positives, "items": self._replica.active_count,
             "hit_ratio": dict(zip(("model", "popularity", "item_knn"), ratios, strict=True)),
         }  # fmt: skip

@@ -12,11 +12,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
+from axe_playwright_python.base import AXE_SCRIPT
+from playwright.async_api import Browser, ConsoleMessage, Page, ViewportSize, async_playwright, expect
 
 from streams import keys
+from streams.events import Erasure
 from streams.keys import Gate
 from streams.settings import Settings
 from streams.web import HttpService
@@ -29,7 +32,9 @@ FLAGS: Final = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 ]  # fmt: skip
 PICTURE_CLICKS: Final = 1_500
-PHONE: Final = {"width": 360, "height": 740}
+PHONE: Final[ViewportSize] = {"width": 360, "height": 740}
+DESKTOP: Final[ViewportSize] = {"width": 1280, "height": 900}
+PICTURE_SIZE: Final[ViewportSize] = {"width": 1280, "height": 1780}
 FAN: Final = "space-fan-0"
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -64,7 +69,7 @@ async def browser() -> AsyncIterator[Browser]:
 @pytest_asyncio.fixture(loop_scope="module")
 async def page(browser: Browser, address: str) -> AsyncIterator[Page]:
     """The page, opened; at the end nothing stands in the console and no address but ours was asked."""
-    opened = await browser.new_page(viewport={"width": 1280, "height": 900})
+    opened = await browser.new_page(viewport=DESKTOP)
     faults: list[str] = []
 
     def console(message: ConsoleMessage) -> None:
@@ -105,7 +110,9 @@ async def take_picture(page: Page, world: World, path: Path) -> None:
         if number % 10 == 0:
             await asyncio.sleep(0.02)  # the listeners' turn
     await expect(page.locator("#race-model")).not_to_have_text("–")
+    await page.set_viewport_size(PICTURE_SIZE)
     await page.screenshot(path=path)
+    await page.set_viewport_size(DESKTOP)
 
 
 async def test_a_visitor_clicks_and_comments_and_the_list_changes(page: Page, world: World) -> None:
@@ -136,13 +143,20 @@ async def test_a_visitor_clicks_and_comments_and_the_list_changes(page: Page, wo
 
 async def test_users_of_the_stream_can_be_picked_and_the_race_is_drawn(page: Page, world: World) -> None:
     await expect(page.locator("#live-rate")).to_have_text("12")
+    await expect(page.locator("#live-lag")).to_have_text("0 records, 0.0 s")
+    world.lag_s = 10_220 * 86_400.0  # a recorded stream's
+    await expect(page.locator("#model")).to_contain_text("none: the encoder as it came")
     world.hits = [(n < 24, n < 10, n < 17) for n in range(100)]
     world.click("western-fan-1", "western-1", "like")  # a repeat: shown, not ranked
     await expect(page.locator("#feed")).to_contain_text("like The Last Canyon")
+    await expect(page.locator("#live-lag")).to_have_text("0 records, 10,220 days")
     await page.locator("#recent").get_by_role("button", name="western-fan-1").click()
     await expect(page.get_by_role("heading", name="The list of western-fan-1")).to_be_focused()
     await expect(page.locator("#race-model")).to_have_text("24.0 %")
-    await expect(page.get_by_role("img", name="Hit ratio now: model 24.0 %, popularity 10.0 %")).to_be_visible()
+    race = page.get_by_role("img", name="Hit ratio now: model 24.0 %, popularity 10.0 %, item-kNN 17.0 %")
+    await expect(race.locator("canvas")).to_be_visible()
+    drawn = "canvas => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.some(Boolean)"
+    assert await race.locator("canvas").evaluate(drawn)
 
 
 async def test_a_new_user_starts_from_what_everybody_gets(page: Page) -> None:
@@ -168,7 +182,7 @@ async def test_the_keyboard_alone_is_enough(page: Page) -> None:
 
 
 async def test_a_phone_needs_no_sideways_scrolling_in_dark_and_light(page: Page) -> None:
-    await page.set_viewport_size({"width": PHONE["width"], "height": PHONE["height"]})
+    await page.set_viewport_size(PHONE)
     grounds = set()
     for scheme in ("light", "dark"):
         await page.emulate_media(color_scheme=scheme)
@@ -176,21 +190,91 @@ async def test_a_phone_needs_no_sideways_scrolling_in_dark_and_light(page: Page)
         assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         grounds.add(await page.evaluate("getComputedStyle(document.body).backgroundColor"))
         small = await page.evaluate(
-            "[...document.querySelectorAll('button, input, textarea')].filter(e => e.offsetParent"
+            "[...document.querySelectorAll('button, input:not([role=switch]), .switch')].filter(e => e.offsetParent"
             " && e.offsetHeight < 35).map(e => e.outerHTML)"
         )
         assert small == []
     assert len(grounds) == 2
 
 
-async def test_every_control_has_a_name_and_no_id_is_doubled(page: Page) -> None:
+async def test_no_rule_of_axe_is_broken_anywhere_on_the_page(page: Page, world: World, tmp_path: Path) -> None:
+    world.hits = [(n < 24, n < 10, n < 17) for n in range(100)]
+    world.click("western-fan-1", "western-1", "like")
     await choose(page, FAN)
-    nameless = await page.evaluate(
-        "[...document.querySelectorAll('button, input, textarea')].filter(e => !(e.getAttribute('aria-label')"
-        " || e.textContent.trim() || e.labels?.length)).length"
-    )
-    ids = await page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
-    assert nameless == 0 and len(ids) == len(set(ids))
+    await expect(page.locator("#model")).to_contain_text("test-encoder")
+    await page.evaluate(AXE_SCRIPT)
+    pictures = set()
+    for supposes in (False, True):
+        if supposes:
+            await page.get_by_role("switch").first.check()
+            await expect(page.locator("#supposed")).to_be_visible()
+        for scheme in ("light", "dark"):
+            for size in (PHONE, DESKTOP):
+                await page.set_viewport_size(size)
+                await page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+                found = await page.evaluate("async () => (await axe.run()).violations")
+                assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in found] == []
+                assert await page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+                name = f"{'what-if' if supposes else 'list'}-{scheme}-{size['width']}.png"
+                pictures.add(await page.screenshot(path=tmp_path / name, full_page=True))
+    assert len(pictures) == 8
+
+
+async def test_what_is_supposed_shows_another_list_stores_nothing_and_goes_back(page: Page, world: World) -> None:
+    await choose(page, FAN)
+    real, before = await shown(page), dict(world.applied(world.partition_of(FAN)))
+    heading = page.locator("#list-heading")
+
+    switches = page.get_by_role("switch")
+    for number in range(3):
+        await switches.nth(number).press("Space")
+        await expect(page.locator("#supposed")).to_contain_text(f"without {number + 1} event")
+    await expect(heading).to_have_text(f"What if: the list of {FAN}")
+    supposed = await shown(page)
+    assert supposed != real
+    await expect(page.locator("#news")).to_contain_text("places differ from the real list")
+    for place, item in enumerate(supposed):
+        was = real.index(item) if item in real else None
+        steps = (
+            "new" if was is None else f"↑ {was - place}" if was > place else f"↓ {place - was}" if was < place else ""
+        )
+        await expect(page.locator("#list .moved").nth(place)).to_have_text(steps)
+
+    await page.get_by_label("the user wrote this").fill("western western western")
+    await page.get_by_role("button", name="Suppose").click()
+    await expect(page.locator("#supposed")).to_contain_text("with the words “western western western”")
+    await expect(page.locator("#list")).to_contain_text("if you wrote that")
+    await page.locator(".pick").first.click()
+    await expect(page.locator("#supposed")).to_contain_text("with a click on The")
+
+    assert world.applied(world.partition_of(FAN)) == before
+    await page.get_by_role("button", name="Back to the real list").click()
+    await expect(heading).to_be_focused()
+    await expect(heading).to_have_text(f"The list of {FAN}")
+    assert await shown(page) == real
+    await expect(page.locator("#supposed")).to_be_hidden()
+    assert not any([await switches.nth(n).is_checked() for n in range(await switches.count())])
+
+
+async def test_a_supposition_that_is_refused_is_said_and_the_real_list_is_read_again(
+    browser: Browser, address: str, world: World
+) -> None:
+    page = await browser.new_page()
+    answers: list[tuple[int, str]] = []
+    page.on("response", lambda r: answers.append((r.status, r.url)) if r.status >= 400 else None)
+    try:
+        await page.goto(address)
+        await choose(page, FAN)
+        partition = world.partition_of(FAN)
+        world.apply("erasures", partition, 0, FAN.encode(), msgspec.json.encode(Erasure(FAN, world.now())))
+        await page.get_by_role("switch").first.press("Space")
+        await expect(page.get_by_role("alert")).to_contain_text("none of the user's kept events")
+        await expect(page.locator("#counts")).to_contain_text("Nothing is known")
+        await expect(page.locator("#list-heading")).to_have_text(f"The list of {FAN}")
+        await expect(page.get_by_role("switch")).to_have_count(0)
+        assert answers == [(422, f"{address}v1/users/{FAN}/what-if?limit=10&explain=true&texts=true")]
+    finally:
+        await page.close()
 
 
 async def test_a_failure_is_said_in_words_and_the_next_try_clears_it(page: Page, world: World) -> None:

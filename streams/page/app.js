@@ -1,65 +1,24 @@
-// The page: one user's list and its reasons, and the stream as it goes by. It only uses the public API.
+// The page: one user's list and its reasons, what it would be otherwise, and the stream as it goes by.
+
+import { call, listen, onRefused, post, setKey } from "./api.js";
+import { showRace } from "./chart.js";
+import { $, bar, duration, make, number, percent, signed, time, title } from "./elements.js";
+import * as whatIf from "./whatif.js";
 
 const RECENT_MAX = 8;
-const TITLE_CHARS_MAX = 80;
-const FEED_MAX = 6;
+const FEED_MAX = 4;
 const EVENTS_SHOWN = 12;
 const REASONS_SHOWN = 3;
-const RACE_POINTS_MAX = 300;
-const RETRY_MAX = 3;
-const RECONNECT_MS = 2000;
-const KEY = "headwater-key";  // in this tab's memory alone: it leaves with the tab
-
-const $ = (id) => document.getElementById(id);
-const number = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
-const when = new Intl.DateTimeFormat("en", { dateStyle: "medium", timeStyle: "short" });
+const MODEL_EVERY_MS = 10000;
+const LIST_QUERY = "limit=10&explain=true&texts=true";
 
 let user = "";
-let shown = [];          // item ids of the list on the page
+let real = [];           // item ids of the user's own list
+let state;               // of the user, as last read
+let eventsShown = "";    // the user's events on the page, by position
 let generation = 0;      // of the user's reads: an overtaken answer is dropped
+let modelReadAt = -Infinity;
 const recent = [];
-const titles = new Map();
-const race = { model: [], popular: [] };
-
-// -- making elements; text only ever goes in as text
-
-function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name === "onclick") element.addEventListener("click", value);
-    else if (value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
-  }
-  element.append(...children.filter((child) => child !== undefined));
-  return element;
-}
-
-const title = (id, text) => {
-  if (text && id) titles.set(id, text.length > TITLE_CHARS_MAX ? `${text.slice(0, TITLE_CHARS_MAX)}…` : text);
-  return titles.get(id) ?? text ?? (id ? `item ${id}` : "an item");
-};
-const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
-const percent = (share) => (share === null || share === undefined ? "–" : `${(100 * share).toFixed(1)}\u00a0%`);
-const time = (ts) => make("time", { datetime: new Date(ts * 1000).toISOString() }, when.format(new Date(ts * 1000)));
-
-// -- the API
-
-function keyed(options = {}) {
-  const key = sessionStorage.getItem(KEY);
-  return { ...options, headers: { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) } };
-}
-
-async function call(path, options, retries = RETRY_MAX) {
-  const response = await fetch(path, keyed(options));
-  const body = await response.json();
-  if (response.ok) return body;
-  if (response.status === 401) askForKey();
-  const seconds = Number(response.headers.get("Retry-After"));
-  if (response.status === 503 && seconds && retries > 0 && !options?.method) {
-    await new Promise((done) => setTimeout(done, 1000 * seconds));
-    return call(path, options, retries - 1);
-  }
-  throw new Error(`${body.title}: ${body.detail}`);
-}
 
 async function guarded(work) {
   $("problem").textContent = "";
@@ -70,130 +29,198 @@ async function guarded(work) {
   }
 }
 
+// -- one user
+
 const userPath = (what) => `/v1/users/${encodeURIComponent(user)}/${what}`;
 
 async function read(positions = []) {
   const turn = ++generation;
   const wait = positions.map((position) => `at_least=${encodeURIComponent(position)}`);
-  const list = await call(userPath("recommendations?") + ["limit=10&explain=true&texts=true", ...wait].join("&"));
-  const state = await call(userPath("state?") + wait.join("&"));
-  if (turn !== generation) return;
-  showState(state);
-  showList(list, positions.length > 0);
+  const list = await call(userPath("recommendations?") + [LIST_QUERY, ...wait].join("&"));
+  const told = await call(userPath("state?") + wait.join("&"));
+  if (turn !== generation) return false;
+  const before = positions.length ? real : [];
+  whatIf.clear();
+  state = told;
+  real = list.items.map((item) => item.item_id);
+  showState();
+  showList(list, before);
+  markSupposed();
+  return true;
 }
 
 async function send(event) {
   const started = performance.now();
-  const answer = await call("/v1/events", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ user_id: user, ...event }),
-  });
-  const before = shown;
-  await read(answer.positions);
-  const fresh = shown.filter((id) => !before.includes(id)).length;
-  const moved = shown.some((id, place) => before[place] !== id);
+  const answer = await post("/v1/events", { user_id: user, ...event });
+  const before = real;
+  if (!await read(answer.positions)) return;
+  const fresh = real.filter((id) => !before.includes(id)).length;
+  const moved = real.some((id, place) => before[place] !== id);
   const change = moved ? `${fresh} new in the list` : "The order stays";
   $("news").textContent = `${change}, ${number.format(performance.now() - started)} ms after your ${event.type}.`;
 }
 
-// -- one user
-
 async function choose(id) {
   if (!id) throw new Error("Type a user id first.");
   user = id;
-  shown = [];
+  real = [];
   $("user").value = id;
   for (const part of ["write-panel", "list-panel", "side"]) $(part).hidden = false;
-  $("list-heading").textContent = `The list of ${id}`;
   $("news").textContent = "";
   await read();
   $("list-heading").focus({ preventScroll: true });
 }
 
-function reason(part) {
+// -- what if
+
+// The list as supposed; change: made to what is supposed, and forgotten where the worker refuses it.
+async function suppose(change) {
+  change();
+  if (!whatIf.isSupposing()) return void await read();
+  const turn = ++generation;
+  let list;
+  try {
+    list = await whatIf.ask(user, LIST_QUERY);
+  } catch (failure) {
+    await read();
+    throw failure;
+  }
+  if (turn !== generation) return;
+  showList(list, real);
+  showEvents();
+  markSupposed(list);
+}
+
+function markSupposed(list) {
+  const isSupposed = list !== undefined;
+  $("list-panel").classList.toggle("supposed", isSupposed);
+  $("supposed").hidden = !isSupposed;
+  $("list-heading").textContent = isSupposed ? `What if: the list of ${user}` : `The list of ${user}`;
+  $("gone").textContent = "";
+  if (!isSupposed) return;
+  const ids = list.items.map((item) => item.item_id);
+  const gone = real.filter((id) => !ids.includes(id));
+  const changed = ids.filter((id, place) => real[place] !== id).length;
+  const about = list.exact ? "" : " Older events have left the user's row, so that a real stream might differ a little.";
+  $("supposed-words").textContent = `Hypothetical: ${whatIf.words()}. Nothing of it is stored.${about}`;
+  $("news").textContent = changed ? `${changed} of ${ids.length} places differ from the real list.` : "The same as the real list.";
+  $("gone").textContent = gone.length ? `Not in it any more: ${gone.map((id) => title(id)).join("; ")}` : "";
+}
+
+// -- the list
+
+const VERBS = {
+  click: "clicked", like: "liked", purchase: "bought", rating: "rated", view: "viewed", comment: "wrote about", skip: "skipped",
+};
+
+function reason(part, applied) {
+  const isSupposed = part.offset > (applied[part.topic]?.[1] ?? Infinity);
   const what = part.item_id === undefined ? undefined : title(part.item_id, part.text);
-  if (part.type === "comment" && !part.action) return what ? `because of what you wrote about ${what}` : "because of what you wrote";
-  const verbs = { click: "clicked", like: "liked", purchase: "bought", rating: "rated", view: "viewed", comment: "wrote about", skip: "skipped" };
-  return `because you ${verbs[part.action] ?? `did “${part.action}” with`} ${what ?? "an item"}`;
+  if (part.type === "comment" && !part.action) {
+    return (isSupposed ? "if you wrote that" : "because of what you wrote") + (what ? ` about ${what}` : "");
+  }
+  return `${isSupposed ? "if" : "because"} you ${VERBS[part.action] ?? `did “${part.action}” with`} ${what ?? "an item"}`;
 }
 
 function reasonLine(value, text) {
   return make("li", {}, make("span", { class: `value ${value < 0 ? "minus" : "plus"}` }, signed(value)), make("span", {}, text));
 }
 
-function why(explanation) {
+function why(explanation, applied) {
   const parts = [...explanation.contributions].sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+  const line = (part) => reasonLine(part.value, reason(part, applied));
   const others = parts.slice(REASONS_SHOWN);
-  const rest = others.reduce((sum, part) => sum + part.value, explanation.rest);
   const all = [
-    ...others.map((part) => reasonLine(part.value, reason(part))),
+    ...others.map(line),
+    reasonLine(explanation.bias, "where every item starts, and how popular and new this one is"),
     reasonLine(explanation.rest, "older history and constants"),
   ];
+  const rest = others.reduce((sum, part) => sum + part.value, explanation.bias + explanation.rest);
   return make(
     "div", { class: "why" },
+    parts.length ? make("ul", {}, ...parts.slice(0, REASONS_SHOWN).map(line)) : undefined,
     make(
-      "ul", {},
-      ...parts.slice(0, REASONS_SHOWN).map((part) => reasonLine(part.value, reason(part))),
-      reasonLine(explanation.bias, "where every item starts, and how popular and new this one is"),
+      "details", {},
+      make("summary", {}, `${signed(rest)} from where it starts${others.length ? ` and ${others.length} more` : ""}`),
+      make("ul", {}, ...all),
     ),
-    others.length || Math.abs(explanation.rest) >= 0.005
-      ? make("details", {}, make("summary", {}, `${signed(rest)} from ${others.length} more`), make("ul", {}, ...all))
-      : undefined,
   );
 }
 
-function showList(list, isAnswer) {
-  const before = new Map(shown.map((id, place) => [id, place]));
-  shown = list.items.map((item) => item.item_id);
+function movement(was, place) {
+  if (was < 0) return "new";
+  return was > place ? `↑ ${was - place}` : was < place ? `↓ ${place - was}` : "";
+}
+
+// before: item ids of the list that this one is compared with; empty: with none.
+function showList(list, before) {
   $("list").replaceChildren(...list.items.map((item, place) => {
-    const was = before.get(item.item_id);
-    const isNew = isAnswer && was === undefined;
-    const steps = was === undefined ? 0 : was - place;
-    const moved = isNew ? "new" : steps > 0 ? `↑ ${steps}` : steps < 0 ? `↓ ${-steps}` : "";
+    const moved = before.length ? movement(before.indexOf(item.item_id), place) : "";
     const name = title(item.item_id, item.text);
     return make(
-      "li", { "data-item": item.item_id, class: isNew ? "new" : false },
+      "li", { "data-item": item.item_id, class: moved === "new" ? "new" : false },
       make(
         "button",
-        {
-          type: "button", class: "pick", "aria-label": `Click ${name}`,
-          onclick: () => guarded(() => send({ type: "click", item_id: item.item_id, action: "click" })),
-        },
-        make("span", { class: "title" }, name), make("span", { class: "moved" }, moved),
+        { type: "button", class: "pick", onclick: () => guarded(() => pick(item.item_id)) },
+        make("span", { class: "title" }, make("span", { class: "unseen" }, "Click "), name),
+        make("span", { class: "moved" }, moved),
       ),
-      why(item.explanation),
+      why(item.explanation, list.applied),
     );
   }));
   if (!list.items.length) $("news").textContent = "No items yet: the catalogue is empty, or all of it is consumed.";
 }
 
-function bar(label, share, value) {
-  const fill = make("div", { class: "fill" });
-  fill.style.width = `${Math.max(0, Math.min(100, 100 * share))}%`;
-  return make(
-    "div", { class: "bar" }, make("span", {}, label), make("span", { class: "value" }, value),
-    make("div", { class: "track", "aria-hidden": "true" }, fill),
-  );
+// In a what-if a click is supposed too, and otherwise sent.
+function pick(id) {
+  const event = { type: "click", item_id: id, action: "click" };
+  return whatIf.isSupposing() ? suppose(() => whatIf.suppose(event)) : send(event);
 }
 
-const PARTS = { behaviour: "what the user did", item_texts: "what those items say", own_words: "what the user wrote", cooccurrence: "what others did with it" };
+// -- the user's state
 
-function showState(state) {
-  const events = new Map(state.last_events.map((event) => [`${event.topic}:${event.offset}`, event]));
+const PARTS = {
+  behaviour: "what the user did", item_texts: "what those items say", own_words: "what the user wrote",
+  cooccurrence: "what others did with it",
+};
+
+function showState() {
+  const events = new Map(state.last_events.map((event) => [whatIf.position(event), event]));
   const top = Math.max(...state.parts.map((part) => part.norm), 1e-9);
   $("parts").replaceChildren(...state.parts.map((part) => make(
     "li", { "data-part": part.name },
     bar(PARTS[part.name] ?? part.name, part.norm / top, part.norm.toFixed(2)),
     make("ul", { class: "bars" }, ...part.events.slice(0, REASONS_SHOWN).map((made) => {
-      const event = events.get(`${made.topic}:${made.offset}`);
+      const event = events.get(whatIf.position(made));
       return make("li", {}, bar(event ? described(event) : "an older event", made.share, percent(made.share)));
     })),
   )));
   $("counts").textContent = state.events
     ? `${number.format(state.events)} events, ${number.format(state.consumed)} items consumed.`
     : "Nothing is known of this user: the list is what everybody gets.";
-  $("events").replaceChildren(...state.last_events.slice(0, EVENTS_SHOWN).map((event) => make("li", {}, described(event), " ", time(event.ts))));
+  showEvents();
+}
+
+function showEvents() {
+  const shown = state.last_events.slice(0, EVENTS_SHOWN);
+  const key = JSON.stringify([user, shown.map((event) => [whatIf.position(event), event.action])]);
+  if (key !== eventsShown) {  // else the focus stays where it is
+    eventsShown = key;
+    $("events").replaceChildren(...shown.map((event) => make(
+      "li", {},
+      make("span", { class: "what" }, described(event), " ", time(event.ts)),
+      make("label", { class: "switch" }, make("input", {
+        type: "checkbox", role: "switch", "aria-label": `without this: ${described(event)}`,
+        onchange: () => guarded(() => suppose(() => whatIf.toggle(event))),
+      }), "without this"),
+    )));
+  }
+  // One comment about an item is two lines and one event: both switches follow what is supposed.
+  [...$("events").children].forEach((line, place) => {
+    const isWithout = whatIf.isWithout(shown[place]);
+    line.querySelector("input").checked = isWithout;
+    line.classList.toggle("without", isWithout);
+  });
 }
 
 function described(event) {
@@ -213,77 +240,50 @@ function showEvent(event) {
     }
     $("recent-users").replaceChildren(...recent.map((id) => make("option", { value: id })));
   }
-  const line = make("li", {}, make("span", { class: "user" }, event.user_id), " ", described({ ...event, type: event.action ? "click" : "comment" }));
-  $("feed").prepend(line);
+  const what = described({ ...event, type: event.action ? "click" : "comment" });
+  $("feed").prepend(make("li", {}, make("span", { class: "user" }, event.user_id), " ", what));
   while ($("feed").children.length > FEED_MAX) $("feed").lastChild.remove();
 }
 
 function showStatus(status) {
   $("live-rate").textContent = number.format(status.events_per_s);
-  $("live-lag").textContent = `${number.format(status.lag_records)} records`;
+  $("live-lag").textContent = `${number.format(status.lag_records)} records, ${duration(status.lag_s)}`;
   $("live-learnt").textContent = number.format(status.positives);
   $("live-items").textContent = number.format(status.items);
-  const { model, popularity } = status.hit_ratio ?? {};
-  $("race-model").textContent = percent(model);
-  $("race-popular").textContent = percent(popularity);
-  if (model === null || model === undefined) return;
-  for (const [name, value] of [["model", model], ["popular", popularity ?? 0]]) {
-    race[name].push(value);
-    if (race[name].length > RACE_POINTS_MAX) race[name].shift();
-  }
-  const top = Math.max(...race.model, ...race.popular, 0.01) * 1.1;
-  for (const name of ["model", "popular"]) {
-    const step = 600 / Math.max(1, race[name].length - 1);
-    const points = race[name].map((value, i) => `${(i * step).toFixed(1)},${(100 - (100 * value) / top).toFixed(1)}`);
-    $(`race-${name}-line`).setAttribute("points", points.join(" "));
-  }
-  $("race").setAttribute("aria-label", `Hit ratio now: model ${percent(model)}, popularity ${percent(popularity)}`);
+  showRace(status.hit_ratio ?? {});
+  if (performance.now() - modelReadAt < MODEL_EVERY_MS || document.hidden) return;
+  modelReadAt = performance.now();
+  readModel();
 }
 
-function say(state, words) {
-  $("connection").dataset.state = state;
+// A worker that just restores its partitions says so elsewhere: the figures of before stay.
+async function readModel() {
+  try {
+    showModel(await call("/v1/model"));
+  } catch (failure) {
+    console.debug("no model figures", failure);
+  }
+}
+
+function showModel(model) {
+  const { encoder, replica, learner } = model;
+  const rows = [
+    ["Encoder", encoder.name], ["Dimensions of a text", number.format(encoder.dim)],
+    ["Adapter", encoder.adapter ?? "none: the encoder as it came"], ["Version", model.model_version],
+    ["Items, listed", `${number.format(replica.items)}, ${number.format(replica.active)}`],
+    ["Learner", learner ? `on this worker, examples up to ${number.format(learner.applied.examples)}` : "on another worker"],
+  ];
+  $("model").replaceChildren(...rows.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+}
+
+function say(told, words) {
+  $("connection").dataset.state = told;
   $("connection").textContent = words;
 }
 
-// EventSource sends no key, so the stream is read by fetch: blocks of "name: value" lines, an empty line between.
-async function connect() {
-  try {
-    const response = await fetch("/v1/stream", keyed());
-    if (response.status === 401) return askForKey();
-    if (!response.ok) throw new Error(response.statusText);
-    say("open", "live");
-    let rest = "";
-    for await (const chunk of chunks(response.body.pipeThrough(new TextDecoderStream()).getReader())) {
-      const blocks = (rest + chunk).split("\n\n");
-      rest = blocks.pop();
-      blocks.forEach(showBlock);
-    }
-  } catch (failure) {
-    console.debug("the stream ended", failure);
-  }
-  say("lost", "connection lost, trying again");
-  setTimeout(connect, RECONNECT_MS);
-}
+const connect = () => listen({ event: showEvent, status: showStatus }, say);
 
-async function* chunks(reader) {
-  for (let part = await reader.read(); !part.done; part = await reader.read()) yield part.value;
-}
-
-function showBlock(block) {
-  const fields = Object.fromEntries(block.split("\n").map((line) => [line.slice(0, line.indexOf(":")), line.slice(line.indexOf(":") + 1).trim()]));
-  if (fields.event === "event") showEvent(JSON.parse(fields.data));
-  if (fields.event === "status") showStatus(JSON.parse(fields.data));
-}
-
-// -- the key, where the worker asks for one
-
-function askForKey() {
-  const isWrong = sessionStorage.getItem(KEY) !== null;
-  sessionStorage.removeItem(KEY);
-  say("lost", isWrong ? "the key is not valid here" : "a key is needed");
-  $("key-panel").hidden = false;
-  $("key").focus();
-}
+// -- what a visitor does
 
 function busy(form, work) {
   form.addEventListener("submit", (event) => {
@@ -294,17 +294,41 @@ function busy(form, work) {
   });
 }
 
+function written(id) {
+  const text = $(id).value;
+  if (!text.trim()) throw new Error("Write something first.");
+  return { type: "comment", text };
+}
+
+onRefused((hadKey) => {
+  say("lost", hadKey ? "the key is not valid here" : "a key is needed");
+  $("key-panel").hidden = false;
+  $("key").focus();
+});
 busy($("key-form"), () => {
-  sessionStorage.setItem(KEY, $("key").value.trim());
+  setKey($("key").value.trim());
   $("key").value = "";
   $("key-panel").hidden = true;
+  modelReadAt = -Infinity;
   connect();
 });
 busy($("who"), () => choose($("user").value.trim()));
 busy($("write"), async () => {
-  if (!$("comment").value.trim()) throw new Error("Write something first.");
-  await send({ type: "comment", text: $("comment").value });
+  await send(written("comment"));
   $("comment").value = "";
 });
-$("new-user").addEventListener("click", () => guarded(() => choose(`visitor-${crypto.getRandomValues(new Uint32Array(1))[0].toString(36)}`)));
+busy($("what-if"), async () => {
+  const event = written("what-if-text");
+  await suppose(() => whatIf.suppose(event));
+  $("what-if-text").value = "";
+});
+$("new-user").addEventListener("click", () => guarded(() => {
+  const [draw] = crypto.getRandomValues(new Uint32Array(1));
+  return choose(`visitor-${draw.toString(36)}`);
+}));
+$("back").addEventListener("click", () => guarded(async () => {
+  await read();
+  $("news").textContent = "The real list again.";
+  $("list-heading").focus({ preventScroll: true });
+}));
 connect();
