@@ -237,7 +237,6 @@ def plain(user: list[int], item: list[int], items: int) -> Trace:
     return trace(np.array(user), np.array(item), np.arange(n, dtype=float), nothing, nothing, np.full(items, -np.inf))
 
 
-@pytest.mark.skipif(not baselines.HAS_IMPLICIT, reason="the extra `rivals` is not installed")
 @pytest.mark.parametrize("name", ["implicit_als", "implicit_bpr"])
 def test_implicit_is_fitted_on_what_came_before_alone(
     laid: Trace, name: str, monkeypatch: pytest.MonkeyPatch
