@@ -121,7 +121,7 @@ async def test_every_other_read_is_typed(ask: AsyncClient, world: World) -> None
     assert [item.item_id for item in ranked.items] == ["space-3", "western-1"] and ranked.items[0].explanation
     assert (await ask.item("space-1")).positives > 0
     assert len((await ask.similar("space-1", limit=4)).items) == 4
-    assert (await ask.model())["items"] == 48
+    assert (await ask.model())["replica"]["active"] == 48
     assert len((await ask.digest())["partitions"]) == world.partitions
     await ask.healthz()
     assert await ask.readyz() == []
@@ -171,7 +171,7 @@ async def test_the_problems_of_the_real_routes_become_their_classes(
         with pytest.raises(NotAllowed, match="No valid key"):
             await AsyncClient(http=http).model()
         http.headers["Authorization"] = f"Bearer {key}"
-        assert (await AsyncClient(http=http).model())["items"] == 48
+        assert (await AsyncClient(http=http).model())["replica"]["active"] == 48
         with pytest.raises(NotAllowed) as forbidden:
             await AsyncClient(http=http).send(CLICK)
         assert forbidden.value.status == 403
