@@ -4,6 +4,7 @@ Faust gives agents, partitions, rebalancing and the consumer; state, offsets and
 What differs from Faust's defaults, and why, stands at each class; docs/decisions.md has the figures.
 """
 
+import asyncio
 import gc
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import faust
 import mode
+import uvloop
 from aiokafka import TopicPartition
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer
 from faust.transport.utils import DefaultSchedulingStrategy
@@ -256,6 +258,7 @@ def run(settings: Settings, gate: Gate, now: Callable[[], float], encoder: Encod
     from streams.view import View
     from streams.web import HttpService
 
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # of the consumer's thread too
     if encoder is None:
         from model.encoder import Encoder as TextEncoder  # torch is for the worker alone
 
