@@ -90,8 +90,7 @@ def _settings(settings: Settings, address: str, state_dir: Path) -> Settings:
     elif is_open(port):
         raise DemoError(f"port {port} is in use: give another with --port, or stop what listens there")
     return settings.model_copy(update={
-        "broker": address, "state_dir": state_dir, "http_port": port, "rank_sample": 1.0,
-        "learner_rank_items": 0,
+        "broker": address, "state_dir": state_dir, "http_port": port, "rank_sample": 1.0, "learner_rank_items": 0,
         "live_tests_max": 2 * movielens.RATINGS,
     })  # fmt: skip
 
@@ -112,7 +111,9 @@ class _Worker:
         self._client = Client(settings.http_url(), settings.api_key.get_secret_value(), timeout_s=HTTP_TIMEOUT_S)
 
     def __enter__(self) -> "_Worker":
-        names = ("broker", "state_dir", "http_host", "http_port", "rank_sample", "live_tests_max")
+        names = (
+            "broker", "state_dir", "http_host", "http_port", "rank_sample", "learner_rank_items", "live_tests_max",
+        )  # fmt: skip
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "streams", "worker"], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
