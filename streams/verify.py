@@ -204,6 +204,8 @@ class _Verification:
             complete = [cut.applied for cut in restored.cuts if cut.is_complete]
             if found != told.digest and await self._is_cut(partition) and complete:
                 # The order in which late events were merged went with the changelog's beginning.
+                if rebuild.is_at(complete[0], told.applied):
+                    return Finding.GONE, "an erasure took the changelog's beginning, and no event has come since"
                 found = await self._fold(partition, restored, complete[0], self._bar(f"{kind} {partition}", told))
                 if found == told.digest:
                     return Finding.EQUAL, f"checked from {complete[0]} on: an erasure took the changelog before that"
