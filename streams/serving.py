@@ -135,7 +135,7 @@ class WorkerView(Protocol):
     def certificate(self, name: str) -> Certificate | None:
         """What is told of an erasure, whoever has its partition; None: nothing yet. Raises NotReady."""
 
-    def erasure_waits(self, partition: int, offset: int) -> bool:
+    async def erasure_waits(self, partition: int, offset: int) -> bool:
         """Whether `erasures` has a record there that is not applied yet, of an own partition. Raises NotReady."""
 
     def digest(self) -> dict[str, Any]:

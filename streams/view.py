@@ -111,10 +111,15 @@ class View:
             raise NotReady("the certificates are still being read", RETRY_AFTER_S)
         return found
 
-    def erasure_waits(self, partition: int, offset: int) -> bool:
-        """Whether `erasures` has, or may have, a record there that is not applied yet. Raises NotReady."""
-        end = self.worker.source.end_of(self.worker.settings.topic("erasures"), partition)
-        return offset > self.applied(partition)["erasures"] and (end is None or offset < end)
+    async def erasure_waits(self, partition: int, offset: int) -> bool:
+        """Whether `erasures` has a record there that is not applied yet. Raises NotReady."""
+        if offset <= self.applied(partition)["erasures"]:
+            return False
+        topic = self.worker.settings.topic("erasures")
+        end = self.worker.source.end_of(topic, partition)
+        if end is None or offset >= end:  # the end is as old as the last fetch: ask the log itself
+            end = await kafka.log_end(self.worker.options, topic, partition)
+        return offset < end
 
     async def publish(self, topic: str, key: bytes, value: bytes) -> tuple[int, int]:
         """Appends to a source topic: (partition, offset)."""

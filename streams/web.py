@@ -607,7 +607,7 @@ def _erasure_routes(app: FastAPI, http: Http) -> None:
             owner = view.owner_url(partition)
             if owner is not None:
                 return await http.forward(request, owner)
-            if view.erasure_waits(partition, offset):
+            if await view.erasure_waits(partition, offset):
                 return _json(answers.Certificate(erasure_id, "pending"))
         raise Problem("not-found", f"{erasure_id} is no erasure that was applied; erasures.dlq has what was rejected.")
 

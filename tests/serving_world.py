@@ -150,7 +150,7 @@ class World:
     def certificate(self, name: str) -> Certificate | None:
         return self.certificates.get(name)
 
-    def erasure_waits(self, partition: int, offset: int) -> bool:
+    async def erasure_waits(self, partition: int, offset: int) -> bool:
         applied = self.applied(partition)["erasures"]
         return applied < offset <= self._ends.get(("erasures", partition), -1)
 

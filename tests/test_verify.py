@@ -10,6 +10,7 @@ import pytest
 from kafka import KafkaProducer
 
 from bench.deployment import Deployment, WorkerProcess
+from streams import kafka
 from streams.__main__ import app
 from streams.settings import PREFIX
 
@@ -107,9 +108,11 @@ def test_what_a_worker_has_is_what_the_logs_say(
     feed.comments(ROUNDS)
     feed.wait_applied(worker)
     code, verdicts = verified(worker, monkeypatch, capsys)
-    assert {place: (v["changelog"], v["sources"]) for place, v in verdicts.items()} == dict.fromkeys(
-        verdicts, ("equal", "equal")
-    )
+    erased = ("users", kafka.partition_of(b"u3", 2))
+    assert {v["changelog"] for v in verdicts.values()} == {"equal"}
+    assert {v["sources"] for place, v in verdicts.items() if place != erased} == {"equal"}
+    # Kafka deletes the changelog before the erasure, and with it the order of what came late: see the note.
+    assert verdicts[erased]["sources"] in ("equal", "gone"), verdicts[erased]["note"]
     assert code == 0 and len(verdicts) == 5
     assert sum(v["rows"] for (kind, _), v in verdicts.items() if kind == "users") == USERS
     assert {v["digest"] for v in verdicts.values()} == {d["digest"] for d in worker.digests()}
