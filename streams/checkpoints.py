@@ -7,7 +7,7 @@ A name is the offset of the examples log that the adapter was trained up to, and
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import fsspec
@@ -48,13 +48,17 @@ class Manifest(msgspec.Struct, kw_only=True):
 class Checkpoints:
     """The folder. Every write replaces a whole file; readers never see half of one."""
 
-    def __init__(self, url: str) -> None:
-        """url: a path, or what fsspec takes (s3://, gs:// with their packages). Raises CheckpointError."""
+    def __init__(self, url: str, crash: Callable[[str], None] = lambda step: None) -> None:
+        """url: a path, or what fsspec takes (s3://, gs:// with their packages). Raises CheckpointError.
+
+        crash: called between the writes of one change, for tests that end the process there.
+        """
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as problem:
             raise CheckpointError(f"HEADWATER_CHECKPOINTS={url}: {problem}") from None
         self.url = url
+        self._crash = crash
 
     def add(self, adapter: Adapter, manifest: Manifest) -> None:
         """Writes both files; one that is there already stays as it is."""
@@ -63,7 +67,9 @@ class Checkpoints:
         weights = _weights(adapter)
         manifest.digest = hashlib.blake2b(weights, digest_size=16).hexdigest()
         self._write(manifest.name + SUFFIX, weights)
+        self._crash("weights")
         self.put(manifest)
+        self._crash("manifest")
 
     def put(self, manifest: Manifest) -> None:
         """Replaces the manifest."""
@@ -74,11 +80,15 @@ class Checkpoints:
         return list(self._manifests())
 
     def _manifests(self) -> Iterator[Manifest]:
+        for name in self._names(".json"):
+            yield self.get(name)
+
+    def _names(self, suffix: str) -> list[str]:
+        """Of the whole files with this suffix, in order."""
         if not self._fs.isdir(self._root):
-            return
-        for path in sorted(self._fs.ls(self._root, detail=False)):
-            if path.endswith(".json"):
-                yield self.get(path.rsplit("/", 1)[-1].removesuffix(".json"))
+            return []
+        files = sorted(path.rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False))
+        return [file.removesuffix(suffix) for file in files if file.endswith(suffix) and not file.startswith(".")]
 
     def get(self, name: str) -> Manifest:
         """The manifest of a checkpoint, by its name or its adapter's. Raises CheckpointError."""
@@ -123,19 +133,28 @@ class Checkpoints:
                 manifest.state = TAKEN_BACK if taken_back else RETIRED
             if manifest.state != before:
                 self.put(manifest)
+                self._crash("retire")
                 changed.append(manifest)
         return changed
 
     def prune(self, keep: int) -> list[str]:
-        """Deletes the oldest but `keep` that are not in use, in shadow or the parent of such; the names of those."""
+        """Deletes the oldest but `keep` that are not in use, in shadow or the parent of such; the names of those.
+
+        Weights that a pruning left behind when it was killed go with them.
+        """
         manifests = self.manifests()
         used = {m.name for m in manifests if m.state in (CURRENT, SHADOW)}
         used |= {m.parent for m in manifests if m.name in used}
         free = [m.name for m in manifests if m.name not in used]
         gone = free[: max(0, len(free) - keep)]
         for name in gone:
-            for suffix in (".json", SUFFIX):  # the manifest first: without it there is no checkpoint
-                self._fs.rm_file(self._path(name + suffix))
+            self._fs.rm_file(self._path(name + ".json"))  # first: without it there is no checkpoint
+            self._crash("prune")
+        kept = {manifest.name for manifest in manifests} - set(gone)
+        newest = manifests[-1].name if manifests else ""  # weights beyond it may be of one that is being written
+        for name in self._names(SUFFIX):
+            if name not in kept and name <= newest:
+                self._fs.rm_file(self._path(name + SUFFIX))
         return gone
 
     def _path(self, file: str) -> str:

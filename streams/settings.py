@@ -35,6 +35,9 @@ CRASH_STEPS: Final = (  # where `crash_at` can end a worker: state.partition's s
     "open", "announce", "restore", "outbox", "adopt", "encode", "fold", "write", "publish", "chunk", "rows", "marker",
     "commit",
 )  # fmt: skip
+TRAINER_CRASH_STEPS: Final = (  # and a trainer: of training, checkpoints, switches
+    "train", "weights", "manifest", "announce", "state", "ask", "asked", "switch", "retire", "prune",
+)  # fmt: skip
 SASL_MECHANISMS: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
@@ -163,8 +166,8 @@ class Settings(BaseSettings):
 
     crash_at: str = _setting(
         "", "STEP:N",
-        "For tests of recovery alone: the process ends as by kill -9 at the N-th such step of its opens and flushes.",
-        pattern=rf"^((?:{'|'.join(CRASH_STEPS)}):[1-9]\d*)?$",
+        "For tests of recovery alone: the process ends as by kill -9 at the N-th such step of its work.",
+        pattern=rf"^((?:{'|'.join(CRASH_STEPS + TRAINER_CRASH_STEPS)}):[1-9]\d*)?$",
     )  # fmt: skip
 
     # -- texts
@@ -184,6 +187,9 @@ class Settings(BaseSettings):
     )
     trainer_dir: Path = _setting(
         Path("var/trainer"), "path", "The trainer's saved state, and its TensorBoard event files."
+    )
+    mlflow: str = _setting(
+        "", "URI", "MLflow's tracking server, which gets what the event files get (the extra `mlflow`); empty: none."
     )
     trainer_port: int = _setting(8090, "port", "Of the trainer's metrics, on http_host.", ge=1, le=65535)
     tuning_round_examples: int = _setting(

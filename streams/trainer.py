@@ -17,7 +17,6 @@ from typing import Final
 import msgspec
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info, start_http_server
-from tensorboard.summary import Writer
 
 from model.adapter import AdapterError
 from model.learner import warm_up
@@ -27,8 +26,9 @@ from streams import checkpoints, examples, kafka
 from streams.checkpoints import Checkpoints, Manifest
 from streams.datakeys import sealer_of
 from streams.settings import Fault, Settings
+from streams.tracking import Tracking
 from streams.tuning import Decision, Tuning
-from streams.worker import LEARNER_PARTITION
+from streams.worker import LEARNER_PARTITION, crash_at
 
 log = structlog.get_logger(__name__)
 
@@ -62,17 +62,24 @@ class TrainerMetrics:
 class Trainer:
     """The loop bound to a broker, a folder of checkpoints and event files."""
 
-    def __init__(self, settings: Settings, base: str, text_dim: int, now: Callable[[], float]) -> None:
+    def __init__(
+        self, settings: Settings, base: str, text_dim: int, now: Callable[[], float],
+        crash: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        """crash: called with the name of each step, for tests that end the process there; else as `crash_at` says."""
         self.settings, self.now = settings, now
+        self._crash = crash or crash_at(settings.crash_at)
         self.options = settings.kafka_options()
         self.topic = settings.internal_topic("examples")
         self._sealer = sealer_of(settings)
         self.tuning = self._new_tuning(base, text_dim)
-        self.folder = Checkpoints(settings.checkpoints)
+        self.folder = Checkpoints(settings.checkpoints, self._crash)
         self.metrics = TrainerMetrics()
         self.metrics.checkpoint.info({"encoder": base, "adapter": ""})
         self._producer = kafka.Producer(self.options)
-        self._writer = Writer(str(settings.trainer_dir / "events"))
+        facts = {"encoder": base, "app_id": settings.app_id, "topic_prefix": settings.topic_prefix}
+        self._tracking = Tracking(settings.trainer_dir / "events", settings.mlflow, facts, now)
+        self._training_since = 0.0
         self._stopping = threading.Event()
         self._unsaved = 0
         self._asked = -1  # offset of the switch that was asked for last
@@ -98,7 +105,7 @@ class Trainer:
         except _Stopped:
             return
         finally:
-            self._writer.close()
+            await asyncio.to_thread(self._tracking.close)
             await self._producer.stop()
         self._save()
 
@@ -147,39 +154,50 @@ class Trainer:
     def _trained(self, step: int, loss: float) -> None:
         if self._stopping.is_set():
             raise _Stopped
+        self._crash("train")
+        if not step:
+            self._training_since = self.now()
         self.metrics.steps.inc()
-        self._writer.add_scalar(f"training/{self.tuning.rounds + 1}", loss, step)
+        self._tracking.figure(f"training/{self.tuning.rounds + 1}", loss, step)
 
     def _observe(self) -> None:
         duel = self.tuning.duel
         for that, bets in (("better", duel.better), ("worse", duel.worse)) if duel is not None else ():
             self.metrics.evidence.labels(that).set(bets.log_wealth_most / 2.302585)
-            self._writer.add_scalar(f"gate/log_wealth_{that}", bets.log_wealth, self.tuning.examples)
-        self._writer.flush()
+            self._tracking.figure(f"gate/log_wealth_{that}", bets.log_wealth, self.tuning.examples)
+        self._tracking.flush()
 
     async def _decided(self, decision: Decision) -> None:
         log.info("decided", kind=decision.kind, position=decision.position, **decision.facts)
+        if decision.kind == "switched":
+            self._crash("switch")
         self.metrics.decisions.labels(decision.kind).inc()
         for name in SCALARS:
             if name in decision.facts:
-                self._writer.add_scalar(f"{decision.kind}/{name}", decision.facts[name], self.tuning.examples)
+                self._tracking.figure(f"{decision.kind}/{name}", decision.facts[name], self.tuning.examples)
         for manifest in await asyncio.to_thread(record, self.folder, decision, self.now()):
             await self._announce(manifest)
         if decision.kind == "switched":
             name = "" if decision.adapter is None else decision.adapter.name
             self.metrics.checkpoint.info({"encoder": self.tuning.base, "adapter": name})
         if decision.kind == "candidate":
+            texts = decision.facts["examples"] * self.tuning.config.finetune.epochs
+            texts_per_s = texts / max(1e-3, self.now() - self._training_since)
+            self._tracking.figure("candidate/texts_per_s", texts_per_s, self.tuning.examples)
             for of in ("loss", "loss_frozen", "loss_champion"):
                 self.metrics.loss.labels(of.removeprefix("loss_").replace("loss", "candidate")).set(decision.facts[of])
             self.folder.prune(self.settings.checkpoints_keep)
 
     async def _announce(self, manifest: Manifest) -> None:
         await announce(self._producer, self.settings, manifest)
+        self._crash("announce")
 
     async def _ask(self) -> None:
         request = self.tuning.request()
         if request is not None and self._asked <= self.tuning.offset:
+            self._crash("ask")
             self._asked = await self._producer.send(self.topic, LEARNER_PARTITION, [(ADAPTER_KEY, request)])
+            self._crash("asked")
             log.info("asked for a switch", offset=self._asked, taken_back=self.tuning.taking_back)
 
     # -- stop and go on
@@ -192,6 +210,7 @@ class Trainer:
             file.write(saved if self._sealer is None else self._sealer.seal_message(saved))
             file.flush()
             os.fsync(file.fileno())
+        self._crash("state")
         fresh.replace(self._state_path)
         self._unsaved = 0
 

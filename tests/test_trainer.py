@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 from pydantic import SecretStr
@@ -23,21 +23,10 @@ from streams.pipeline import ItemLearner
 from streams.settings import Settings, environment
 from streams.trainer import Trainer
 from streams.tuning import TuningConfig
-from tests.tuning_world import BASE, DIM, LEARNER, TUNING, harmful, messages, planted
+from tests.tuning_world import BASE, DIM, LEARNER, TUNING, SmallTrainer, harmful, history, messages, planted
 
 WAIT_S_MAX: Final = 40.0
 MESSAGES: Final = 75
-
-
-class SmallTrainer(Trainer):
-    """Of the small world's encoder and sizes."""
-
-    def _new_tuning(self, base: str, text_dim: int) -> Any:
-        from streams.tuning import Tuning
-
-        return Tuning(base, text_dim, LEARNER, self.config)
-
-    config: TuningConfig = TUNING
 
 
 def settings_of(broker: str, folder: Path, name: str) -> Settings:
@@ -63,13 +52,6 @@ async def run_until(trainer: Trainer, holds: Callable[[], bool]) -> None:
         await asyncio.sleep(0.02)
     trainer.stop()
     await task
-
-
-def history(settings: Settings) -> list[tuple[str, str, list[tuple[str, int]]]]:
-    return [
-        (m.name, m.state, [(d["kind"], d["position"]) for d in m.decisions])
-        for m in Checkpoints(settings.checkpoints).manifests()
-    ]
 
 
 async def test_trainer_promotes_announces_and_a_killed_one_goes_on(broker: str, tmp_path: Path) -> None:
@@ -111,7 +93,7 @@ async def test_trainer_promotes_announces_and_a_killed_one_goes_on(broker: str, 
         else:
             fresh.stop()
             await task
-    assert history(other) == history(settings)
+    assert history(other.checkpoints) == history(settings.checkpoints)
     assert fresh.tuning.champion.learner.digest() == trainer.tuning.champion.learner.digest()
     assert await kafka.log_end(settings.kafka_options(), settings.internal_topic("examples"), 0) == end
 

@@ -11,9 +11,11 @@ from model.adapter import Adapter
 from model.finetune import FinetuneConfig
 from model.learner import LearnerConfig
 from streams import examples, pipeline
+from streams.checkpoints import Checkpoints
 from streams.events import Click, Item
 from streams.pipeline import EvidenceConfig, SourceEvent
-from streams.tuning import TuningConfig
+from streams.trainer import Trainer
+from streams.tuning import Tuning, TuningConfig
 
 DIM = 24
 TASTES = 4  # the first directions
@@ -78,3 +80,17 @@ def harmful(seed: int = 0) -> Adapter:
     right = np.zeros((DIM, TASTES), np.float32)
     right[:TASTES] = np.eye(TASTES)
     return Adapter(BASE, left, right, 1.5)
+
+
+class SmallTrainer(Trainer):
+    """Of the small world's encoder and sizes."""
+
+    config: TuningConfig = TUNING
+
+    def _new_tuning(self, base: str, text_dim: int) -> Tuning:
+        return Tuning(base, text_dim, LEARNER, self.config)
+
+
+def history(url: str) -> list[tuple[str, str, list[tuple[str, int]]]]:
+    """(name, state, decisions) of every checkpoint in a folder."""
+    return [(m.name, m.state, [(d["kind"], d["position"]) for d in m.decisions]) for m in Checkpoints(url).manifests()]
