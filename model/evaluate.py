@@ -254,6 +254,50 @@ def mcnemar(first: Array, second: Array) -> McNemar:
     return McNemar(n, m, p, len(gain), _mean(significant & (gain > 0)), _mean(significant & (gain < 0)))
 
 
+ARMS: Final = ("a", "b")
+Z_95: Final = 1.959964  # of a normal, two-sided
+
+
+def ab(first: Array, second: Array, user: Array, arm: Array) -> Report:
+    """Users split into two arms, each shown its own recommender's lists; both recommenders learn from everybody.
+
+    first, second: ranks (n,) of the same tests by the recommenders of arm a and of arm b; user: (n,) numbers; arm: (n,)
+    0 or 1, one a user. An arm's figure is the share of its own tests that were hit (HR@10) and their mean gain
+    (NDCG@10); its error is that of a ratio over users, who are what was drawn. `paired` has every test by both, which
+    an A/B test of people cannot have: no confidence is lost to the split.
+    """
+    told: Report = {}
+    figures: list[dict[str, tuple[float, float]]] = []
+    for number, (name, ranks) in enumerate(zip(ARMS, (first, second), strict=True)):
+        own = arm == number
+        hit = ranks[own] <= HITS_MAX
+        values = {"hr@10": hit.astype(np.float64), "ndcg@10": np.where(hit, 1 / np.log2(1 + ranks[own]), 0.0)}
+        figures.append({figure: _ratio(value, user[own]) for figure, value in values.items()})
+        told[name] = {"users": len(np.unique(user[own])), "tests": int(own.sum())}
+        told[name] |= {figure: mean for figure, (mean, _) in figures[-1].items()}
+    told["b_minus_a"] = {}
+    for figure, (mean, variance) in figures[0].items():
+        other, other_variance = figures[1][figure]
+        error = math.sqrt(variance + other_variance)
+        p = math.erfc(abs(other - mean) / error / math.sqrt(2)) if error > 0 else 1.0
+        told["b_minus_a"][figure] = {
+            "mean": other - mean, "low": other - mean - Z_95 * error, "high": other - mean + Z_95 * error, "p": p,
+        }  # fmt: skip
+    told["paired"] = mcnemar(second, first)._asdict()
+    return told
+
+
+def _ratio(values: Array, user: Array) -> tuple[float, float]:
+    """Mean of the values and its variance, users drawn whole (linearised ratio; Cochran 1977, 2.11)."""
+    if not len(values):
+        return float("nan"), float("nan")
+    _, number = np.unique(user, return_inverse=True)
+    count = np.bincount(number)
+    mean = float(values.mean())
+    rest = np.bincount(number, values) - mean * count
+    return mean, float((rest**2).sum()) / len(values) ** 2
+
+
 class LiveOutcome(Protocol):
     """What is needed of a message's model.learner.Outcome; n examples, H half-lives."""
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -40,6 +40,7 @@ app.add_typer(checkpoints_app, name="checkpoints")
 
 ItemsFile = Annotated[Path, typer.Option("--items", help="The catalogue: items.jsonl or .jsonl.gz.")]
 EventsFile = Annotated[Path, typer.Option("--events", help="The events: events.jsonl or .jsonl.gz, in order of time.")]
+FROZEN: Final = "frozen"  # the encoder as it is
 CheckpointName = Annotated[str, typer.Argument(help="The checkpoint's name, or its adapter's.")]
 
 
@@ -204,6 +205,10 @@ def evaluate(
     encoder: Annotated[
         str, typer.Option(help="A checkpoint: its name in HEADWATER_CHECKPOINTS, or a .safetensors file.")
     ] = "",
+    against: Annotated[
+        str,
+        typer.Option(help="Another checkpoint, or frozen: an A/B test, users split by hash, both learn from all."),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Tests, then learns each event of a recorded stream, without a broker: the same code as the workers'.
@@ -228,7 +233,8 @@ def evaluate(
         options = tool.EvaluateOptions(
             items=items, events=events, report=report, ranks=ranks, html=html, baselines=chosen, until=until,
             checkpoint=checkpoint, resume=resume, cache=cache_dir() / "vectors",
-            adapter=store.find(settings.checkpoints, encoder) if encoder else None,
+            adapter=store.find(settings.checkpoints, encoder) if encoder else None, has_rival=bool(against),
+            rival=store.find(settings.checkpoints, against) if against not in ("", FROZEN) else None,
         )  # fmt: skip
         base = Encoder(settings.encoder, device=settings.device)
         with Bars() as bars:

@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 import msgspec
 import numpy as np
@@ -25,7 +25,20 @@ import numpy.typing as npt
 
 from model import baselines
 from model.adapter import Adapter
-from model.evaluate import CREATED, LOW, SCORED, DriftMonitor, Metrics, Report, Trace, calibration, mcnemar, trace
+from model.evaluate import (
+    ARMS,
+    CREATED,
+    LOW,
+    SCORED,
+    DriftMonitor,
+    Metrics,
+    Report,
+    Trace,
+    ab,
+    calibration,
+    mcnemar,
+    trace,
+)  # fmt: skip
 from model.examples import new_examples
 from model.kernels import LISTED
 from model.learner import HALF_LIVES_POSITIVES, LearnerConfig, Outcome, warm_up
@@ -66,6 +79,8 @@ class EvaluateOptions:
     resume: Path | None = None  # folder: go on from a saved state
     cache: Path | None = None  # folder of the vector cache
     adapter: Adapter | None = None  # texts are compared through it from the first event on
+    has_rival: bool = False  # a second run, with `rival`, is held against the first one
+    rival: Adapter | None = None  # None: the encoder as it is
 
 
 class Stream(NamedTuple):
@@ -113,13 +128,46 @@ def evaluate(
     if options.checkpoint is not None:
         run.save(options.checkpoint)
     report = run.report(options.baselines, progress)
+    arms: ArmRanks | None = None
+    if options.has_rival:
+        rival = Run(stream, encoder, evidence, config, options.rival)
+        rival.encode(options.until, options.cache, progress)
+        rival.advance(options.until, progress)
+        arms = ArmRanks.of(run, rival)
+        report["ab"] = {"encoders": {"a": run.encoder_name, "b": rival.encoder_name}, **arms.report()}
     if options.report is not None:
         options.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if options.html is not None:
         options.html.write_text(html_report.render(report, run.records()), encoding="utf-8")
     if options.ranks is not None:
-        run.write_ranks(options.ranks)
+        run.write_ranks(options.ranks, arms)
     return report
+
+
+def arm_of(user_id: str) -> int:
+    """0 or 1: a user's arm, whoever else there is; half of the users each."""
+    return hashlib.blake2b(user_id.encode(), digest_size=1).digest()[0] & 1
+
+
+class ArmRanks(NamedTuple):
+    """An A/B test on a stream: users split by hash, the tests of both runs beside each other."""
+
+    first: Array  # (n,) ranks of the run of arm a, NaN where there is no test
+    second: Array  # (n,) of arm b
+    user: Array  # (n,) numbers
+    arm: Array  # (n,) 0 or 1
+
+    @classmethod
+    def of(cls, first: "Run", second: "Run") -> Self:
+        """Of two runs of one stream."""
+        events = first.stream.events[: first.done]
+        arm = np.array([arm_of(event.user_id) for event in events], np.int8)
+        return cls(first.rank[: first.done], second.rank[: first.done], first.stream.trace.user[: first.done], arm)
+
+    def report(self) -> Report:
+        """`model.evaluate.ab` of the tests."""
+        tests = np.flatnonzero(~np.isnan(self.first))
+        return ab(self.first[tests], self.second[tests], self.user[tests], self.arm[tests])
 
 
 def read_stream(items_path: Path, events_path: Path, evidence: EvidenceConfig) -> Stream:
@@ -442,8 +490,9 @@ class Run:
             learnt += batch.count
         return total / max(1, learnt)
 
-    def write_ranks(self, path: Path) -> None:
-        """One JSON object a test, so that any figure can be computed again."""
+    def write_ranks(self, path: Path, arms: ArmRanks | None = None) -> None:
+        """One JSON object a test, so that any figure can be computed again; of an A/B test the user's arm, and the rank
+        by arm b's encoder, too."""
         with path.open("w", encoding="utf-8") as file:
             for k in np.flatnonzero(self.stream.trace.kind[: self.done] == SCORED).tolist():
                 event = self.stream.events[k]
@@ -451,6 +500,8 @@ class Run:
                     "offset": int(self.stream.lines[k]), "user_id": event.user_id, "item_id": event.item_id,
                     "rank": float(self.rank[k]), "candidates": int(self.candidates[k]),
                 }  # fmt: skip
+                if arms is not None:
+                    line |= {"arm": ARMS[arms.arm[k]], "rank_b": float(arms.second[k])}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     # --- stop and go on ---
@@ -537,6 +588,18 @@ def render(report: Report) -> str:
         if told["better"] is not None:
             line += f"; better in {told['better']:.0%} of the windows, worse in {told['worse']:.0%}"
         lines.append(line)
+    if "ab" in report:
+        told, paired = report["ab"]["b_minus_a"], report["ab"]["paired"]
+        for figure, one in told.items():
+            arms = ", ".join(f"{name} {report['ab'][name][figure]:.4f}" for name in ARMS)
+            lines.append(
+                f"A/B by user, {figure}: {arms}; b - a {one['mean']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}] "
+                f"(95 %), p {one['p']:.1e}"
+            )
+        lines.append(
+            f"the same tests by both: {paired['only_first']} hits of b alone, {paired['only_second']} of a alone, "
+            f"p {paired['p']:.1e}"
+        )
     lines += [f"best {name}: {variant}" for name, variant in report["baseline_variants"].items()]
     told = report["calibration"]
     losses = ", ".join(f"{name} {'-' if loss is None else f'{loss:.3f}'}" for name, loss in told["log_loss"].items())

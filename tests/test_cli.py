@@ -298,10 +298,12 @@ def test_evaluate_prints_the_figures_and_writes_the_report(tmp_path: Path) -> No
     )
     events.write_text("".join(json.dumps(click) + "\n" for click in clicks))
     files = ("--items", str(items), "--events", str(events))
-    result = run("evaluate", *files, "--report", str(report), "--baselines", "none")
+    result = run("evaluate", *files, "--report", str(report), "--baselines", "none", "--against", "frozen")
     assert result.exit_code == 0, result.output
-    assert "HR@10" in result.stdout
+    assert "HR@10" in result.stdout and "A/B by user" in result.stdout
     assert json.loads(report.read_text())["events"] == 150
+    absent = run("evaluate", *files, "--against", "nothing")
+    assert absent.exit_code == 1 and "no checkpoint 'nothing'" in absent.stderr
     unknown = run("evaluate", *files, "--baselines", "magic")
     assert unknown.exit_code == 2
     missing = run("evaluate", "--items", str(items), "--events", str(tmp_path / "none.jsonl"))

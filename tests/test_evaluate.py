@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from river import metrics as river_metrics
 from scipy.stats import chi2
 
+from model.adapter import Adapter
 from model.evaluate import (
     ASIDE,
     CREATED,
@@ -31,6 +32,7 @@ from model.evaluate import (
     LiveMetrics,
     Metrics,
     Trace,
+    ab,
     calibration,
     mcnemar,
     trace,
@@ -605,3 +607,42 @@ def test_mcnemar_tells_a_difference_from_chance() -> None:
     assert mcnemar(ranks[0], better).worse == 1.0
     assert mcnemar(ranks[0][:999], ranks[0][:999]) == (0, 0, 1.0, 0, None, None)
     assert chi2.isf(MCNEMAR_ALPHA, 1) == pytest.approx(MCNEMAR_CHI2, abs=1e-4)
+
+
+def test_ab_by_user_keeps_its_confidence_when_a_users_tests_hang_together() -> None:
+    """200 tests of nothing: users whose hits come in clumps, so that tests as draws would promise far too much."""
+    rng = np.random.default_rng(5)
+    user = np.repeat(np.arange(400), rng.integers(1, 12, 400))
+    arm = rng.integers(0, 2, 400)[user]
+    covered = significant = 0
+    for _ in range(200):
+        lucky = (rng.random(400) < 0.3)[user]
+        ranks = np.where(lucky, 1.0, 50.0)
+        told = ab(ranks, ranks, user, arm)["b_minus_a"]["hr@10"]
+        covered += told["low"] <= 0 <= told["high"]
+        significant += told["p"] < 0.05
+    assert 180 <= covered <= 198 and significant == 200 - covered
+    better = np.where(rng.random(len(user)) < 0.2, 1.0, ranks)
+    told = ab(ranks, better, user, arm)
+    assert told["b_minus_a"]["hr@10"]["low"] > 0 and told["b_minus_a"]["ndcg@10"]["p"] < 0.01
+    assert told["a"]["tests"] + told["b"]["tests"] == len(user)
+    assert told["paired"]["only_second"] == 0 and told["paired"]["p"] < 1e-9
+
+
+def test_two_encoders_are_held_against_each_other_by_users_arms(stream: Files, tmp_path: Path) -> None:
+    left, right = np.random.default_rng(1).standard_normal((2, TEXT_DIM, 2)).astype(np.float32)
+    rival = Adapter(FakeEncoder().name, left, right, 2.0)
+    report = stream.run(has_rival=True, rival=rival, ranks=tmp_path / "ranks", baselines=())
+    assert report["model"] == stream.run(baselines=())["model"]
+    assert report["ab"]["encoders"] == {"a": FakeEncoder().name, "b": f"{FakeEncoder().name}+{rival.name}"}
+    lines = [json.loads(line) for line in (tmp_path / "ranks").read_text().splitlines()]
+    arms = {line["user_id"]: line["arm"] for line in lines}
+    assert all(line["arm"] == arms[line["user_id"]] for line in lines) and set(arms.values()) == {"a", "b"}
+    shown = {"a": [x["rank"] for x in lines if x["arm"] == "a"], "b": [x["rank_b"] for x in lines if x["arm"] == "b"]}
+    for name, ranks in shown.items():
+        assert report["ab"][name]["hr@10"] == pytest.approx(np.mean(np.array(ranks) <= 10))
+        assert report["ab"][name]["users"] == sum(arm == name for arm in arms.values())
+    assert [x["rank"] for x in lines] != [x["rank_b"] for x in lines]
+    same = stream.run(has_rival=True, baselines=())["ab"]
+    assert same["paired"]["only_first"] == same["paired"]["only_second"] == 0
+    assert "A/B by user" in tool.render(report)
