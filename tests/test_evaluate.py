@@ -624,7 +624,7 @@ def test_ab_by_user_keeps_its_confidence_when_a_users_tests_hang_together() -> N
     assert 180 <= covered <= 198 and significant == 200 - covered
     better = np.where(rng.random(len(user)) < 0.2, 1.0, ranks)
     told = ab(ranks, better, user, arm)
-    assert told["b_minus_a"]["hr@10"]["low"] > 0 and told["b_minus_a"]["ndcg@10"]["p"] < 0.01
+    assert told["b_minus_a"]["hr@10"]["low"] > 0 and told["b_minus_a"]["ndcg@10"]["p"] < 0.05
     assert told["a"]["tests"] + told["b"]["tests"] == len(user)
     assert told["paired"]["only_second"] == 0 and told["paired"]["p"] < 1e-9
 
