@@ -162,7 +162,9 @@ class ArmRanks(NamedTuple):
         """Of two runs of one stream."""
         events = first.stream.events[: first.done]
         arm = np.array([arm_of(event.user_id) for event in events], np.int8)
-        return cls(first.rank[: first.done], second.rank[: first.done], first.stream.trace.user[: first.done], arm)
+        is_test = first.stream.trace.kind[: first.done] == SCORED
+        one, other = (np.where(is_test, run.rank[: first.done], np.nan) for run in (first, second))
+        return cls(one, other, first.stream.trace.user[: first.done], arm)
 
     def report(self) -> Report:
         """`model.evaluate.ab` of the tests."""
