@@ -65,8 +65,8 @@ async def _measure(worker: WorkerProcess, rate: float, seconds: float, items: in
         started, n = time.monotonic(), 0
         while time.monotonic() - started < seconds:
             text = n % int(PROBES_PER_S / COMMENTS_PER_S) == 0
-            one = probe(producer, http, worker, n, text, comments if text else clicks)
-            probes.add(asyncio.create_task(one))
+            probe = _probe(producer, http, worker, n, text, comments if text else clicks)
+            probes.add(asyncio.create_task(probe))
             n += 1
             await asyncio.sleep(max(0.0, started + n / PROBES_PER_S - time.monotonic()))
         await asyncio.gather(*probes)
@@ -76,13 +76,13 @@ async def _measure(worker: WorkerProcess, rate: float, seconds: float, items: in
     learnt = worker.http.get("/metrics").text
     return {
         "rate": rate, "seconds": seconds, "items": items, "events": told["events_applied"],
-        "clicks_ms": quantiles(clicks), "comments_ms": quantiles(comments),
+        "clicks_ms": _quantiles(clicks), "comments_ms": _quantiles(comments),
         "learnt_ms": _histogram(learnt, "headwater_learnt_seconds"),
         "worker_clicks_ms": _histogram(learnt, "headwater_freshness_seconds", 'topic="clicks"'),
     }  # fmt: skip
 
 
-async def probe(
+async def _probe(
     producer: kafka.Producer, http: httpx.AsyncClient, worker: WorkerProcess, n: int, text: bool, took: list[float]
 ) -> None:
     """Publishes one event of a new user, and reads that user until the event is there."""
@@ -100,8 +100,7 @@ async def probe(
     took.append(time.monotonic() - started)
 
 
-def quantiles(seconds: list[float]) -> dict[str, float]:
-    """p50 and p99 in ms, and how many."""
+def _quantiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{q}": float(np.quantile(seconds, q / 100)) * 1e3 for q in (50, 99)} | {"count": len(seconds)}
 
 

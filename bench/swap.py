@@ -8,6 +8,7 @@ the end held against one that followed the same log undisturbed.
 import argparse
 import asyncio
 import itertools
+import json
 import re
 import sys
 import tempfile
@@ -24,7 +25,6 @@ import numpy as np
 from bench import load
 from bench.chaos import broker_for
 from bench.deployment import Deployment, WorkerProcess
-from bench.freshness import probe, quantiles
 from model.adapter import Adapter
 from streams import examples, kafka
 from streams.broker import free_port
@@ -90,7 +90,6 @@ async def _measure(
     live = _Live(worker, producer, asked)
     try:
         async with aiohttp.ClientSession(worker.settings.http_url(), timeout=timeout) as live.http:
-            live.fresh = httpx.AsyncClient(base_url=worker.settings.http_url(), timeout=REQUEST_S_MAX, trust_env=False)
             await live.phase(WARM_S)
             normal = await live.phase(asked.seconds)
             swapping = asyncio.create_task(live.swap())
@@ -103,7 +102,6 @@ async def _measure(
             steps = _steps(trainer) - steps
             await asyncio.to_thread(trainer.stop)
             killed = await _kills(deployment, live, moments)
-            await live.fresh.aclose()
     finally:
         feed.cancel()
         await asyncio.gather(feed, return_exceptions=True)
@@ -126,7 +124,6 @@ class _Live:
     """The reader, the probes and whoever switches, beside one worker."""
 
     http: aiohttp.ClientSession
-    fresh: httpx.AsyncClient
 
     def __init__(self, worker: WorkerProcess, producer: kafka.Producer, asked: argparse.Namespace) -> None:
         self.worker, self.producer, self.asked = worker, producer, asked
@@ -150,12 +147,26 @@ class _Live:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             tasks.append(asyncio.create_task(self._list(due, took)))
             if n % every == 0:
-                number = next(self._probes)
-                tasks.append(asyncio.create_task(probe(self.producer, self.fresh, self.worker, number, False, clicks)))
+                tasks.append(asyncio.create_task(self._probe(next(self._probes), clicks)))
         await asyncio.gather(*tasks)
-        p50, p99 = np.quantile(took, [0.5, 0.99]) * 1e3
-        return {"requests": len(took), "failed": self.failed - failed, "p50_ms": float(p50), "p99_ms": float(p99),
-                "clicks_ms": quantiles(clicks)}  # fmt: skip
+        (p50, p99), (fresh_p50, fresh_p99) = (np.quantile(seconds, [0.5, 0.99]) * 1e3 for seconds in (took, clicks))
+        return {
+            "requests": len(took), "failed": self.failed - failed, "p50_ms": float(p50), "p99_ms": float(p99),
+            "clicks_ms": {"p50": float(fresh_p50), "p99": float(fresh_p99), "count": len(clicks)},
+        }  # fmt: skip
+
+    async def _probe(self, number: int, took: list[float]) -> None:
+        """Publishes a click of a new user, and reads that user until the click is there."""
+        user, settings = f"probe-{number}", self.worker.settings
+        event = {"user_id": user, "item_id": f"i{number % 100}", "action": "click", "ts": time.time()}
+        started = time.monotonic()
+        partition = kafka.partition_of(user.encode(), settings.partitions)
+        record = (user.encode(), json.dumps(event).encode())
+        offset = await self.producer.send(settings.topic("clicks"), partition, [record])
+        wait = {"at_least": f"clicks:{partition}:{offset}"}
+        async with self.http.get(f"/v1/users/{user}/state", params=wait) as answer:
+            self.failed += answer.status != 200
+        took.append(time.monotonic() - started)
 
     async def _list(self, due: float, took: list[float]) -> None:
         try:
