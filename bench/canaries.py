@@ -5,9 +5,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from state.changelog import Marker, marker_record, row_records
-from state.partition import Partition
+import msgspec
+
+from state.changelog import Accepted, Marker, marker_record, row_records
+from state.partition import Partition, _Restore
+from streams.agents import UserKeeper
+from streams.answers import Certificate
 from streams.codec import DeadLetter
+from streams.erasure import Eraser
+from streams.pipeline import Erased
 from streams.worker import Worker
 
 
@@ -75,6 +81,9 @@ PARTITIONS: Final = (
 )  # fmt: skip
 
 
+_announce, _take, _removal = UserKeeper._announce, _Restore.take, Eraser._removal  # the real ones
+
+
 async def _letter_not_awaited(self: Worker, letter: DeadLetter) -> None:
     self._tasks.add(asyncio.create_task(self.producer.send_one(letter.topic, letter.key, letter.value, letter.headers)))
 
@@ -87,9 +96,38 @@ def _not_held(self: Any, head: Any, now: float, end_of: Any) -> float:
     return 0.0
 
 
+async def _announced_later(self: UserKeeper, erased: Erased, entries: Any) -> None:
+    self._task_of_announcing = asyncio.create_task(_announce(self, erased, entries))  # type: ignore[attr-defined]
+
+
+def _taken_without_deletions(self: Any, accepted: Accepted) -> None:
+    alive: dict[bytes, bytes | None] = {key: row for key, row in accepted.rows.items() if row is not None}
+    _take(self, replace(accepted, rows=alive))
+
+
+def _nothing_owed(self: Partition, rows: Any) -> list[bytes]:
+    return []
+
+
+async def _folders_left(self: Worker) -> None:
+    pass
+
+
+def _removal_of_all(self: Eraser, certificate: Certificate, places: Any) -> list[bytes]:
+    assert certificate.state is not None
+    state = msgspec.structs.replace(certificate.state, place=dict.fromkeys(places, 1 << 40))
+    return _removal(self, msgspec.structs.replace(certificate, state=state), places)
+
+
 # Name -> what is replaced in the product.
 WORKERS: Final[Mapping[str, tuple[str, Any]]] = {
     "LetterNotAwaited": ("streams.worker.Worker._dead_letter", _letter_not_awaited),
     "EveryGapIsLegal": ("streams.worker.Worker._first_at", _every_gap_is_legal),
     "NotHeld": ("streams.inbox.Inbox._wait_s", _not_held),
+    "ErasureAnnouncedLater": ("streams.agents.UserKeeper._announce", _announced_later),
+    "DeletionsNotRestored": ("state.partition._Restore.take", _taken_without_deletions),
+    "PurgeNotOwed": ("state.partition.Partition._owed", _nothing_owed),
+    "DeletedUnderTheSameEpoch": ("state.partition.Partition.renew", Partition.drain),
+    "FoldersLeft": ("streams.worker.Worker.wipe_left_folders", _folders_left),
+    "UnlearnsWhatCameAfter": ("streams.erasure.Eraser._removal", _removal_of_all),
 }

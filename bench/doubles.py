@@ -68,9 +68,11 @@ class Content:
     rows: dict[bytes, bytes] = field(default_factory=dict)
     meta: bytes | None = None
     outbox: dict[bytes, bytes] = field(default_factory=dict)
+    deleted: set[bytes] = field(default_factory=set)  # keys that the disk still names
+    owed: set[bytes] = field(default_factory=set)
 
     def copy(self) -> "Content":
-        return Content(dict(self.rows), self.meta, dict(self.outbox))
+        return Content(dict(self.rows), self.meta, dict(self.outbox), set(self.deleted), set(self.owed))
 
 
 class MemoryDisk:
@@ -84,6 +86,9 @@ class MemoryDisk:
 
     def wipe(self, path: Path) -> None:
         self.contents.pop(path, None)
+
+    def stores(self, folder: Path) -> list[Path]:
+        return sorted(path for path in self.contents if path.parent == folder)
 
     def lose_tail(self, path: Path, batches: int) -> None:
         """A power cut takes the last batches back, as far as they are remembered."""
@@ -126,11 +131,13 @@ class MemoryStore:
         *,
         entry: tuple[bytes, OutboxEntry] | None = None,
         settled: Iterable[bytes] = (),
+        owed: Iterable[bytes] = (),
     ) -> None:
         new = self._content.copy()
         for key, row in rows.items():
             if row is None:
                 new.rows.pop(key, None)
+                new.deleted.add(key)
             else:
                 new.rows[key] = row
         if meta is not None:
@@ -139,11 +146,18 @@ class MemoryStore:
             new.outbox[entry[0]] = pack_outbox(entry[1])
         for settled_id in settled:
             new.outbox.pop(settled_id, None)
+        new.owed.update(owed)
         self._history.append(new)
         del self._history[:-HISTORY_MAX]
 
-    def purge(self, keys: Sequence[bytes]) -> None:
-        pass
+    def owes_purge(self) -> bool:
+        return bool(self._content.owed)
+
+    def purge(self) -> None:
+        new = self._content.copy()
+        new.deleted -= new.owed
+        new.owed.clear()
+        self._history[:] = [new]  # it syncs what it writes
 
     def memory_bytes(self) -> int:
         return sum(len(key) + len(row) for key, row in self._content.rows.items())

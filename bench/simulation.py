@@ -31,11 +31,13 @@ import numpy.typing as npt
 
 from bench.doubles import MemoryDisk
 from monitoring.metrics import Metrics
-from state.changelog import STORE_ID_BYTES, LogRecord, Reader
-from state.partition import Fenced, Partition, PartitionFailedError
+from state import rows as user_rows
+from state.changelog import STORE_ID_BYTES, LogRecord, Reader, row_key_of
+from state.partition import Fenced, Partition, PartitionFailedError, digest
 from state.store import Store
 from streams import examples, rebuild
 from streams.assignor import share
+from streams.erasure import erasure_id, place_of
 from streams.pipeline import ItemLearner
 from streams.settings import Settings
 from streams.worker import TP, Worker
@@ -45,6 +47,7 @@ SKEW_S: Final = 0.02  # an event of one topic reaches its log this much later th
 START_S: Final = 1.7e9
 TEXT_DIM: Final = 8
 EVENTS: Final = (10, 50)
+LEFT_S: Final = 12.0  # two looks of a worker at the folders that it has left
 CAUGHT_UP_S_MAX: Final = 60.0  # of simulated time
 TURNS_MAX: Final = 50_000  # of the loop, a world; some 700 are usual
 LAG_MARKERS: Final = 8  # compaction leaves the last ones alone; more than repairs may take
@@ -404,6 +407,36 @@ class SimKafka:
         logs = {topic: self.world.logs[TP(topic, partition)] for topic in topics}
         return {topic: (log.begins, log.end) for topic, log in logs.items()}
 
+    async def log_start(self, options: Any, topic: str, partition: int) -> int:
+        await self._asked()
+        return self.world.logs[TP(topic, partition)].begins
+
+    async def record_at(self, options: Any, topic: str, partition: int, offset: int) -> Any:
+        await self._asked()
+        return next(iter(self.world.logs[TP(topic, partition)].at(offset, 1, offset)), None)
+
+    async def keys(self, options: Any, topic: str, partition: int) -> AsyncIterator[tuple[int, bytes, int]]:
+        for record in self.world.logs[TP(topic, partition)].at(0, 1 << 30):
+            if record.key is not None:
+                yield record.offset, record.key, record.timestamp
+        await self._asked()
+
+    async def delete_before(self, options: Any, topic: str, partition: int, offset: int) -> str | None:
+        await self._asked()
+        if not self.world.deletes:
+            return "it deletes no records"
+        self.world.logs[TP(topic, partition)].delete_before(offset)
+        await self._asked()
+        return None
+
+    async def _asked(self) -> None:
+        """A request and its answer, either of which may be lost."""
+        life, chance = LIFE.get(), self.world.random
+        await asyncio.sleep(chance.choice((0.0, 0.001, 0.02)))
+        life.alive()
+        if chance.random() < life.fault_rate:
+            raise LogFailedError
+
     async def first_at_or_after(self, options: Any, topic: str, partition: int, offset: int) -> tuple[int, int]:
         log = self.world.logs[TP(topic, partition)]
         while not (found := log.at(offset, 1)):
@@ -519,6 +552,9 @@ class LifeDisk:
         self.life.alive()
         self.life.world.disk.wipe(path)
 
+    def stores(self, folder: Path) -> list[Path]:
+        return self.life.world.disk.stores(folder)
+
 
 class LifeStore:
     """A store of one process."""
@@ -608,6 +644,8 @@ class World:
         self.schedule = _events(chance, self.partitions)
         self.poison: list[Published] = []
         self.depth = chance.choice((1, 2, 3, 5))
+        self.lateness = chance.choice((0.5, 0.03))
+        self.deletes = chance.random() < 0.9  # whether the broker knows DeleteRecords
         self._followers: dict[TP, tuple[Reader, list[int]]] = {}
         self._followed: dict[TP, int] = {}
 
@@ -618,6 +656,15 @@ class World:
     def topic(self, name: str) -> str:
         """Full name."""
         return self.settings.internal_topic(name) if name == "examples" else self.settings.topic(name)
+
+    def erasures(self) -> Iterator[tuple[str, str, bool]]:
+        """(name, user, whether it is to be unlearnt) of every erasure that was published."""
+        rejected = {(r.topic, r.partition, r.offset) for r in self.poison}
+        for p in range(self.partitions):
+            for record in self.logs[TP("erasures", p)].records:
+                if (record.topic, p, record.offset) not in rejected:
+                    event = json.loads(record.value)
+                    yield erasure_id(p, record.offset), event["user_id"], event.get("unlearn", False)
 
     def new_store_id(self) -> bytes:
         """`state.store.new_store_id`, by the seed."""
@@ -641,7 +688,7 @@ class World:
 
     def land_late(self) -> None:
         """Some batches of the dead arrive."""
-        while self.late and self.random.random() < 0.5:
+        while self.late and self.random.random() < self.lateness:
             self.late.pop(self.random.randrange(len(self.late)))()
 
     async def publish(self) -> None:
@@ -748,8 +795,10 @@ def _events(chance: random.Random, partitions: int) -> list[tuple[float, TP, byt
             event |= {"text": f"words {chance.randrange(40)}"}
             if chance.random() < 0.5:
                 del event["item_id"]
-            if chance.random() < 0.1:
+            if chance.random() < 0.3:
                 topic, event = "erasures", {"user_id": event["user_id"], "ts": event["ts"]}
+                if chance.random() < 0.3:
+                    event["unlearn"] = True
         if topic == "clicks":
             event |= {"action": chance.choice(("click", "like", "rating", "skip", "hum")), "value": 3.5}
         late = chance.uniform(0, SKEW_S) if chance.random() < 0.3 else 0.0
@@ -789,16 +838,35 @@ async def _story(world: World) -> None:
             await life.do(life.worker.stop())
         life.end()
     await asyncio.sleep(0.1)
-    while world.late:
+    while world.late and chance.random() < 0.7:
         world.land_late()
     last = await world.start(chance.choice((*WORKERS, "w3")), None, 0.0)
     await caught_up(world, last)
     world.maintain()
     await check(world, last)
-    await last.do(last.worker.stop())
-    last.end()
+    if next(world.erasures(), None) is not None and chance.random() < 0.3:
+        await _afterwards(world, last)
+    for life in list(world.members):
+        await life.do(life.worker.stop())
+        life.end()
     if world.wrong:
         raise world.wrong[0]
+
+
+async def _afterwards(world: World, last: Life) -> None:
+    """Those that were down come back with disks of before an erasure, what was late arrives; then they take over."""
+    while world.late:
+        world.land_late()
+    for name in WORKERS:
+        if world.alive(name) is None:
+            await world.start(name, None, 0.0)
+    await asyncio.sleep(LEFT_S)
+    await last.do(last.worker.stop())
+    last.end()
+    await asyncio.sleep(0)
+    await world.rebalance()
+    await asyncio.sleep(LEFT_S)
+    _check_traces(world)
 
 
 async def caught_up(world: World, life: Life) -> None:
@@ -872,6 +940,10 @@ def _has_all(world: World, life: Life) -> bool:
     for kind, p, keeper in _keepers(world, life):
         if keeper is None or keeper.partition._under_way or dict(keeper.partition.applied) != _last(world, kind, p):
             return False
+    for name, _, _ in world.erasures():
+        told = life.worker.book.get(name)
+        if told is None or not told.is_complete:
+            return False
     return life.worker.replica_applied == _last(world, "learner", 0)["examples"]
 
 
@@ -888,6 +960,7 @@ def _standing(world: World, life: Life) -> str:
                 f"{len(partition._under_way)} flushes under way, sweep {partition._sweep_from!r}, "
                 f"{len(keeper.inbox)} wait"
             )
+    told += [f"{name} {life.worker.book.get(name)}" for name, _, _ in world.erasures()]
     return "; ".join(told)
 
 
@@ -913,10 +986,54 @@ async def check(world: World, last: Life) -> None:
             _same(dict(store.items()), rows, where)
         else:
             learner = ItemLearner(world.settings.learner_config(TEXT_DIM), TEXT_DIM)
-            await rebuild.learn_examples(world_read(world), learner, applied["examples"])
+            learner = await rebuild.learn_examples(world_read(world), learner, applied["examples"])
             assert learner.learner.digest() == keeper.learner.learner.digest(), "item state"
             assert last.worker.replica.digest() == learner.learner.digest(), "replica"
     _check_letters(world)
+    await _check_erasures(world, last)
+
+
+async def _check_erasures(world: World, last: Life) -> None:
+    """Every erasure has its certificate, what that tells is so, and the learner leaves out just what it should."""
+    unlearnt: defaultdict[int, set[int]] = defaultdict(set)
+    for name, user, is_unlearnt in world.erasures():
+        told, place, key = last.worker.book.get(name), place_of(name), user.encode()
+        assert told is not None and told.state is not None and told.changelog is not None and place is not None, name
+        p, offset = place
+        earlier = [r.offset for r in world.logs[TP("erasures", p)].records if r.offset < offset]
+        before = {**told.state.place, "erasures": max(earlier, default=-1)}
+        rows = await _rows_at(world, p, before, user)
+        row = user_rows.unpack(rows[key]) if key in rows else user_rows.UserRow()
+        held = told.state.events, told.state.behaviours, told.state.comments
+        assert held == (row.events, row.history_count, row.comment_count), f"{name}: {held}"
+        if told.state.applied is not None:
+            rows = await _rows_at(world, p, told.state.applied)
+            assert digest(sorted(rows.items()), told.state.applied) == told.state.digest, f"{name}: digest"
+        if is_unlearnt:
+            assert told.model is not None and told.model.exact, f"{name}: {told.model}"
+            for topic in ("clicks", "comments"):
+                for record in world.logs[TP(topic, p)].records:
+                    if record.key == key and record.offset <= told.state.place[topic]:
+                        unlearnt[p].add(user_rows.position(examples.TOPICS.index(topic), record.offset))
+    keeper: Any = last.worker.keepers["learner", 0]
+    removed = keeper.learner.removed
+    assert {p: set(at.tolist()) for p, at in removed.items()} == {p: at for p, at in unlearnt.items() if at}
+    _check_traces(world)
+
+
+def _check_traces(world: World) -> None:
+    """No changelog, and no store of a living worker, names a user who was erased and has not come back."""
+    restored = {p: _restored(world, "users", p)[0] for p in range(world.partitions)}
+    for name, user, _ in world.erasures():
+        key, (p, _) = user.encode(), place_of(name) or (0, 0)
+        if key in restored[p]:
+            continue
+        changelog = world.logs[TP(world.settings.internal_topic(CHANGELOGS["users"]), p)]
+        naming = sum(row_key_of(record) == key for record in changelog.records)
+        assert not (naming and world.deletes), f"{name}: {naming} records of the changelog name the user"
+        for path, contents in world.disk.contents.items():
+            if path.name == f"users-{p}" and world.alive(path.parent.name) is not None:
+                assert key not in contents[-1].rows.keys() | contents[-1].deleted, f"{name}: {path} names the user"
 
 
 def world_read(world: World) -> rebuild.Read:
@@ -926,6 +1043,14 @@ def world_read(world: World) -> rebuild.Read:
         yield world.logs[TP(world.topic(name), partition)].at(start, 1 << 30, stop)
 
     return read
+
+
+async def _rows_at(world: World, p: int, applied: Mapping[str, int], user: str | None = None) -> dict[bytes, bytes]:
+    """Of one run over the logs up to `applied`."""
+    store = MemoryDisk().open(Path("truth"))
+    evidence = world.settings.evidence_config()
+    await rebuild.user_rows(world_read(world), p, applied, store, world.encoder, evidence, only=user)
+    return dict(store.items())
 
 
 async def _undisturbed_users(
@@ -1012,6 +1137,7 @@ def run_seed(seed: int, make: MakePartition = Partition, story: Story | None = N
             }),
             ("streams.agents", {"INBOX_RECORDS_MAX": chance.choice((6, 20_000)), "INBOX_RECORDS_LOW": 3,
                                 "BATCH_EVENTS_MAX": chance.choice((3, 1000)), "SWEEP_IDLE_S": 0.2, "log": _Silent()}),
+            ("streams.erasure", {"kafka": SimKafka(world), "SWEEP_ROWS": chance.choice((2, 500)), "log": _Silent()}),
             ("streams.telemetry", {"REPORT_INTERVAL_S": 1e9}),
             ("state.rows", {"HISTORY_MAX": 5, "SEEN_MAX": 8, "COMMENTS_MAX": 2}),
             ("model.learner", {"DENSE_FLOATS_MAX": 10_000}),

@@ -55,7 +55,6 @@ SWEEP_ROWS: Final = 50  # untouched rows re-published with a flush after an open
 APPEND_BYTES_MAX: Final = 1 << 20  # one append; a row above that goes alone
 APPEND_RECORDS_MAX: Final = 4000
 RESTORE_BYTES_MAX: Final = 4 << 20  # one batch to disk while restoring
-PURGE_KEYS_MAX: Final = 1000  # deletions that an `OpenReport` lists
 RESTORE_META_BYTES: Final = 64 << 20  # restored between two METAs: what a restore that is cut off does again
 READ_KEYS_MAX: Final = 512  # rows read at once for the ADOPT
 INLINE_ROWS_MAX: Final = 1000  # a larger flush is written to disk by a thread: 25,000 rows of 2 KB take 0.4 s
@@ -105,7 +104,6 @@ class OpenReport:
     repaired: int  # rows written again
     applied: dict[str, int]
     reason: str = ""  # why a disk was discarded
-    deleted: tuple[bytes, ...] = ()  # of rows that a restore deleted: the disk may name them; PURGE_KEYS_MAX at most
 
 
 def digest(rows: Iterable[tuple[bytes, bytes]], applied: Mapping[str, int]) -> str:
@@ -147,7 +145,6 @@ class _Opened:
     position: int  # behind our own claim
     reader: Reader
     read: int
-    deleted: list[bytes] = field(default_factory=list)
 
 
 class Partition:
@@ -158,6 +155,8 @@ class Partition:
     sources: names of the source topics; `applied` has one offset for each.
     on_durable: called with the applied offsets that may be committed now, after each flush.
     on_fenced: called once when a flush on its way finds a newer owner.
+    purges: whether deleted rows are to leave no trace, on disk (`purge`) or in the changelog (`renew`, `head_deleted`);
+        what is owed is noted on the disk.
     crash: called with the name of each step, for tests that end the process there.
     """
 
@@ -173,6 +172,7 @@ class Partition:
         append_bytes_max: int = APPEND_BYTES_MAX,
         on_durable: Callable[[dict[str, int]], None] | None = None,
         on_fenced: Callable[[], None] | None = None,
+        purges: bool = False,
         crash: Callable[[str], None] | None = None,
         disk: Disk | None = None,
     ) -> None:
@@ -189,6 +189,7 @@ class Partition:
         self._append_bytes_max = append_bytes_max
         self._on_durable = on_durable or (lambda applied: None)
         self._on_fenced = on_fenced or (lambda: None)
+        self._purges = purges
         self._crash = crash or (lambda step: None)
         self._disk = disk or shared_disk()
         self._store_or_none: Store | None = None
@@ -200,6 +201,7 @@ class Partition:
         self._sweep_from: bytes | None = None
         self._repair: set[bytes] = set()  # keys to write again with the next flush
         self._repaired_by = 0  # the flush that carries the last repairs
+        self._deleted_since = False  # whether the changelog has a deletion of after the last claim
         self._slot = 0  # of the next marker
         self._slot_bytes = 0  # appended since the slot began
         self._opening = asyncio.Lock()
@@ -306,9 +308,11 @@ class Partition:
         if not progress:
             self._send({}, [], None)
         elif len(rows) <= INLINE_ROWS_MAX:
-            meta = replace(self._meta, applied=target)
+            owed = self._owed(rows)
+            meta = replace(self._meta, applied=target, names_deleted=self._meta.names_deleted or bool(owed))
             outbox_id = flush_id(self._epoch, self._flushes + 1)
-            self._store.write(rows, meta, entry=(outbox_id, OutboxEntry(target, downstream, list(rows))))
+            entry = outbox_id, OutboxEntry(target, downstream, list(rows))
+            self._store.write(rows, meta, entry=entry, owed=owed)
             self._taken(meta, dict(rows), list(downstream), outbox_id)
         else:
             aside = self._write_aside(dict(rows), list(downstream), target)
@@ -358,10 +362,31 @@ class Partition:
         """The row key under which disk and changelog have a key's row."""
         return key
 
-    def purge(self, keys: Sequence[bytes]) -> None:
-        """Take deleted rows off the disk itself, by their `stored_key`, after a `drain`. In a thread: it takes tenths
-        of a second a key."""
-        self._store.purge(keys)
+    @property
+    def names_deleted(self) -> bool:
+        """Whether the changelog is to lose records that name deleted rows: `renew`, sweep, delete its head."""
+        return self._meta.names_deleted
+
+    async def head_deleted(self) -> None:
+        """The changelog's head before `truncatable_to` was deleted, or cannot be. Raises as `drain`."""
+        await self.drain()
+        self._meta = replace(self._meta, names_deleted=self._deleted_since)
+        self._store.write({}, self._meta)
+
+    def _owed(self, rows: Mapping[bytes, bytes | None]) -> list[bytes]:
+        """The keys of deleted rows, which are about to be written and to be told to the changelog."""
+        owed = [key for key, row in rows.items() if row is None] if self._purges else []
+        self._deleted_since |= bool(owed)
+        return owed
+
+    def owes_purge(self) -> bool:
+        """Whether the disk has traces of deleted rows that nobody has taken off it, an earlier owner's too."""
+        return self._store.owes_purge()
+
+    def purge(self) -> None:
+        """Take what was deleted before off the disk itself; all flushes of before the last `drain`. In a thread: it
+        takes tenths of a second a key."""
+        self._store.purge()
 
     async def named(self, keys: Collection[bytes]) -> dict[bytes, int]:
         """How many records of the changelog name each `stored_key`, whatever they say; reads all of it."""
@@ -448,10 +473,7 @@ class Partition:
         if restore is not None:
             restore.advance()
             meta = restore.meta
-        opened = _Opened(kind, meta, outbox, epoch, offset + 1, reader, restore.rows if restore else 0)
-        if restore is not None:  # a fresh disk too: its log names what the changelog deletes
-            opened.deleted = restore.deleted
-        return opened
+        return _Opened(kind, meta, outbox, epoch, offset + 1, reader, restore.rows if restore else 0)
 
     async def _claim(self, meta: Meta, reader: Reader, restore: "_Restore | None") -> tuple[int, int]:
         """Compare-and-swap through the log: (epoch, offset of our claim), everything up to there read."""
@@ -508,10 +530,12 @@ class Partition:
         self._announced_at = opened.position - 1
         self._slot = self._slot_bytes = 0
         self._repair, self._repaired_by, self._failure = set(), 0, None
+        self._deleted_since = False
         marker = Marker(opened.epoch, KIND_ADOPT, *base, 1, len(touched), applied)
         last = await self._append_rows(self._stored(sorted(touched)), marker)
         self._crash("adopt")
-        self._meta = self._beyond(replace(opened.meta, restoring=False), last, marker)
+        names_deleted = opened.meta.names_deleted or self._deleted_since
+        self._meta = self._beyond(replace(opened.meta, restoring=False, names_deleted=names_deleted), last, marker)
         self._store.write({}, self._meta, settled=[outbox_id for outbox_id, _ in opened.outbox])
         self.truncatable_to = opened.reader.truncatable_to
         self._sweep_from = b""
@@ -524,13 +548,14 @@ class Partition:
             len(touched),
             dict(applied),
             reason,
-            tuple(opened.deleted),
         )
 
     def _stored(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, bytes | None]]:
         for at in range(0, len(keys), READ_KEYS_MAX):
             some = keys[at : at + READ_KEYS_MAX]
-            yield from zip(some, self._store.get_many(some), strict=True)
+            rows = dict(zip(some, self._store.get_many(some), strict=True))
+            self._owed(rows)
+            yield from rows.items()
 
     def _configured(self, meta: Meta) -> Meta:
         return replace(meta, applied=self._complete(meta.applied), log_applied=self._complete(meta.log_applied))
@@ -578,10 +603,10 @@ class Partition:
     ) -> None:
         """The batch of a large flush, written by a thread."""
         outbox_id = flush_id(self._epoch, self._flushes + 1)
-        entry = OutboxEntry(applied, downstream, list(rows))
+        entry, owed = OutboxEntry(applied, downstream, list(rows)), self._owed(rows)
         async with self._meta_lock:
-            meta = replace(self._meta, applied=applied)
-            await asyncio.to_thread(self._store.write, rows, meta, entry=(outbox_id, entry))
+            meta = replace(self._meta, applied=applied, names_deleted=self._meta.names_deleted or bool(owed))
+            await asyncio.to_thread(self._store.write, rows, meta, entry=(outbox_id, entry), owed=owed)
             self._taken(meta, rows, downstream, outbox_id)
 
     def _taken(
@@ -606,6 +631,7 @@ class Partition:
         self._flushes += 1
         if self._repair:
             rows.update(self._stored(sorted(self._repair - rows.keys())))
+            self._meta = replace(self._meta, names_deleted=self._meta.names_deleted or self._deleted_since)
             self._repair.clear()
             self._repaired_by = self._flushes
         kind = KIND_SWEPT if self._add_sweep(rows, sweep_rows or self._sweep_rows) else KIND_RUNNING
@@ -740,7 +766,6 @@ class _Restore:
         self.meta = replace(meta, restoring=True)
         self.rows = 0
         self.behind_bytes = 0  # rows taken since META was written
-        self.deleted: list[bytes] = []  # keys whose deletion was written; PURGE_KEYS_MAX at most
         self._partition = partition
         self._store = store
         self._waiting: dict[bytes, bytes | None] = {}
@@ -765,6 +790,7 @@ class _Restore:
             position=accepted.position,
             log_applied=applied,
             log_flush=accepted.flush,
+            names_deleted=self.meta.names_deleted or bool(self._partition._owed(accepted.rows)),
         )
         if self._waiting_bytes >= RESTORE_BYTES_MAX:
             self._write_rows()
@@ -783,10 +809,8 @@ class _Restore:
             while self._waiting and size < RESTORE_BYTES_MAX:
                 key, row = self._waiting.popitem()
                 batch[key] = row
-                if row is None and len(self.deleted) < PURGE_KEYS_MAX:
-                    self.deleted.append(key)
                 size += len(key) + len(row or b"")
-            self._store.write(batch)
+            self._store.write(batch, owed=self._partition._owed(batch))  # a fresh disk's log names them, too
             self._partition._crash("restore")
         self._waiting_bytes = 0
 

@@ -13,6 +13,7 @@ A batch survives the end of the process (RocksDB's log), not a power cut (nothin
 is a tail of batches, which the changelog gives back.
 """
 
+import os
 import shutil
 import struct
 import uuid
@@ -50,9 +51,12 @@ INFO_LOG_FILES_MAX: Final = 2
 INFO_LOG_BYTES_MAX: Final = 1 << 20
 
 FLAG_RESTORING: Final = 1
+FLAG_NAMES_DELETED: Final = 2
 
 META_KEY: Final = b"\x00meta"
 OUTBOX_PREFIX: Final = b"\x00outbox"
+OWED_PREFIX: Final = b"\x00owed"  # of keys whose traces a purge is to take off
+OWED_NONCE_BYTES: Final = 8  # tells a deletion from a later one of the same key, which comes while a purge works
 PURGE_KEY: Final = b"\x00purge"  # of no meaning: written so that there is something to write
 ROW_PREFIX: Final = b"\x01"
 CORRUPT_MARK: Final = "HEADWATER_CORRUPT"
@@ -62,7 +66,7 @@ _COUNT: Final = struct.Struct(">I")
 _PAIR: Final = struct.Struct(">II")
 _FLUSH_ID: Final = struct.Struct(">QQ")
 
-assert META_KEY < OUTBOX_PREFIX < PURGE_KEY < ROW_PREFIX
+assert META_KEY < OUTBOX_PREFIX < OWED_PREFIX < PURGE_KEY < ROW_PREFIX
 
 
 class StoreError(Exception):
@@ -88,6 +92,7 @@ class Meta:
     epoch, log_flush, log_applied: those of the last marker that this store is known to contain, at the changelog
     position `position` - 1. `applied` may be ahead of `log_applied`: the outbox has the difference.
     `restoring`: rows may be ahead of `position`, all of them from the changelog.
+    `names_deleted`: the changelog has records of rows that were deleted, and is to lose them.
     """
 
     applied: dict[str, int]
@@ -97,6 +102,7 @@ class Meta:
     log_applied: dict[str, int]
     log_flush: int
     restoring: bool = False
+    names_deleted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +126,7 @@ def flush_id(epoch: int, flush: int) -> bytes:
 
 def pack_meta(meta: Meta) -> bytes:
     """META's bytes."""
-    flags = FLAG_RESTORING if meta.restoring else 0
+    flags = (FLAG_RESTORING if meta.restoring else 0) | (FLAG_NAMES_DELETED if meta.names_deleted else 0)
     head = _META.pack(STORE_VERSION, flags, meta.epoch, meta.store_id, meta.position, meta.log_flush)
     return head + pack_applied(meta.applied) + pack_applied(meta.log_applied)
 
@@ -134,7 +140,8 @@ def unpack_meta(value: bytes) -> Meta:
         log_applied, _ = unpack_applied(value, at)
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise StoreCorruptError(f"META of {len(value)} bytes is cut short") from error
-    return Meta(applied, epoch, store_id, position, log_applied, log_flush, bool(flags & FLAG_RESTORING))
+    told = bool(flags & FLAG_RESTORING), bool(flags & FLAG_NAMES_DELETED)
+    return Meta(applied, epoch, store_id, position, log_applied, log_flush, *told)
 
 
 def pack_outbox(entry: OutboxEntry) -> bytes:
@@ -214,12 +221,19 @@ class Store(Protocol):
         *,
         entry: tuple[bytes, OutboxEntry] | None = None,
         settled: Iterable[bytes] = (),
+        owed: Iterable[bytes] = (),
     ) -> None:
-        """In one atomic batch: rows (None deletes), META, a new outbox entry, ids of entries to drop."""
+        """In one atomic batch: rows (None deletes), META, a new outbox entry, ids of entries to drop, and deleted keys
+        whose traces are owed a purge."""
         ...
 
-    def purge(self, keys: Sequence[bytes]) -> None:
-        """Takes deleted rows of these keys, and settled outbox entries, off the disk: nothing names them any more.
+    def owes_purge(self) -> bool:
+        """Whether keys are owed a purge; an owner that was killed before it, or lost the partition, leaves that."""
+        ...
+
+    def purge(self) -> None:
+        """Takes deleted rows of the keys that are owed it, and settled outbox entries, off the disk: nothing names
+        them any more.
 
         Takes some tenths of a second a key: not in the loop.
         """
@@ -253,6 +267,10 @@ class Disk(Protocol):
         """Remove a closed store."""
         ...
 
+    def stores(self, folder: Path) -> list[Path]:
+        """The stores that lie in a folder."""
+        ...
+
 
 class RocksDisk:
     """RocksDB stores that share one block cache and one memtable budget.
@@ -282,6 +300,10 @@ class RocksDisk:
         """Remove the folder of a closed store, if there is one."""
         if path.exists():
             shutil.rmtree(path)
+
+    def stores(self, folder: Path) -> list[Path]:
+        """The folders of all stores in `folder`."""
+        return sorted(path for path in folder.glob("*") if path.is_dir())
 
     def memory_bytes(self) -> int:
         """Block cache and memtables of all the stores."""
@@ -359,6 +381,7 @@ class RocksStore:
         *,
         entry: tuple[bytes, OutboxEntry] | None = None,
         settled: Iterable[bytes] = (),
+        owed: Iterable[bytes] = (),
     ) -> None:
         """`Store.write`."""
         batch = WriteBatch(raw_mode=True)
@@ -373,13 +396,21 @@ class RocksStore:
             batch.put(OUTBOX_PREFIX + entry[0], pack_outbox(entry[1]))
         for settled_id in settled:
             batch.delete(OUTBOX_PREFIX + settled_id)
+        for key in owed:
+            batch.put(OWED_PREFIX + os.urandom(OWED_NONCE_BYTES) + key, b"")
         try:
             self._database.write(batch)
         except Exception as error:
             raise self._failed(error) from error
 
-    def purge(self, keys: Sequence[bytes]) -> None:
+    def owes_purge(self) -> bool:
+        """`Store.owes_purge`."""
+        return next(self._scan(OWED_PREFIX, OWED_PREFIX), None) is not None
+
+    def purge(self) -> None:
         """`Store.purge`: out of the log and the memtables, out of the tables, out of the list of tables."""
+        owed = [entry for entry, _ in self._scan(OWED_PREFIX, OWED_PREFIX)]
+        keys = [entry[len(OWED_PREFIX) + OWED_NONCE_BYTES :] for entry in owed]
         try:
             self._database.flush(True)
             ranges = [(key, key) for key in keys]
@@ -387,6 +418,11 @@ class RocksStore:
                 ranges = [(min(keys), max(keys))]
             for first, last in ranges:
                 self._compact(ROW_PREFIX + first, ROW_PREFIX + last + b"\0")
+            done = WriteBatch(raw_mode=True)
+            for entry in owed:
+                done.delete(entry)
+            self._database.write(done)
+            self._database.flush(True)
             self._compact(OUTBOX_PREFIX, PURGE_KEY)
             # The list of tables still has the bounds of those that went; it is begun anew with the next one.
             self._database.put(PURGE_KEY, b"")

@@ -355,8 +355,7 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
             raise SealError("users' rows are sealed here, and no data keys are set: set HEADWATER_DATA_KEYS_FILE")
         self.cache = RowCache(self.partition.get_many)
         self.shown = dict(self.partition.applied)
-        assert self.report is not None
-        self.eraser.purge(self.report.deleted)
+        self.eraser.purge()
 
     async def idle(self) -> None:
         """As every keeper's; and erasures go on."""
@@ -616,13 +615,16 @@ class LearnerKeeper(Keeper[bytes]):
         return self._executor.submit(lambda: (self.learner.offset, self.learner.learner.digest())).result()
 
     def is_flush_due(self) -> bool:
-        """Items that enter or leave do not wait for the budget; else the dirty bytes must have used up their time."""
+        """Whether there is something that is not flushed, and it may be: items that enter or leave do not wait for the
+        budget; else the dirty bytes must have used up their time."""
+        if self.offset <= self.partition.applied["examples"]:
+            return False
         budget_s = 0.0 if self._entered else self.learner.learner.dirty_bytes / self._flush_bytes_per_s
         return self.around.now() - self._flushed_s >= max(self._flush_min_s, budget_s)
 
     async def idle(self) -> None:
         """A quiet log is flushed too, so that replicas and a restart have it all."""
-        if self.offset > self.partition.applied["examples"] and self.is_flush_due():
+        if self.is_flush_due():
             await self.flush()
         await super().idle()
 

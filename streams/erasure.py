@@ -11,7 +11,7 @@ was.
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Final, Protocol
 
 import msgspec
@@ -193,13 +193,13 @@ class Eraser:
         """Goes on with what is owed, if anything is, in a task of its own."""
         if self._task is not None and not self._task.done():
             return
-        if self.reach.now() >= self._again_at and self._owed():
+        if self.reach.now() >= self._again_at and (self._owed() or self.partition.names_deleted):
             self._task = asyncio.get_running_loop().create_task(self._run(), name=f"erasures-{self.number}")
 
-    def purge(self, keys: Sequence[bytes]) -> None:
-        """Takes rows that the restore deleted off this disk."""
-        if keys:
-            self._purging = asyncio.ensure_future(asyncio.to_thread(self.partition.purge, keys))
+    def purge(self) -> None:
+        """Takes off this disk what it still owes after an open: what the restore deleted, or an owner that ended."""
+        if self.partition.owes_purge():
+            self._purging = asyncio.ensure_future(asyncio.to_thread(self.partition.purge))
 
     async def close(self) -> None:
         """Ends the task, between two uses of the partition; what it owes is the next owner's."""
@@ -227,8 +227,13 @@ class Eraser:
     async def _run(self) -> None:
         await self.book.caught_up.wait()
         try:
-            while (owed := self._owed()) and not self._stopped():
-                await self._advance(owed)
+            while not self._stopped():
+                if owed := self._owed():
+                    await self._advance(owed)
+                elif self.partition.names_deleted:  # late rows of a former owner, which were deleted once more
+                    await self._renew_changelog()
+                else:
+                    return
         except _StoppedError:
             return
         except Exception as failure:  # of a broker or the disk: nothing is lost by another try
@@ -246,7 +251,7 @@ class Eraser:
             else:
                 users[certificate.erasure_id] = erasure.user_id
         owed = [c for c in owed if c.erasure_id in users]
-        await self._purge_store([c for c in owed if c.store is None], users)
+        await self._purge_store([c for c in owed if c.store is None])
         await self._purge_changelog([c for c in owed if c.changelog is None], users)
         await self._look_for_remains([c for c in owed if c.remains is None], users)
         for certificate in owed:
@@ -264,12 +269,11 @@ class Eraser:
                 raise _StoppedError
             await use()
 
-    async def _purge_store(self, certificates: list[Certificate], users: dict[str, str]) -> None:
+    async def _purge_store(self, certificates: list[Certificate]) -> None:
         if not certificates:
             return
         await self._using(self.partition.drain)
-        keys = [self.partition.stored_key(users[c.erasure_id].encode()) for c in certificates]
-        self._purging = asyncio.ensure_future(asyncio.to_thread(self.partition.purge, keys))
+        self._purging = asyncio.ensure_future(asyncio.to_thread(self.partition.purge))
         await asyncio.shield(self._purging)
         applied, kept = self.partition.snapshot()
         told = await asyncio.to_thread(digest, kept, applied)
@@ -280,18 +284,12 @@ class Eraser:
             await self.book.write(certificate)
 
     async def _purge_changelog(self, certificates: list[Certificate], users: dict[str, str]) -> None:
-        """Every row is written again under another epoch; then all before goes, the deletions' own records too."""
         keys = [users[c.erasure_id].encode() for c in certificates]
         stored = {key: self.partition.stored_key(key) for key in keys}
         left: dict[bytes, int] = {}
         before, kept = 0, None
         for _ in range(TRIES_MAX if certificates else 0):
-            await self._using(self.partition.renew)
-            while not self.partition.is_swept:
-                await self._using(lambda: self.partition.sweep(SWEEP_ROWS))
-            await self._using(self.partition.drain)
-            before = self.partition.truncatable_to or 0
-            kept = await self.reach.delete_head(self.number, before)
+            before, kept = await self._renew_changelog()
             left = await self.partition.named(stored.values())
             present = zip(keys, self.partition.get_many(keys), strict=True)
             if kept or all(row is not None or not left[stored[key]] for key, row in present):
@@ -300,6 +298,19 @@ class Eraser:
             naming = left[stored[users[certificate.erasure_id].encode()]]
             certificate.changelog = ChangelogErased(CHANGELOG, self.number, 0 if kept else before, naming, kept)
             await self.book.write(certificate)
+
+    async def _renew_changelog(self) -> tuple[int, str | None]:
+        """Every row is written again under another epoch; then all before goes, the deletions' own records too: (up to
+        where, or why not).
+        """
+        await self._using(self.partition.renew)
+        while not self.partition.is_swept:
+            await self._using(lambda: self.partition.sweep(SWEEP_ROWS))
+        await self._using(self.partition.drain)
+        before = self.partition.truncatable_to or 0
+        kept = await self.reach.delete_head(self.number, before)
+        await self._using(self.partition.head_deleted)
+        return before, kept
 
     async def _look_for_remains(self, certificates: list[Certificate], users: dict[str, str]) -> None:
         """What the source logs and dead letters still hold; and, where it is asked for, the learner is told."""

@@ -252,6 +252,7 @@ class Worker:
                 self.options,
             ),
             publish=self._publish_examples,
+            purges=kind == "users",
             sources=tuple(topics.values()),
             on_durable=lambda applied: self._applied(topics, number, applied),
             crash=self.crash,
@@ -401,20 +402,23 @@ class Worker:
         """
         if not (self._was_assigned and self.book.caught_up.is_set()):
             return
-        for path in self.settings.state_dir.glob("users-*"):
-            number = int(path.name.removeprefix("users-"))
+        for path in self.disk.stores(self.settings.state_dir):
+            kind, _, partition = path.name.rpartition("-")
+            if kind != "users" or not partition.isdecimal():
+                continue
+            number = int(partition)
             newest = self.book.newest(number)
             if newest <= self._looked_at.get(number, -1) or ("users", number) in self.keepers:
                 continue
             try:
-                applied = await asyncio.to_thread(_applied_on, self.disk, path)
+                applied, owes_purge = await asyncio.to_thread(_left_on, self.disk, path)
             except StoreLockedError:  # it is being closed
                 continue
             except StoreError:
-                applied = {}
+                applied, owes_purge = {}, True
             if ("users", number) in self.keepers:
                 continue
-            if applied.get("erasures", -1) < newest:
+            if owes_purge or applied.get("erasures", -1) < newest:
                 self.disk.wipe(path)
                 log.info("state of another worker's partition wiped: users were erased since", partition=number)
             self._looked_at[number] = newest
@@ -561,11 +565,11 @@ def crash_at(told: str) -> Callable[[str], None]:
     return crash
 
 
-def _applied_on(disk: RocksDisk, path: Path) -> dict[str, int]:
-    """The applied offsets of a store that nobody has open."""
+def _left_on(disk: RocksDisk, path: Path) -> tuple[dict[str, int], bool]:
+    """(applied offsets, whether a purge is owed) of a store that nobody has open."""
     store = disk.open(path)
     try:
-        meta = store.meta()
+        meta, owes_purge = store.meta(), store.owes_purge()
     finally:
         store.close()
-    return meta.applied if meta is not None else {}
+    return (meta.applied if meta is not None else {}), owes_purge

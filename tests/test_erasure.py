@@ -12,7 +12,7 @@ import pytest
 
 from bench.doubles import MemoryDisk, MemoryLog
 from bench.drain import PlainSource, PlainVectors
-from state.changelog import LogRecord
+from state.changelog import LogRecord, row_records
 from state.partition import Fenced, Partition, PartitionFailedError
 from state.sealing import SealedPartition, Sealer
 from state.store import Meta
@@ -104,7 +104,7 @@ class World:
         make: Callable[..., Partition] = partial(SealedPartition, Sealer([b"k" * 32])) if self.is_sealed else Partition
         return make(
             path=Path("/memory") / folder, changelog=self.log, publish=publish, sources=SOURCES, disk=self.disk,
-            crash=self.step,
+            crash=self.step, purges=True,
         )  # fmt: skip
 
 
@@ -217,6 +217,35 @@ async def test_a_fenced_owner_leaves_the_rest_to_the_next() -> None:
     assert told is not None and told.changelog is not None and told.changelog.naming == 0
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+async def test_late_rows_of_a_former_owner_leave_the_changelog_too(is_killed: bool) -> None:
+    """What it had on its way lands after the certificate: the owner overrides it, and the head goes once more."""
+    world = World()
+    told = await live(world, "first")
+    assert told is not None and told.changelog is not None and told.changelog.naming == 0
+    world.log.land(row_records(1, 1, [(USER.encode(), b"row")]))
+    owner = world.partition("second")
+    await owner.open()
+    assert owner.names_deleted
+    if is_killed:
+        await owner.close()
+        owner = world.partition("second")
+        await owner.open()
+    book = Book(world.certify)
+    book.caught_up.set()
+    eraser = Eraser(0, owner, book, world, asyncio.Lock(), lambda: False)
+    await pursued(eraser)
+    assert not owner.names_deleted
+    assert await owner.named([USER.encode()]) == {USER.encode(): 0}
+    await eraser.close()
+    await owner.close()
+    owner = world.partition("second")
+    await owner.open()
+    assert not owner.names_deleted
+    assert dict(owner.items()) == {b"other": b"row"}
+    await owner.close()
+
+
 def test_a_late_record_of_a_former_owner_does_not_undo_a_certificate() -> None:
     book = Book(World().certify)
     book.take(NAME.encode(), msgspec.json.encode(Certificate(NAME, "complete", completed_at=2.0)))
@@ -237,17 +266,22 @@ async def test_the_folder_of_a_partition_that_others_have_goes_where_users_were_
 ) -> None:
     settings = make_settings(broker="127.0.0.1:1")
     worker = Worker(settings, lambda: 0.0, PlainVectors(), PlainSource(settings), lambda topic, partition: None)
-    for number, applied in ((0, 4), (1, 2), (2, 2)):
+    for number, applied, owed in ((0, 4, []), (1, 2, []), (2, 2, []), (3, 4, [b"v"])):
         store = worker.disk.open(settings.state_dir / f"users-{number}")
-        store.write({b"u": b"row"}, Meta({"erasures": applied}, 1, b"i" * 16, 0, {}, 0))
+        store.write({b"u": b"row"}, Meta({"erasures": applied}, 1, b"i" * 16, 0, {}, 0), owed=owed)
         store.close()
-    for number in (0, 1):
+    (settings.state_dir / "users-of-yesterday").mkdir()
+    for number in (0, 1, 3):
         name = f"erasures:{number}:3"
         worker.book.take(name.encode(), msgspec.json.encode(Certificate(name, "complete")))
     worker.book.caught_up.set()
     await worker.wipe_left_folders()  # nobody has said yet what is whose
-    assert len(list(settings.state_dir.glob("users-*"))) == 3
+    assert len(list(settings.state_dir.glob("users-*"))) == 5
     worker.assigned(set())
     await worker.wipe_left_folders()
-    assert sorted(path.name for path in settings.state_dir.glob("users-*")) == ["users-0", "users-2"]
+    assert sorted(path.name for path in settings.state_dir.glob("users-*")) == [
+        "users-0",
+        "users-2",
+        "users-of-yesterday",
+    ]
     worker.encoding.close()

@@ -984,14 +984,27 @@ async def test_a_claimant_that_was_overtaken_does_not_renew() -> None:
     await owner.close()
 
 
-async def test_an_old_disk_that_catches_up_tells_which_rows_it_must_take_off() -> None:
+async def test_a_disk_that_has_deleted_rows_owes_a_purge_whoever_deleted_them() -> None:
     around = Surroundings()
-    old = await around.opened("old")
+    old = await around.opened("old", purges=True)
     await add_all(old, range(2))
+    assert not old.owes_purge()
     await old.close()
-    other = await around.opened("other")
+    other = await around.opened("other", purges=True)
     await add_all(other, range(2, 4))
+    assert other.owes_purge()
     await other.close()
-    report = await around.partition("old").open()
+    other = await around.opened("other", purges=True)
+    assert other.owes_purge(), "it was closed before it had done it"
+    other.purge()
+    assert not other.owes_purge()
+    await other.close()
+    old = around.partition("old", purges=True)
+    report = await old.open()
     assert report.kind == "catchup"
-    assert set(report.deleted) == {b"user0", b"user1"}
+    assert old.owes_purge(), "the changelog has told it of the deletions"
+    fresh = await around.opened("fresh", purges=True)
+    assert fresh.owes_purge(), "its log has the rows that were deleted"
+    await fresh.flush({b"user0": None}, [], {"clicks": 9})
+    await (unasked := await around.opened("unasked")).flush({b"user1": None}, [], {"clicks": 10})
+    assert not unasked.owes_purge()

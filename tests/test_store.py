@@ -268,14 +268,20 @@ def test_a_purge_leaves_no_trace_of_a_deleted_key_in_any_file(tmp_path: Path) ->
 
     store.write({name: bytes(range(256)), b"a": b"1", b"z": b"2"}, META, entry=(b"1", OutboxEntry({}, [], [name])))
     assert files_that_name_it()
-    store.write({name: None}, META, settled=[b"1"])
+    store.write({name: None}, META, settled=[b"1"], owed=[name])
     assert files_that_name_it()
-    store.purge([name])
+    store.close()
+    store = disk.open(tmp_path / "p")
+    assert store.owes_purge(), "whoever has it next knows"
+    store.purge()
+    assert not store.owes_purge()
     assert files_that_name_it() == []
     assert dict(store.items()) == {b"a": b"1", b"z": b"2"}
     assert store.meta() == META
     assert store.outbox() == []
     _, rows = store.snapshot()
     assert dict(rows) == {b"a": b"1", b"z": b"2"}
-    store.purge([b"%d" % n for n in range(40)])
+    store.write({}, owed=[b"%d" % n for n in range(40)])
+    store.purge()
+    assert not store.owes_purge()
     store.close()

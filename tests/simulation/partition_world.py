@@ -273,6 +273,9 @@ class LifeDisk:
         self.life.alive()
         self.world.disk.wipe(path)
 
+    def stores(self, folder: Path) -> list[Path]:
+        return self.world.disk.stores(folder)
+
 
 class LifeStore:
     """A store of one process."""
@@ -302,12 +305,16 @@ class LifeStore:
         *,
         entry: tuple[bytes, OutboxEntry] | None = None,
         settled: Iterable[bytes] = (),
+        owed: Iterable[bytes] = (),
     ) -> None:
         self.life.alive()
-        self.store.write(rows, meta, entry=entry, settled=settled)
+        self.store.write(rows, meta, entry=entry, settled=settled, owed=owed)
 
-    def purge(self, keys: Sequence[bytes]) -> None:
-        self.store.purge(keys)
+    def owes_purge(self) -> bool:
+        return self.store.owes_purge()
+
+    def purge(self) -> None:
+        self.store.purge()
 
     def memory_bytes(self) -> int:
         return self.store.memory_bytes()
