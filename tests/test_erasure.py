@@ -223,7 +223,8 @@ async def test_late_rows_of_a_former_owner_leave_the_changelog_too(is_killed: bo
     world = World()
     told = await live(world, "first")
     assert told is not None and told.changelog is not None and told.changelog.naming == 0
-    world.log.land(row_records(1, 1, [(USER.encode(), b"row")]))
+    rows: list[tuple[bytes, bytes | None]] = [*row_records(1, 1, [(USER.encode(), b"row")])]
+    world.log.land(rows)
     owner = world.partition("second")
     await owner.open()
     assert owner.names_deleted
