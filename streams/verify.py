@@ -31,6 +31,8 @@ from streams.settings import Fault, Settings
 CHANGELOGS: Final = {"users": "users-changelog", "catalogue": "catalogue-changelog", "learner": "items-changelog"}
 MARKER_WAIT_S_MAX: Final = 10.0  # a flush is on disk, and in the digest, a moment before its marker is in the log
 ASK_TRIES_MAX: Final = 3  # a worker that was killed publishes several flushes under one marker: ask for a later state
+SETTLE_S_MAX: Final = 60.0  # for changelogs whose rows are being written again, so that their heads can go
+SETTLE_POLL_S: Final = 1.0
 
 Steps = Callable[[str, int, int], None]  # (stage, done, in all)
 
@@ -85,6 +87,7 @@ class _Restored(NamedTuple):
     finding: Finding
     rows: int
     cuts: list[Cut]
+    first: int  # where the changelog began
 
 
 class _Verification:
@@ -100,20 +103,25 @@ class _Verification:
         self.disk = RocksDisk()
         self.sealer = sealer_of(settings)
         self._scratch = count()
+        self._unsettled: set[tuple[str, int]] = set()  # whose changelog lost its head, and is not swept as of there
 
     async def run(self) -> list[Verdict]:
         """First all changelogs, close to the moment of the digests; then the sources."""
         wanted = [(kind, p) for kind in ("users", "catalogue") for p in range(self.settings.partitions)]
         wanted.append(("learner", 0))
         restored: dict[tuple[str, int], _Restored] = {}
-        for _ in range(ASK_TRIES_MAX):
+        deadline = time.monotonic() + SETTLE_S_MAX
+        for tries in count(1):
             told = self._told()
+            self._unsettled.clear()
             for done, key in enumerate(k for k in wanted if k not in restored):
                 self.steps("changelogs", done, len(wanted))
                 if key in told and (found := await self._restore(*key, told[key])) is not None:
                     restored[key] = found
-            if len(restored) == len(wanted):
+            may_settle = self._unsettled and time.monotonic() < deadline
+            if len(restored) == len(wanted) or (tries >= ASK_TRIES_MAX and not may_settle):
                 break
+            await asyncio.sleep(SETTLE_POLL_S if self._unsettled else 0)
         self.steps("changelogs", len(wanted), len(wanted))
         return [await self._verdict(*key, restored.get(key)) for key in wanted]
 
@@ -132,7 +140,10 @@ class _Verification:
     # -- the changelog
 
     async def _restore(self, kind: str, partition: int, told: _Told) -> _Restored | None:
-        """None: the changelog has no flush of exactly these offsets."""
+        """None: the changelog has no flush of exactly these offsets, or not all rows as of there: its head was deleted
+        a moment ago.
+        """
+        first = await self._changelog_begin(kind, partition)
         log = self._changelog(kind, partition, is_followed=kind != "learner")
         with self._store() as rows:
             cuts = await rebuild.changelog_rows(log, told.applied, rows)
@@ -142,10 +153,14 @@ class _Verification:
                 learner.load(rows.items())
                 learner.offset = applied["examples"]
                 return await self._learnt(learner, told)
+            is_whole = not cuts or cuts[-1].is_complete
+            if not is_whole or await self._changelog_begin(kind, partition) != first:
+                self._unsettled.add((kind, partition))
+                return None
             if not rebuild.is_at(applied, told.applied):
                 return None
             found = digest(self._as_kept(kind, rows).items(), applied)
-            return _Restored(told, _finding(found, told), sum(1 for _ in rows.items()), cuts)
+            return _Restored(told, _finding(found, told), sum(1 for _ in rows.items()), cuts, first)
 
     async def _learnt(self, learner: ItemLearner, told: _Told) -> _Restored | None:
         start = await kafka.log_start(self.options, self.settings.internal_topic("examples"), 0)
@@ -154,7 +169,7 @@ class _Verification:
         bar, upto = self._bar("learner", told), told.applied["examples"]
         learner = await rebuild.learn_examples(self._read, learner, upto, bar, self.sealer, is_whole=start == 0)
         found = _finding(learner.learner.digest(), told)
-        return _Restored(told, found, len(learner.learner.matrix), [])
+        return _Restored(told, found, len(learner.learner.matrix), [], 0)
 
     def _changelog_topic(self, kind: str) -> str:
         return self.settings.internal_topic(CHANGELOGS[kind])
@@ -202,7 +217,10 @@ class _Verification:
         if kind == "users":
             found = await self._fold(partition, restored, None, bar)
             complete = [cut.applied for cut in restored.cuts if cut.is_complete]
-            if found != told.digest and await self._is_cut(partition) and complete:
+            begins = await self._changelog_begin(kind, partition)
+            if found != told.digest and begins != restored.first:
+                return Finding.GONE, "an erasure took the changelog's beginning meanwhile: run it again"
+            if found != told.digest and begins > 0 and complete:
                 # The order in which late events were merged went with the changelog's beginning.
                 if rebuild.is_at(complete[0], told.applied):
                     return Finding.GONE, "an erasure took the changelog's beginning, and no event has come since"
@@ -217,9 +235,9 @@ class _Verification:
                 found = digest(store.items(), told.applied)
         return self._judged(found, told)
 
-    async def _is_cut(self, partition: int) -> bool:
-        """Whether the head of the users' changelog was deleted."""
-        return await kafka.log_start(self.options, self._changelog_topic("users"), partition) > 0
+    async def _changelog_begin(self, kind: str, partition: int) -> int:
+        """Where it begins: above 0 where its head was deleted."""
+        return await kafka.log_start(self.options, self._changelog_topic(kind), partition)
 
     async def _fold(
         self, partition: int, restored: _Restored, start: dict[str, int] | None, bar: Callable[[int], None]

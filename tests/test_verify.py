@@ -1,18 +1,23 @@
 """`headwater verify`: the state that a worker tells of, rebuilt from the logs."""
 
+import asyncio
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kafka import KafkaProducer
 
+from bench import words
 from bench.deployment import Deployment, WorkerProcess
-from streams import kafka
+from bench.doubles import MemoryDisk, MemoryLog
+from state.changelog import LogRecord
+from state.partition import Partition
+from streams import kafka, verify
 from streams.__main__ import app
-from streams.settings import PREFIX
+from streams.settings import PREFIX, Settings
 
 USERS = 12
 ROUNDS = 8
@@ -121,3 +126,63 @@ def test_what_a_worker_has_is_what_the_logs_say(
     assert code == 1
     assert {kind for (kind, _), v in found.items() if v["sources"] == "different"} == {"users"}
     assert {v["changelog"] for v in found.values()} == {"equal"}
+
+
+class Logs:
+    """`streams.kafka` for a verification: the users' changelog, and nothing else is left."""
+
+    def __init__(self, changelog: MemoryLog) -> None:
+        self.changelog = changelog
+
+    async def log_start(self, options: Any, topic: str, partition: int) -> int:
+        return self.changelog.begins if topic.endswith("users-changelog") else 1
+
+    async def log_end(self, options: Any, topic: str, partition: int) -> int:
+        return len(self.changelog.everything)
+
+    async def read_log(
+        self, options: Any, topic: str, partition: int, start: int, stop: int | None = None
+    ) -> AsyncIterator[list[LogRecord]]:
+        async for batch in self.changelog.read(start, stop):
+            yield batch
+        yield []
+
+
+async def test_a_changelog_that_has_just_lost_its_head_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A flush of before the sweep's end has not all rows: no worker is accused by it."""
+    log = MemoryLog()
+
+    async def publish(records: list[tuple[bytes, bytes]]) -> None: ...
+
+    partition = Partition(
+        path=tmp_path, changelog=log, publish=publish, sources=("clicks",), disk=MemoryDisk(), sweep_rows=3
+    )
+    await partition.open()
+    await partition.flush({b"u%d" % n: b"row" for n in range(9)}, [], {"clicks": 0})
+
+    def told() -> list[Any]:
+        part = {"kind": "users", "partition": 0, "applied": dict(partition.applied), "digest": partition.digest()}
+        return [{"encoder": "words", "url": "", "partitions": [part]}]
+
+    await partition.renew()
+    await partition.flush({b"u1": b"more"}, [], {"clicks": 1})
+    early = told()
+    await partition.flush({b"u2": b"more"}, [], {"clicks": 2})
+    while not partition.is_swept:
+        await partition.sweep()
+    await partition.drain()
+    log.delete_before(partition.truncatable_to or 0)
+    assert log.begins > 0
+    monkeypatch.setattr(verify, "kafka", Logs(log))
+    monkeypatch.setattr(verify, "MARKER_WAIT_S_MAX", 0.0)
+    monkeypatch.setattr(verify, "SETTLE_POLL_S", 0.0)
+    asked = iter([early])
+    settings = Settings(broker="127.0.0.1:1", partitions=1)
+    found = await asyncio.to_thread(
+        verify.verify, settings, lambda: next(asked, told()), words.WordVectors(), lambda stage, done, total: None
+    )
+    verdict = next(v for v in found if v.kind == "users")
+    assert (verdict.changelog, verdict.sources) == (verify.Finding.EQUAL, verify.Finding.GONE)
+    assert verdict.applied == {"clicks": 2}
