@@ -1,6 +1,8 @@
 """The partition's promises through streams.kafka, on every broker that is here."""
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,10 @@ from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition
 
 from bench.kafka_node import KafkaNode
-from state.changelog import Reader
+from state.changelog import LogRecord, Reader
 from state.partition import Fenced, Partition, PartitionFailedError, digest
 from state.store import RocksDisk
-from streams import topics
+from streams import kafka, topics
 from streams.kafka import ChangelogTopic, Producer
 from streams.settings import Settings
 
@@ -187,3 +189,78 @@ async def test_swept_head_is_deleted_from_a_real_log(
             assert (await partition.open()).kind == kind
             assert partition.digest() == digest_after(14)
             await partition.close()
+
+
+class Interrupted(ChangelogTopic):
+    """A changelog with which something happens once, between two fetches of whoever reads it from its beginning."""
+
+    meanwhile: Callable[[], Awaitable[None]] | None = None
+
+    async def read(self, start: int, stop: int | None) -> AsyncIterator[list[LogRecord]]:
+        async for batch in super().read(start, stop):
+            yield batch
+            meanwhile, self.meanwhile = self.meanwhile, None
+            if meanwhile is not None:
+                assert stop is not None and batch[-1].offset < stop - 300, "it is at the end"
+                await meanwhile()
+
+
+def configure(settings: Settings, kind: ConfigResourceType, name: str, **configs: str) -> None:
+    client = KafkaAdminClient(**settings.kafka_options())
+    client.alter_configs([ConfigResource(kind, name, {key.replace("_", "."): value for key, value in configs.items()})])
+    client.close()
+
+
+async def test_a_broker_compacts_and_deletes_in_the_middle_of_a_restore(
+    kafka_node: KafkaNode, make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own cleaner at work: what was read of a row may be older than what is left, and the head may be gone."""
+    monkeypatch.setattr(kafka, "READ_RECORDS_MAX", 100)
+    monkeypatch.setattr(kafka, "FETCH_BYTES_MAX", 1 << 16)
+    async with running(make_settings(broker=kafka_node.address), tmp_path) as workers:
+        settings, options = workers.settings, workers.settings.kafka_options()
+        log = workers.log = Interrupted(workers.log.topic, workers.log.partition, workers.producer, options)
+        kept = {"cleanup_policy": "compact,delete", "retention_ms": "-1", "segment_bytes": str(1 << 20)}
+        configure(settings, ConfigResourceType.TOPIC, log.topic, **kept, min_compaction_lag_ms=str(1 << 40))
+        owner = workers.partition("owner")
+        await owner.open()
+        for number in range(8):
+            await owner.flush({b"row%d" % n: b"%d" % number * 2000 for n in range(400)}, [], {"clicks": number})
+        await add(owner, 8, 3)
+        expected = owner.digest()
+        await owner.close()
+
+        async def count() -> int:
+            return sum([len(batch) async for batch in ChangelogTopic.read(log, 0, None)])
+
+        async def compact() -> None:
+            configure(settings, ConfigResourceType.BROKER, str(kafka_node.number), log_cleaner_backoff_ms="50")
+            lazy = {"min_compaction_lag_ms": "0", "min_cleanable_dirty_ratio": "0.01"}
+            configure(settings, ConfigResourceType.TOPIC, log.topic, **kept, **lazy)
+            deadline = time.monotonic() + 30
+            while await count() > 3 * 400:  # the newest segment is never compacted
+                assert time.monotonic() < deadline, "the broker does not compact"
+                await asyncio.sleep(0.2)
+
+        before = await count()
+        assert before > 8 * 400
+        log.meanwhile = compact
+        restored = workers.partition("while it compacts")
+        assert (await restored.open()).kind == "fresh"
+        assert log.meanwhile is None and restored.digest() == expected
+        while await restored.sweep(400):
+            pass
+        await restored.drain()
+        head = restored.truncatable_to
+        assert head is not None
+        await restored.close()
+
+        async def delete() -> None:
+            assert await kafka.delete_before(options, log.topic, log.partition, head) is None
+
+        log.meanwhile = delete
+        restored = workers.partition("while the head goes")
+        report = await restored.open()
+        assert report.kind == "discard" and f"the changelog begins at {head}" in report.reason
+        assert restored.digest() == expected
+        await restored.close()
