@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 from aiokafka.errors import KafkaError
 
 from bench import kafka_node, verdict
@@ -34,7 +35,11 @@ USERS: Final = 60
 ITEMS: Final = 120
 EVENTS_PER_S: Final = 200.0
 TICK_S: Final = 0.25  # the embedded broker slows down with the number of batches in a log, so few are laid
-FIRST_TS: Final = 1.7e9
+AGE_S: Final = 1.0  # of an event when it is published: its own time counts, and an erasure's is later
+FORGET_S: Final = 4.0  # from one erasure to the next
+UNLEARN_SHARE: Final = 0.1  # of them; each learns the whole log again
+RETURN_S: Final = AGE_S + 1.0  # until a user who was erased has events of a later time
+FORGET_S_MAX: Final = 3.0  # for a worker's answer
 SESSION_S: Final = 6.0
 HOLD_MS: Final = (
     250.0  # a topic's end is as old as its last fetch: the hold covers what fetches on a loaded machine take
@@ -129,15 +134,22 @@ def site_of(broker: str, folder: Path, kafka_dir: Path | None = None, nodes: int
 
 
 class Feed(threading.Thread):
-    """Publishes items, then clicks and comments at a steady rate until it is told to stop; a function of the seed.
+    """Publishes items, then clicks and comments at a steady rate until it is told to stop, and has users forgotten.
 
     A tick's comments come before its clicks in time, and are acknowledged first: whatever holds a batch up, no event
-    reaches its log after one of a later time in the other topic.
+    reaches its log after one of a later time in the other topic. Nor does an erasure: its user is quiet until it is
+    acknowledged, and for good where it is not; of the others every second comes back.
+
+    forget: asks a worker to forget a user, and the model too or not; whether that was acknowledged.
     """
 
-    def __init__(self, settings: Settings, seed: int) -> None:
+    def __init__(self, settings: Settings, seed: int, forget: Callable[[str, bool], bool]) -> None:
         super().__init__(daemon=True)
         self.settings = settings
+        self.forget = forget
+        self.users = [f"u{n:02}-000" for n in range(USERS)]
+        self.accepted = 0  # erasures
+        self.quiet_until = dict.fromkeys(range(USERS), 0.0)
         self.rng = random.Random(seed)
         self.published = 0
         self.enough = threading.Event()
@@ -157,16 +169,21 @@ class Feed(threading.Thread):
             items = [{"item_id": f"i{n}", "text": " ".join(self.rng.sample(WORDS, 4))} for n in range(ITEMS)]
             await self._lay("items", [(item["item_id"].encode(), json.dumps(item).encode()) for item in items])
             started = time.monotonic()
+            forgotten = started - FORGET_S / 2
             while not self.enough.is_set():
                 count = int((time.monotonic() - started) * EVENTS_PER_S) - self.published
                 drawn = sorted((self._event() for _ in range(count)), key=lambda event: "text" not in event)
-                for at, event in enumerate(drawn, self.published):
-                    event["ts"] = FIRST_TS + at
+                now = time.time() - AGE_S
+                for at, event in enumerate(drawn):
+                    event["ts"] = now + 1e-6 * at
                 laid = [(event["user_id"].encode(), json.dumps(event).encode()) for event in drawn]
                 comments = sum("text" in event for event in drawn)
                 await self._lay("comments", laid[:comments])
                 await self._lay("clicks", laid[comments:])
                 self.published += count
+                if time.monotonic() > forgotten + FORGET_S:
+                    await self._forget()
+                    forgotten = time.monotonic()
                 await asyncio.sleep(TICK_S)
         finally:
             await self._producer.stop()
@@ -182,8 +199,20 @@ class Feed(threading.Thread):
                 await asyncio.sleep(TICK_S)
                 await self._producer.start()
 
+    async def _forget(self) -> None:
+        slot = self.rng.randrange(USERS)
+        is_sure = await asyncio.to_thread(self.forget, self.users[slot], self.rng.random() < UNLEARN_SHARE)
+        self.accepted += is_sure
+        if is_sure and self.accepted % 2 == 0:
+            self.quiet_until[slot] = time.time() + RETURN_S
+        else:
+            name, _, number = self.users[slot].partition("-")
+            self.users[slot] = f"{name}-{int(number) + 1:03}"
+
     def _event(self) -> dict[str, Any]:
-        user, item = f"u{self.rng.randrange(USERS)}", f"i{int(ITEMS * self.rng.random() ** 2)}"
+        now = time.time()
+        user = self.rng.choice([user for slot, user in enumerate(self.users) if self.quiet_until[slot] < now])
+        item = f"i{int(ITEMS * self.rng.random() ** 2)}"
         if self.rng.random() < 0.03:
             return {"user_id": user, "item_id": item, "text": " ".join(self.rng.choices(WORDS, k=5))}
         action = "rating" if self.rng.random() < 0.2 else "click"
@@ -214,6 +243,18 @@ class Chaos:
             self.workers[name] = self.deployment.start_worker(name, crash_at=told)
         else:
             self.workers[name] = self.deployment.start_worker(name)
+
+    def forget(self, user: str, unlearn: bool) -> bool:
+        """Asks any worker over HTTP, whatever becomes of it meanwhile; whether it was accepted."""
+        try:
+            settings = random.choice(list(self.workers.values())).settings
+            answer = httpx.delete(
+                f"{settings.http_url()}/v1/users/{user}", params={"unlearn": unlearn}, headers=settings.http_headers(),
+                timeout=FORGET_S_MAX, trust_env=False,
+            )  # fmt: skip
+        except (httpx.HTTPError, IndexError):  # nobody is there
+            return False
+        return answer.status_code == httpx.codes.ACCEPTED
 
     def all_ready(self) -> None:
         """Until every worker answers for its partitions; those that have ended by themselves are started again."""
@@ -374,7 +415,7 @@ def disturb(
     try:
         for each in (deployment, calm):
             each.create_topics()
-        feed = Feed(direct, seed)
+        feed = Feed(direct, seed, chaos.forget)
         feed.start()
         for name in chaos.names:
             chaos.start(name)
@@ -397,18 +438,25 @@ def disturb(
         if feed.failure is not None:
             raise feed.failure
         ends = asyncio.run(verdict.source_ends(direct))
+        erased = asyncio.run(verdict.erasures(direct))
+        certificates = verdict.completed(running, erased)
         told = verdict.settled(running, direct, ends)
         straight = calm.start_worker()
+        true_certificates = verdict.completed([straight], erased)
         other = verdict.settled([straight], calm.settings, ends)
         found = verdict.compare(direct, calm.settings, told, other)
-        chaos.exits += [worker.stop()[0] for worker in (*running, straight)]
+        found |= verdict.compare_erasures(erased, certificates, true_certificates)
+        chaos.exits.append(straight.stop()[0])
+        gone = verdict.gone(erased, [calm.state_dir() / f"users-{p}" for p in range(PARTITIONS)])
+        left = verdict.names_left(direct, gone, [deployment.state_dir(name) for name in chaos.names], certificates)
+        chaos.exits += [worker.stop()[0] for worker in running]
         rows = _rows_different(deployment, calm, chaos.names, found["partitions_different"])
     finally:
         deployment.close()
         calm.close()
     return {
         "kills": chaos.kills, "broker_kills": chaos.broker_kills, "workers": workers, "rows_different": len(rows),
-        **found,
+        **found, "users_gone": len(gone), "gone_but_named": left,
         "wiped": chaos.wiped, "events": feed.published, "faults": dict(chaos.faults),
         "fenced": _fenced(deployment), "ended": chaos.ended, "exit_codes": dict(Counter(chaos.exits)),
         "digests": told, "rows": [repr(key) for key in rows[:20]], "seconds": time.monotonic() - started,

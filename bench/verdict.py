@@ -3,7 +3,8 @@ replay of its own log.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,13 +13,17 @@ import numpy as np
 from bench import words
 from bench.deployment import WorkerProcess
 from model.examples import new_examples
+from state.changelog import row_key_of
 from state.store import RocksDisk
-from streams import examples, kafka
+from streams import examples, kafka, rebuild
 from streams.datakeys import sealer_of
+from streams.erasure import erasure_id
 from streams.pipeline import ItemLearner
 from streams.settings import Settings
 
 SETTLED_S_MAX: Final = 180.0
+PURGED_S_MAX: Final = 20.0  # a worker looks every 5 s at the folders that it has left
+POLL_S: Final = 0.5
 
 Digest = dict[str, Any]
 
@@ -28,7 +33,7 @@ async def source_ends(settings: Settings) -> dict[tuple[str, int], int]:
     options = settings.kafka_options()
     return {
         (name, p): await kafka.log_end(options, settings.topic(name), p)
-        for name in ("clicks", "comments", "items")
+        for name in ("clicks", "comments", "erasures", "items")
         for p in range(settings.partitions)
     }
 
@@ -76,6 +81,89 @@ def differing_rows(one: Path, other: Path) -> list[bytes]:
         store.close()
     ours, theirs = found
     return sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+
+
+async def erasures(settings: Settings) -> dict[str, str]:
+    """{name: user} of all erasures in the log."""
+    return {
+        erasure_id(p, offset): key.decode()
+        for p in range(settings.partitions)
+        async for offset, key, _ in kafka.keys(settings.kafka_options(), settings.topic("erasures"), p)
+    }
+
+
+def completed(workers: Sequence[WorkerProcess], names: Collection[str]) -> dict[str, Digest]:
+    """The certificates of these erasures, once all are complete. Raises TimeoutError."""
+    found: dict[str, Digest] = {}
+
+    def done() -> bool:
+        for name in [name for name in names if name not in found]:
+            certificate = workers[0].get(f"/v1/erasures/{name}")
+            if certificate["status"] != "complete":
+                return False
+            found[name] = certificate
+        return True
+
+    workers[0].wait_until("all erasures complete", done, SETTLED_S_MAX)
+    return found
+
+
+def compare_erasures(names: Collection[str], ours: dict[str, Digest], theirs: dict[str, Digest]) -> dict[str, Any]:
+    """Where the certificates do not tell of the same rows; unlearnt: how many, and how many not exactly."""
+    held = ("events", "behaviours", "seen", "comments")
+    unlearnt = [c["model"] for c in ours.values() if c["unlearn"]]
+    return {
+        "erasures": len(names),
+        "erasures_different": [n for n in names if any(ours[n]["state"][k] != theirs[n]["state"][k] for k in held)],
+        "unlearnt": len(unlearnt),
+        "unlearnt_not_exactly": sum(not (model and model["done"] and model["exact"]) for model in unlearnt),
+    }
+
+
+def gone(erased: Mapping[str, str], stores: Iterable[Path]) -> set[str]:
+    """The users who were erased and have no row in these stores, which nobody has open."""
+    kept: set[str] = set()
+    for path in stores:
+        store = RocksDisk().open(path)
+        kept.update(key.decode() for key, _ in store.items())
+        store.close()
+    return set(erased.values()) - kept
+
+
+def names_left(
+    settings: Settings, users: Collection[str], folders: Sequence[Path], certificates: Mapping[str, Digest]
+) -> list[str]:
+    """Where these users are named all the same: files of workers, after PURGED_S_MAX; changelogs, where the broker
+    deletes.
+    """
+    names = [user.encode() for user in users]
+    deadline = time.monotonic() + PURGED_S_MAX
+    while (left := _files_that_name(names, folders)) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    kept = any(c["changelog"] is None or c["changelog"].get("kept") for c in certificates.values())
+    return left if kept else left + asyncio.run(_named(settings, set(names)))
+
+
+def _files_that_name(names: Collection[bytes], folders: Iterable[Path]) -> list[str]:
+    found = []
+    for path in [path for folder in folders for path in folder.rglob("*")]:
+        try:
+            if path.is_file() and any(name in path.read_bytes() for name in names):
+                found.append(str(path))
+        except FileNotFoundError:  # RocksDB has just replaced it
+            continue
+    return found
+
+
+async def _named(settings: Settings, names: set[bytes]) -> list[str]:
+    options, topic = settings.kafka_options(), settings.internal_topic("users-changelog")
+    return [
+        f"{topic}:{p}:{record.offset}"
+        for p in range(settings.partitions)
+        async for batch in kafka.read_log(options, topic, p, 0, await kafka.log_end(options, topic, p) - 1)
+        for record in batch
+        if row_key_of(record) in names
+    ]
 
 
 async def _compare(direct: Settings, calm: Settings, told: list[Digest], other: list[Digest]) -> dict[str, Any]:
@@ -137,11 +225,16 @@ async def _replay(settings: Settings, last: int) -> tuple[str, int]:
     """The digest of an undisturbed learner over the disturbed log up to the offset `last`, and the messages that it
     found to be repeats. A flush is applied before its examples are published: the log may go on behind `last`.
     """
-    learner = ItemLearner(settings.learner_config(words.DIM), words.DIM)
     repeats = 0
-    async for record in _messages(settings):
-        if record.offset > last:
-            break
+
+    async def read(name: str, partition: int, start: int, stop: int) -> AsyncIterator[Sequence[Any]]:
+        async for record in _messages(settings):
+            if start <= record.offset <= stop:
+                yield [record]
+
+    learner = ItemLearner(settings.learner_config(words.DIM), words.DIM)
+    async for (record,) in read("examples", 0, 0, last):
         learnt = learner.learn(record.offset, record.value)
         repeats += not learnt.examples and not learnt.entries
+    learner = await rebuild.learn_examples(read, learner, last)  # again from the beginning, where users were unlearnt
     return learner.learner.digest(), repeats

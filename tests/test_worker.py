@@ -3,6 +3,8 @@
 import asyncio
 import itertools
 import json
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +159,8 @@ def nothing_differs(found: dict[str, Any]) -> bool:
     assert found["examples"] > 100
     assert found["examples_missing"] == found["examples_wrong"] == found["examples_doubled"] == 0
     assert found["item_state_equal"]
+    assert found["erasures"] > 0 and found["users_gone"] > 0
+    assert found["erasures_different"] == found["gone_but_named"] == [] and found["unlearnt_not_exactly"] == 0
     assert set(found["exit_codes"]) == {0}
     return bool(found["ended"] == [])
 
@@ -294,6 +298,49 @@ async def _transactions(settings: Settings, first: int = 0) -> None:
         await producer.commit_transaction()
     finally:
         await producer.stop()
+
+
+# A worker whose restore outlasts its requests to the broker, its session and the wait before it seeks.
+SLOW_RESTORE = """
+import asyncio, runpy
+from streams import app, kafka
+app.REQUEST_TIMEOUT_S = 6.0
+read = kafka.ChangelogTopic.read
+
+async def slow_read(self, start, stop):
+    async for batch in read(self, start, stop):
+        await asyncio.sleep(14)
+        yield batch
+
+kafka.ChangelogTopic.read = slow_read
+runpy.run_module("bench.words", run_name="__main__")
+"""
+
+
+def test_a_restore_that_outlasts_request_timeout_and_session_ends_well(kafka_node: KafkaNode, tmp_path: Path) -> None:
+    made = Deployment(kafka_node.address, tmp_path, topic_prefix="slow-", partitions=1, module="bench.words")
+    made.create_topics()
+    outside = Outside(made)
+    worker = made.start_worker()
+    try:
+        worker.wait_ready()
+        outside.films()
+        for film in FILMS:
+            _, last = outside.send("clicks", "u", {"user_id": "u", "item_id": film, "action": "click"})
+        worker.wait_until("all applied", lambda: worker.applied("users")[0]["clicks"] == last)
+        worker.kill()
+        shutil.rmtree(made.state_dir())
+        slow = made.start_worker(command=[sys.executable, "-c", SLOW_RESTORE])
+        started = time.monotonic()
+        outside.send("clicks", "v", {"user_id": "v", "item_id": "alien", "action": "click"})
+        slow.wait_ready()
+        assert time.monotonic() - started > 2 * made.settings.session_timeout_s
+        slow.wait_until("what came meanwhile", lambda: slow.get("/v1/users/v/state")["events"] == 1)
+        assert slow.get("/v1/users/u/state")["events"] == len(FILMS)
+        assert slow.stop()[0] == 0
+    finally:
+        outside.close()
+        made.close()
 
 
 def test_a_backlog_above_the_inbox_pauses_the_partition_and_is_worked_off(broker: str, tmp_path: Path) -> None:
