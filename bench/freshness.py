@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
+import aiohttp
 import numpy as np
+import uvloop
 
 from bench import load
 from bench.chaos import broker_for
@@ -41,7 +42,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
             worker = deployment.start_worker()
             worker.wait_ready()
             worker.wait_until("the catalogue is learnt", lambda: _items_learnt(worker) >= asked.items)
-            return asyncio.run(_measure(worker, asked.rate, asked.seconds, asked.items, asked.users))
+            return uvloop.run(_measure(worker, asked.rate, asked.seconds, asked.items, asked.users))
         finally:
             deployment.close()
 
@@ -54,13 +55,16 @@ def _items_learnt(worker: WorkerProcess) -> int:
 async def _measure(worker: WorkerProcess, rate: float, seconds: float, items: int, users: int) -> dict[str, Any]:
     settings = worker.settings
     count = int(rate * (WARM_S + seconds))
-    feed = asyncio.create_task(load.publish_events(settings, load.Stream(items, users), count, rate))
+    stream = load.Stream(items, users)
+    stream.prepare(count)
+    feed = asyncio.create_task(load.publish_events(settings, stream, count, rate))
     producer = kafka.Producer(settings.kafka_options())
     await producer.start()
     clicks: list[float] = []
     comments: list[float] = []
     probes: set[asyncio.Task[None]] = set()
-    async with httpx.AsyncClient(base_url=settings.http_url(), timeout=PROBE_S_MAX, trust_env=False) as http:
+    timeout = aiohttp.ClientTimeout(total=PROBE_S_MAX)
+    async with aiohttp.ClientSession(settings.http_url(), timeout=timeout) as http:
         await asyncio.sleep(WARM_S)
         started, n = time.monotonic(), 0
         while time.monotonic() - started < seconds:
@@ -83,7 +87,7 @@ async def _measure(worker: WorkerProcess, rate: float, seconds: float, items: in
 
 
 async def _probe(
-    producer: kafka.Producer, http: httpx.AsyncClient, worker: WorkerProcess, n: int, text: bool, took: list[float]
+    producer: kafka.Producer, http: aiohttp.ClientSession, worker: WorkerProcess, n: int, text: bool, took: list[float]
 ) -> None:
     """Publishes one event of a new user, and reads that user until the event is there."""
     user = f"probe-{n}"
@@ -94,9 +98,9 @@ async def _probe(
     partition = kafka.partition_of(user.encode(), worker.settings.partitions)
     offset = await producer.send(topic, partition, [(user.encode(), json.dumps(event).encode())])
     wait = f"{'comments' if text else 'clicks'}:{partition}:{offset}"
-    answer = await http.get(f"/v1/users/{user}/state", params={"at_least": wait})
-    answer.raise_for_status()
-    assert answer.json()["events"] == 1, answer.text
+    async with http.get(f"/v1/users/{user}/state", params={"at_least": wait}, raise_for_status=True) as answer:
+        told = await answer.json()
+    assert told["events"] == 1, told
     took.append(time.monotonic() - started)
 
 

@@ -3,7 +3,9 @@
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +17,7 @@ from streams.settings import Settings
 CLUSTER_ITEMS: Final = 500
 VECTOR_DIM: Final = 16  # widened by the worker; keeps the messages of 100,000 items small
 PUBLISH_RECORDS: Final = 8000
-TICK_S: Final = 0.01
+LINGER_S: Final = 0.01  # between two sends of a producer that keeps a rate
 
 
 class Stream:
@@ -29,9 +31,10 @@ class Stream:
         self._order = np.random.default_rng(5).permutation(items)
         self._clusters = max(1, items // CLUSTER_ITEMS)
         self._number = 0
+        self._drawn: deque[tuple[bytes, bytes]] = deque()
 
-    def take(self, count: int, ts: float) -> list[tuple[bytes, bytes]]:
-        """(key, value) of the next events, all at `ts`."""
+    def prepare(self, count: int) -> None:
+        """Draws the next events now, so that `take` costs next to nothing while somebody measures."""
         draw = self._random
         users = draw.integers(0, self.users, count)
         world = self._order[np.minimum(self.items - 1, np.searchsorted(self._cumulated, draw.random(count)))]
@@ -40,17 +43,23 @@ class Stream:
         items = np.where(draw.random(count) < 0.5, world, near)
         kinds = draw.random(count)
         start, self._number = self._number, self._number + count
-        return [
-            (b"u%d" % user, _event(start + n, user, item, kind, ts))
+        self._drawn.extend(
+            (b"u%d" % user, _event(start + n, user, item, kind))
             for n, (user, item, kind) in enumerate(zip(users.tolist(), items.tolist(), kinds.tolist(), strict=True))
-        ]
+        )
+
+    def take(self, count: int, ts: float) -> list[tuple[bytes, bytes]]:
+        """(key, value) of the next events, all at `ts`."""
+        if len(self._drawn) < count:
+            self.prepare(count - len(self._drawn))
+        end = b',"ts":%.4f}' % ts
+        return [(key, head + end) for key, head in (self._drawn.popleft() for _ in range(count))]
 
 
-def _event(number: int, user: int, item: int, kind: float, ts: float) -> bytes:
-    action = '"click"' if kind < 0.75 else '"rating","value":2' if kind < 0.88 else '"rating","value":5'
-    return b'{"event_id":"e%d","user_id":"u%d","item_id":"i%d","action":%s,"ts":%.4f}' % (
-        number, user, item, action.encode(), ts,
-    )  # fmt: skip
+def _event(number: int, user: int, item: int, kind: float) -> bytes:
+    """An event but for its time."""
+    action = b'"click"' if kind < 0.75 else b'"rating","value":2' if kind < 0.88 else b'"rating","value":5'
+    return b'{"event_id":"e%d","user_id":"u%d","item_id":"i%d","action":%s' % (number, user, item, action)
 
 
 def item_records(count: int) -> Iterator[tuple[bytes, bytes]]:
@@ -60,11 +69,14 @@ def item_records(count: int) -> Iterator[tuple[bytes, bytes]]:
         yield b"i%d" % n, json.dumps({"item_id": f"i{n}", "text": "", "vector": vector}).encode()
 
 
+_partition_of = lru_cache(1 << 17)(kafka.partition_of)
+
+
 async def publish(producer: kafka.Producer, settings: Settings, topic: str, records: list[tuple[bytes, bytes]]) -> None:
     """Appends records to their keys' partitions, all acknowledged."""
     parts: dict[int, list[tuple[bytes | None, bytes | None]]] = {}
     for record in records:
-        parts.setdefault(kafka.partition_of(record[0], settings.partitions), []).append(record)
+        parts.setdefault(_partition_of(record[0], settings.partitions), []).append(record)
     await asyncio.gather(*(producer.send(settings.topic(topic), p, part) for p, part in parts.items()))
 
 
@@ -88,20 +100,21 @@ async def publish_items(settings: Settings, count: int) -> None:
 async def publish_events(
     settings: Settings, stream: Stream, count: int, rate: float = 0.0, published: Callable[[int], None] | None = None
 ) -> None:
-    """`count` events, as fast as it goes or at `rate` a second; their `ts` is when they were made."""
+    """`count` events, as fast as it goes or at `rate` a second, every LINGER_S; their `ts` is when they were sent."""
     producer = kafka.Producer(settings.kafka_options())
     await producer.start()
     try:
-        done, started = 0, time.monotonic()
+        done, ticks, started = 0, 0, time.monotonic()
         while done < count:
-            due = count if not rate else min(count, int((time.monotonic() - started) * rate) + 1)
+            if rate:
+                ticks = max(ticks + 1, int((time.monotonic() - started) / LINGER_S))  # late: what is due, at once
+                await asyncio.sleep(started + ticks * LINGER_S - time.monotonic())
+            due = count if not rate else min(count, int((time.monotonic() - started) * rate))
             size = min(PUBLISH_RECORDS, due - done)
             if size > 0:
                 await publish(producer, settings, "clicks", stream.take(size, time.time()))
                 done += size
                 if published is not None:
                     published(done)
-            elif rate:
-                await asyncio.sleep(TICK_S)
     finally:
         await producer.stop()

@@ -59,7 +59,9 @@ def run(arguments: list[str]) -> dict[str, Any]:
 
 
 def _feed(settings: Settings, items: int, users: int, count: int, rate: float) -> None:
-    asyncio.run(load.publish_events(settings, load.Stream(items, users), count, rate))
+    stream = load.Stream(items, users)
+    stream.prepare(count)
+    asyncio.run(load.publish_events(settings, stream, count, rate))
 
 
 async def _measure(worker: WorkerProcess, asked: argparse.Namespace) -> dict[str, Any]:

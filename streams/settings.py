@@ -143,7 +143,7 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = _setting("text", "name", "Log lines for people or for machines.")
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "name", "The least that is logged.")
     flush_linger_ms: float = _setting(
-        10.0, "ms", "A user-side flush gathers for this long: group commit against freshness.", ge=0, le=1000
+        20.0, "ms", "A user-side flush gathers for this long: group commit against freshness.", ge=0, le=1000
     )
     merge_hold_ms: float = _setting(
         10.0, "ms", "How long a partition's clicks wait for its comments (and back) to be learnt in order of time.",
