@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +37,7 @@ WARM_S: Final = 5.0
 SWITCH_EVERY_S: Final = 1.0
 PROBES_PER_S: Final = 10.0
 KILL_S_MAX: Final = 60.0
+TRAINING_S_MAX: Final = 120.0  # until the first step: a trainer takes what the machine has left
 REQUEST_S_MAX: Final = 10.0
 RANK: Final = 16  # of the planted adapters
 ROUND_EXAMPLES: Final = 64  # the trainer makes its next candidate as soon as the last is judged
@@ -96,7 +97,7 @@ async def _measure(
             swap = await live.phase(asked.seconds)
             swapping.cancel()
             trainer = deployment.start_worker("trainer", TRAINER)
-            await _until(trainer, lambda: _steps(trainer) > 0)
+            await asyncio.to_thread(trainer.wait_until, "a step", lambda: _steps(trainer) > 0, TRAINING_S_MAX)
             steps = _steps(trainer)
             training = await live.phase(asked.seconds)
             steps = _steps(trainer) - steps
@@ -198,10 +199,6 @@ class _Live:
     async def _model(self) -> Any:
         async with self.http.get("/v1/model") as answer:
             return await answer.json()
-
-
-async def _until(process: WorkerProcess, holds: Callable[[], bool]) -> None:
-    await asyncio.to_thread(process.wait_until, "its step", holds, KILL_S_MAX)
 
 
 def _steps(trainer: WorkerProcess) -> int:

@@ -67,6 +67,11 @@ class Replay:
         """In order of the log."""
         return [self.kept[position] for position in sorted(self.kept)]
 
+    @property
+    def examples(self) -> int:
+        """Of all kept problems."""
+        return sum(len(problem.words) for problem in self.kept.values())
+
     def __len__(self) -> int:
         return len(self.kept)
 

@@ -33,7 +33,7 @@ class TuningConfig:
     """When candidates are made and how they are judged."""
 
     round_examples: int = 2048  # learnt between two candidates
-    messages_min: int = 16  # in the replay before the first
+    examples_min: int = 512  # with texts, in the replay before the first: fewer are learnt by heart
     shadow_tests: int = 2000  # a candidate that shows nothing by then is dropped
     watch_tests: int = 1000  # a promotion is watched for so many
     alpha: float = 0.01  # chance that any candidate that is no better is ever promoted
@@ -109,7 +109,7 @@ class Tuning:
         self._gathered += mine.examples
         if self.duel is not None and self.duel.verdict is not None:
             return [self._decide(self.duel)]
-        ready = self._gathered >= self.config.round_examples and len(self.replay) >= self.config.messages_min
+        ready = self._gathered >= self.config.round_examples and self.replay.examples >= self.config.examples_min
         if self.phase == "gather" and ready:
             return [self._try(self.train(trained))]
         return []

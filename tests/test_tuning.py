@@ -44,7 +44,7 @@ def middle(log: list[bytes]) -> bytes:
     """The loop after half of the log, without candidates so far."""
     tuning = new_tuning(round_examples=1 << 40)
     run(tuning, log[: len(log) // 2])
-    assert len(tuning.replay) > TUNING.messages_min
+    assert tuning.replay.examples > TUNING.examples_min
     return tuning.save()
 
 
