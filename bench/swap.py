@@ -102,16 +102,19 @@ async def _measure(
             training = await live.phase(asked.seconds)
             steps = _steps(trainer) - steps
             await asyncio.to_thread(trainer.stop)
+            again = await live.phase(asked.seconds)
             killed = await _kills(deployment, live, moments)
     finally:
         feed.cancel()
         await asyncio.gather(feed, return_exceptions=True)
     replayed = await _replays(deployment, worker)
     result = {
-        "normal": normal, "swap": {**swap, "switches": len(live.switch_s), "seen_after_s": max(live.switch_s)},
+        "normal": normal, "normal_again": again,
+        "swap": {**swap, "switches": len(live.switch_s), "seen_after_s": max(live.switch_s)},
         "training": {**training, "steps": steps},
         "swap_p99_ratio": swap["p99_ms"] / normal["p99_ms"], "failed": live.failed,
-        "training_freshness_p99_ratio": training["clicks_ms"]["p99"] / normal["clicks_ms"]["p99"],
+        "training_freshness_p99_ratio": 2 * training["clicks_ms"]["p99"]
+        / (normal["clicks_ms"]["p99"] + again["clicks_ms"]["p99"]),
         "replay_has_the_digest": replayed, "kills": killed, "rate": asked.rate, "stream": asked.stream,
         "items": asked.items,
     }  # fmt: skip

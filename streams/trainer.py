@@ -36,7 +36,9 @@ SAVE_MESSAGES: Final = 256
 NICE: Final = 10  # the workers of this machine go first
 ADAPTER_KEY: Final = b"adapter"  # of the message of a switch; others have their source partition
 STATE_FILE: Final = "tuning.msgpack"
-SCALARS: Final = ("loss", "loss_frozen", "loss_champion", "log10_e_better", "log10_e_worse", "mean_difference", "tests")
+SCALARS: Final = (
+    "loss", "loss_frozen", "loss_champion", "scale", "log10_e_better", "log10_e_worse", "mean_difference", "tests",
+)  # fmt: skip
 
 
 class _Stopped(Exception):

@@ -11,14 +11,14 @@ on its predecessor runs in shadow, and is asked for again if it proves better.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
 
 from model import finetune
-from model.adapter import Adapter
+from model.adapter import SCALE_MAX, Adapter
 from model.finetune import FinetuneConfig, Finetuning, Replay
 from model.gate import Bets, Duel, level, score_of_rank
 from model.learner import LearnerConfig, Outcome, Problem
@@ -37,6 +37,7 @@ class TuningConfig:
     shadow_tests: int = 2000  # a candidate that shows nothing by then is dropped
     watch_tests: int = 1000  # a promotion is watched for so many
     alpha: float = 0.01  # chance that any candidate that is no better is ever promoted
+    lengths: tuple[float, ...] = (2.0, 1.0)  # of candidates in turn, in trained scales: the loss cannot tell the length
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
 
@@ -122,15 +123,18 @@ class Tuning:
         tuning = Finetuning(self.base, problems, e, config)
         for number, step in enumerate(tuning.steps()):
             trained(number, step.loss)
+        length = self.config.lengths[self.rounds % len(self.config.lengths)]
+        adapter = replace(tuning.adapter, scale=min(length * tuning.adapter.scale, SCALE_MAX))
         facts = {
             "messages": len(problems),
             "examples": sum(len(problem.words) for problem in problems),
             "loss_frozen": finetune.loss_of(None, problems, e),
             "loss_champion": finetune.loss_of(self.current, problems, e),
-            "loss": finetune.loss_of(tuning.adapter, problems, e),
+            "loss": finetune.loss_of(adapter, problems, e),
+            "scale": adapter.scale,
             "seed": config.seed,
         }
-        return tuning.adapter, facts
+        return adapter, facts
 
     def challenge(self, adapter: Adapter) -> None:
         """Puts a candidate into shadow, from wherever it comes."""

@@ -185,6 +185,18 @@ def test_training_is_a_function_of_problems_and_seed(middle: bytes) -> None:
     assert facts["loss"] == pytest.approx(loss_of(one, problems, e)) and facts["loss"] < facts["loss_frozen"]
 
 
+def test_candidates_are_of_each_length_in_turn(middle: bytes) -> None:
+    tuning = resumed(middle)
+    tuning.config = replace(tuning.config, lengths=(1.0, 3.0))
+    trained, _ = tuning.train()
+    tuning.config = replace(tuning.config, lengths=(3.0, 1.0))
+    longer, facts = tuning.train()
+    assert longer.scale == pytest.approx(3 * trained.scale) == facts["scale"]
+    assert np.array_equal(longer.left, trained.left) and np.array_equal(longer.right, trained.right)
+    tuning.rounds += 1
+    assert tuning.train()[0].scale < longer.scale / 2
+
+
 def test_replay_is_a_bounded_sample_whatever_came_first(middle: bytes) -> None:
     problem = resumed(middle).replay.problems()[0]
     forward, backward = Replay(16, 8), Replay(16, 8)
