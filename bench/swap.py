@@ -21,6 +21,7 @@ import aiohttp
 import httpx
 import msgspec
 import numpy as np
+import uvloop
 
 from bench import load
 from bench.chaos import broker_for
@@ -39,6 +40,7 @@ PROBES_PER_S: Final = 10.0
 KILL_S_MAX: Final = 60.0
 TRAINING_S_MAX: Final = 120.0  # until the first step: a trainer takes what the machine has left
 REQUEST_S_MAX: Final = 10.0
+PHASES: Final = 5  # with what is between them
 RANK: Final = 16  # of the planted adapters
 ROUND_EXAMPLES: Final = 64  # the trainer makes its next candidate as soon as the last is judged
 SHADOW_TESTS: Final = 100
@@ -74,7 +76,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
             worker = deployment.start_worker()
             worker.wait_ready()
             worker.wait_until("the catalogue", lambda: worker.get("/v1/model")["replica"]["active"] >= asked.items)
-            return asyncio.run(_measure(deployment, worker, asked, moments))
+            return uvloop.run(_measure(deployment, worker, asked, moments))
         finally:
             deployment.close()
 
@@ -84,9 +86,9 @@ async def _measure(
 ) -> dict[str, Any]:
     producer = kafka.Producer(deployment.settings.kafka_options())
     await producer.start()
-    feed = asyncio.create_task(
-        load.publish_events(deployment.settings, load.Stream(asked.items, asked.users), 1 << 40, asked.stream)
-    )
+    stream = load.Stream(asked.items, asked.users)
+    stream.prepare(int(PHASES * asked.seconds * asked.stream))
+    feed = asyncio.create_task(load.publish_events(deployment.settings, stream, 1 << 40, asked.stream))
     timeout = aiohttp.ClientTimeout(total=REQUEST_S_MAX)
     live = _Live(worker, producer, asked)
     try:

@@ -192,6 +192,11 @@ class Settings(BaseSettings):
         "", "URI", "MLflow's tracking server, which gets what the event files get (the extra `mlflow`); empty: none."
     )
     trainer_port: int = _setting(8090, "port", "Of the trainer's metrics, on http_host.", ge=1, le=65535)
+    trainer_share: float = _setting(
+        0.25, "share of a core",
+        "That training may take. The machine's cores are often threads of fewer: what the trainer takes of one, the "
+        "workers' other one loses.", gt=0, le=1,
+    )  # fmt: skip
     tuning_round_examples: int = _setting(
         2048, "examples", "Learnt between two candidates of the encoder's adapter.", ge=64
     )

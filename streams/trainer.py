@@ -9,6 +9,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -82,6 +83,7 @@ class Trainer:
         facts = {"encoder": base, "app_id": settings.app_id, "topic_prefix": settings.topic_prefix}
         self._tracking = Tracking(settings.trainer_dir / "events", settings.mlflow, facts, now)
         self._training_since = 0.0
+        self._step_began = 0.0  # CPU seconds of the training thread
         self._stopping = threading.Event()
         self._unsaved = 0
         self._asked = -1  # offset of the switch that was asked for last
@@ -159,6 +161,9 @@ class Trainer:
         self._crash("train")
         if not step:
             self._training_since = self.now()
+        else:
+            time.sleep((time.thread_time() - self._step_began) * (1 / self.settings.trainer_share - 1))
+        self._step_began = time.thread_time()
         self.metrics.steps.inc()
         self._tracking.figure(f"training/{self.tuning.rounds + 1}", loss, step)
 

@@ -92,7 +92,9 @@ async def to_the_end(trainer: ShortTrainer, broker: MemoryBroker) -> None:
 
 def settings_in(folder: Path) -> Settings:
     """A folder with the harmful checkpoint, and older ones that the first candidate makes one too many."""
-    settings = Settings(checkpoints=str(folder / "checkpoints"), trainer_dir=folder / "trainer", checkpoints_keep=1)
+    settings = Settings(
+        checkpoints=str(folder / "checkpoints"), trainer_dir=folder / "trainer", checkpoints_keep=1, trainer_share=1.0
+    )  # fmt: skip
     for number in range(3):
         adapter = replace(harmful(), scale=harmful().scale + number)
         Checkpoints(settings.checkpoints).add(adapter, Manifest(

@@ -32,7 +32,7 @@ MESSAGES: Final = 75
 def settings_of(broker: str, folder: Path, name: str) -> Settings:
     return Settings(
         broker=broker, topic_prefix=f"{name}-", checkpoints=str(folder / "checkpoints"), trainer_dir=folder / "trainer",
-        partitions=1,
+        partitions=1, trainer_share=1.0,
     )  # fmt: skip
 
 
