@@ -37,7 +37,7 @@ class TuningConfig:
     shadow_tests: int = 2000  # a candidate that shows nothing by then is dropped
     watch_tests: int = 1000  # a promotion is watched for so many
     alpha: float = 0.01  # chance that any candidate that is no better is ever promoted
-    lengths: tuple[float, ...] = (1.0, 2.0)  # of candidates in turn, in trained scales: the loss cannot tell the length
+    lengths: tuple[float, ...] = (2.0, 1.0)  # of candidates in turn, in trained scales: the loss cannot tell the length
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
 

@@ -22,7 +22,7 @@ TASTES = 4  # the first directions
 LEARNER = LearnerConfig(rank_items=0, dim=8, text_dim=DIM, negatives=32, neighbours_max=4, cooccurrence_history=4,
                         y_history=4)  # fmt: skip
 TUNING = TuningConfig(
-    round_examples=1500, examples_min=300, shadow_tests=3000, watch_tests=2500,
+    round_examples=1500, examples_min=300, shadow_tests=3000, watch_tests=2500, lengths=(1.0, 2.0),
     finetune=FinetuneConfig(rank=8, epochs=6, replay_messages=64, candidates_max=32, lr=5e-3, decay=0.01),
 )  # fmt: skip
 BASE = "encoder:1"
