@@ -18,6 +18,7 @@ from streams.settings import Settings, environment
 READY_S_MAX: Final = 180.0  # compiling kernels on a first start, and waiting out a killed member's session
 STOP_S_MAX: Final = 15.0
 POLL_S: Final = 0.05
+QUIET_LOOKS: Final = 6  # of POLL_S each
 
 
 class WorkerProcess:
@@ -58,6 +59,18 @@ class WorkerProcess:
     def wait_ready(self) -> None:
         """Until it answers for its partitions."""
         self.wait_until("ready", lambda: self.http.get("/readyz").status_code == 200)
+
+    def wait_quiet(self) -> None:
+        """Until what was read has been learnt, and is in the replica: nothing has moved for a while."""
+        seen: list[Any] = []
+
+        def is_quiet() -> bool:
+            told = self.get("/v1/model")
+            replica = told["replica"]["applied"]
+            seen.append((told["events_applied"], told["learner"]["applied"], replica))
+            return len(seen) > QUIET_LOOKS and len(set(map(str, seen[-QUIET_LOOKS:]))) == 1 and seen[-1][1] == replica
+
+        self.wait_until("a quiet model", is_quiet)
 
     def applied(self, kind: str) -> dict[int, dict[str, int]]:
         """{partition: applied offsets} of a kind of state."""

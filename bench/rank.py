@@ -50,13 +50,13 @@ def _measure(count: int, lists: int) -> dict[str, Any]:
     ranker, matrix = Ranker(learner.learner.matrix), learner.learner.matrix
     now = STARTED_S + EVENTS
     chosen = [users[n % len(users)] for n in range(lists)]
-    ranker.top_k(chosen[0], now, K)  # compiled, and the tick's bias taken
+    ranker.rank(chosen[0], now).top(K)  # compiled, and the tick's bias taken
     phi = np.ascontiguousarray(matrix.arrays.phi[: len(matrix)])
     took, reference, found = [], [], []
     gc.disable()
     for user in chosen:
         started = time.perf_counter()
-        best = ranker.top_k(user, now, K, user.history_item)
+        best = ranker.rank(user, now, user.history_item).top(K)
         between = time.perf_counter()
         scores = phi @ profile_of(matrix, user, now).z
         top = np.argpartition(scores, -K)[-K:]

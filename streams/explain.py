@@ -64,7 +64,7 @@ def rebuild_list(
         return asyncio.run(_Rebuild(settings, token, encoder, Path(folder), steps).run(item_ids))
 
 
-class _Past:
+class Past:
     """As much of a `WorkerView` as making a list needs."""
 
     def __init__(self, ranker: Ranker, token: Token) -> None:
@@ -98,7 +98,7 @@ class _Rebuild:
         row = UserRow() if user_id is None else await self._row(user_id)
         ranker = Ranker(await self._matrix(), cooccurrence_history=self._config.cooccurrence_history)
         ranker.take_bias(self.token.bias_at)
-        reader = serving.Reader(cast(WorkerView, _Past(ranker, self.token)), user_id or "", row)
+        reader = serving.Reader(cast(WorkerView, Past(ranker, self.token)), user_id or "", row)
         options = ListOptions(self.token.limit, True, self.token.exclude_seen, True, True)
         ranked = self.token.kind == tokens.RANK
         items = serving.ordered(reader, item_ids, options) if ranked else serving.best(reader, options)

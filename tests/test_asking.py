@@ -1,18 +1,15 @@
 """What is asked of a real worker beside a real broker: what-if, the user's own words, lists of the past, and all
 that a fuzzer thinks of.
 
-    schemathesis --config-file tests/schemathesis.toml run http://127.0.0.1:8080/openapi.json -n 300 \\
-        --exclude-operation-id getStream
+    python -m bench fuzz --requests 10000
 
-fuzzes a running worker of a deployment that may be thrown away, as long as it may.
+asks that much of a worker of its own.
 """
 
 import contextlib
 import io
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,26 +19,18 @@ import msgspec
 import pytest
 from kafka import KafkaProducer
 
+from bench import fuzz
 from bench.deployment import Deployment, WorkerProcess
+from bench.fuzz import FILMS
 from headwater import Click, Client, Comment
 from model.encoder import Encoder
 from streams import rebuild, tokens
 from streams.explain import CannotRebuildError, rebuild_list
+from streams.openapi import OPERATIONS
 from tests.readme import example, run_shell
 
-FILMS = {
-    "alien": "Alien. A crew in deep space meets a creature that hunts them. horror, science fiction",
-    "blade": "Blade Runner. A detective hunts artificial humans in a dark future city. science fiction",
-    "amelie": "Amelie. A shy waitress in Paris mends the lives of others. romance, comedy",
-    "notebook": "The Notebook. A poor man and a rich woman fall in love one summer. romance, drama",
-    "unforgiven": "Unforgiven. An old gunman takes one last job in the west. western, drama",
-    "heat": "Heat. A detective and a thief hunt each other through Los Angeles. crime, drama",
-    "up": "Up. An old man flies his house to South America with balloons. animation, comedy",
-}
 READERS = 6
 START_S = time.time() - 1000
-FUZZ_S_MAX = 200
-CONFIG = Path(__file__).parent / "schemathesis.toml"
 
 
 class Asked(NamedTuple):
@@ -72,7 +61,7 @@ def asked(embedded_broker: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
             positions[f"double-{n}"] = send(worker, story(f"double-{n}", n, without=n, with_more=True))
         for user, own in positions.items():
             worker.get(f"/v1/users/{user}/state", at_least=own)
-        settled(worker)
+        worker.wait_quiet()
         yield Asked(worker, positions)
     finally:
         deployment.close()
@@ -103,18 +92,6 @@ def send(worker: WorkerProcess, events: list[dict[str, Any]]) -> list[str]:
     assert answer.status_code == 202, answer.text
     positions: list[str] = answer.json()["positions"]
     return positions
-
-
-def settled(worker: WorkerProcess) -> None:
-    """Until what was read has been learnt, and is in the replica."""
-    seen: list[Any] = []
-
-    def is_quiet() -> bool:
-        told = worker.get("/v1/model")
-        seen.append((told["learner"]["applied"], told["replica"]["applied"]))
-        return len(seen) > 5 and seen[-6:] == seen[-1:] * 6 and seen[-1][0] == seen[-1][1]
-
-    worker.wait_until("a quiet model", is_quiet)
 
 
 def test_a_what_if_is_what_really_publishing_those_events_gives(asked: Asked) -> None:
@@ -149,8 +126,8 @@ def test_tokens_of_a_run_are_made_again_bit_for_bit(asked: Asked, monkeypatch: p
         user = f"reader-{n % READERS}"
         comment = {"type": "comment", "user_id": user, "text": f"thought {n} of a city", "item_id": "heat"}
         click = {"type": "click", "user_id": user, "item_id": list(FILMS)[n % len(FILMS)], "action": "view"}
-        send(worker, [comment, click] if n % 3 else [click])
-        query = {"limit": 1 + n % 7, "exclude_seen": n % 2 == 0, "explain": n % 4 == 0}
+        sent = send(worker, [comment, click] if n % 3 else [click])
+        query = {"limit": 1 + n % 7, "exclude_seen": n % 2 == 0, "explain": n % 4 == 0, "at_least": sent}
         told.append(worker.get(f"/v1/users/{user}/recommendations", **query)["token"])
     items = ["up", "alien", "heat"]
     ranked = worker.http.post("/v1/rank", json={"user_id": "reader-1", "item_ids": items}).json()["token"]
@@ -172,7 +149,7 @@ def test_tokens_of_a_run_are_made_again_bit_for_bit(asked: Asked, monkeypatch: p
     with pytest.raises(CannotRebuildError, match="--item"):
         rebuild_list(settings, tokens.read(ranked), encoder, [], steps)
     another = tokens.read(told[-1])
-    older = msgspec.structs.replace(another, examples=tokens.read(told[0]).examples)
+    older = msgspec.structs.replace(another, examples=another.examples // 2)
     assert not rebuild_list(settings, older, encoder, [], steps).is_equal
     other = settings.model_copy(update={"learner_dim": 32})
     with pytest.raises(CannotRebuildError, match="HEADWATER_"):
@@ -237,13 +214,7 @@ def test_the_client_reads_what_it_wrote_and_is_told_of_it(asked: Asked) -> None:
 
 
 def test_the_contract_holds_for_whatever_a_fuzzer_asks(asked: Asked, tmp_path: Path) -> None:
-    """Every operation but the endless stream: no server error, no answer that the OpenAPI document does not tell of."""
-    command = [
-        str(Path(sys.executable).parent / "schemathesis"), "--no-color", "--config-file", str(CONFIG), "run",
-        f"{asked.worker.settings.http_url()}/openapi.json", "--exclude-operation-id", "getStream", "--seed", "7",
-        "--max-examples", "20", "--no-shrink", "--phases", "examples,fuzzing", "--continue-on-failure",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=FUZZ_S_MAX)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    cases = re.search(r"(\d+) generated", done.stdout)
-    assert cases is not None and int(cases[1]) > 100, done.stdout[-2000:]
+    """Every operation: no server error, no answer that the OpenAPI document does not tell of."""
+    told = fuzz.fuzz(asked.worker, tmp_path, seed=7, requests=1, examples=15, phases="examples,fuzzing")
+    assert (told["server_errors"], told["violations"]) == (0, 0), told["failures"]
+    assert told["operations"] == len(OPERATIONS) and told["requests"] > 200

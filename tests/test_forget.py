@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from bench.claims import learn_without
 from bench.deployment import Deployment, WorkerProcess
 from model.learner import LearnerConfig
-from streams import examples, kafka
+from streams import kafka
 from streams.pipeline import ItemLearner
 from tests.test_verify import verified
 from tests.test_worker import FILMS, Outside, catalogue_known
@@ -91,32 +92,10 @@ def gone(worker: WorkerProcess, folder: Path, name: str) -> None:
 
 
 def cut(log: list[tuple[int, bytes]], user_positions: set[int]) -> ItemLearner:
-    """A learner of that log without these examples; only what the log's bytes say decides."""
+    """A learner of that log without these examples."""
     deployed = ItemLearner(LEARNER, TEXT_DIM)
-    for offset, message in log:
-        kind, partition, _ = examples.read_header(message)
-        if kind == examples.KIND_REMOVALS:
-            continue
-        if kind == examples.KIND_EXAMPLES:
-            kept = [e for e in split(message) if int.from_bytes(e[16:24], "little") not in user_positions]
-            if not kept:
-                continue
-            message = examples.pack_examples(partition, kept)
-        deployed.learn(offset, message)
+    learn_without(deployed, log, 0, user_positions)
     return deployed
-
-
-def split(message: bytes) -> list[bytes]:
-    """The packed examples of a message, by the layout of docs/data.md."""
-    at, parts = examples.HEADER.size, []
-    for _ in range(examples.read_header(message)[2]):
-        end = at + 32 + 16 * message[at + 25]
-        end += 8 + TEXT_DIM if message[at + 26] & 1 else 0
-        end += 4 + 8 * int.from_bytes(message[end : end + 4], "little") if message[at + 26] & 2 else 0
-        parts.append(message[at:end])
-        at = end
-    assert at == len(message)
-    return parts
 
 
 LEARNER = LearnerConfig(text_dim=TEXT_DIM)
