@@ -6,9 +6,10 @@ over the user's candidates. Every s_j is a sum of a bias and of one term an even
 bias + terms + rest = logit holds exactly, up to float32.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +25,7 @@ AGE_FEATURES: Final = (4, 7)
 RECENCY_FEATURES: Final = (5, 8, 9, 10)
 
 
-@dataclass(frozen=True)
-class Scored:
+class Scored(NamedTuple):
     """One item of a list."""
 
     key: int
@@ -35,8 +35,7 @@ class Scored:
     logit: float
 
 
-@dataclass(frozen=True)
-class Bias:
+class Bias(NamedTuple):
     """What the item's score owes to no event of the user, in logits; `total` is their sum."""
 
     constant: float  # a (beta_j + M's constant row . e_j)
@@ -44,11 +43,14 @@ class Bias:
     age: float
     recency: float
     calibration: float  # c_j
-    total: float
+
+    @property
+    def total(self) -> float:
+        """The whole."""
+        return sum(self)
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """What one entry of the history adds, in logits; `total` is the sum of the three heads."""
 
     entry: int  # index in the user's history, 0 the newest
@@ -58,22 +60,19 @@ class Term:
     total: float
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """bias.total + sum of terms + sum of comments + rest = logit, within 1e-4."""
+class Explanation(NamedTuple):
+    """bias.total + sum of terms + sum of comments + rest = the item's logit, within 1e-4."""
 
-    key: int
-    row: int
-    logit: float
-    score: float
     bias: Bias
-    terms: tuple[Term, ...]
-    comments: tuple[float, ...]  # one a kept comment of the user
+    terms: list[Term]
+    comments: list[float]  # one a kept comment of the user
     rest: float  # the texts older than the kept ones, together
 
 
 class Ranker:
     """Ranks users over one item matrix (the learner's own, or a replica). Not safe for concurrent use.
+
+    `rank` scores every item for a user, once; the list, given items and the reasons are then read from it.
 
     The items' features do not depend on the user: they are taken once a tick, that is when the matrix has changed or
     `now` has moved by `tick_s` since.
@@ -98,26 +97,18 @@ class Ranker:
         """Takes the bias at this moment, unless that of the tick still holds. Every list does so by itself."""
         self._refresh(now)
 
-    # --- lists ---
-
-    def top_k(self, user: User, now: float, k: int, exclude: Iterable[int] = ()) -> list[Scored]:
-        """The k best candidates, best first; ties go to the older row. exclude: item keys, with those consumed.
-
-        Probabilities are over all candidates that are not excluded. now: Unix s.
-        """
-        excluded = np.fromiter(exclude, np.int64)
-        _, scores, mass, top = self._score_all(user, now, excluded)
-        rows = np.empty(k, np.int32)
-        count = kernels.best(scores, k, rows)
-        return [self._scored(int(row), float(scores[row]), mass, top) for row in rows[:count]]
-
-    def rank_items(self, user: User, now: float, keys: Sequence[int], exclude: Iterable[int] = ()) -> list[Scored]:
-        """The given items that are candidates, best first, with the probabilities that `top_k` would give them."""
-        _, scores, mass, top = self._score_all(user, now, np.fromiter(exclude, np.int64))
-        rows = self.matrix.indices(np.array(keys, np.int64))
-        known = [int(row) for row in dict.fromkeys(rows.tolist()) if row >= 0 and scores[row] > kernels.CLOSED]
-        scored = [self._scored(row, float(scores[row]), mass, top) for row in known]
-        return sorted(scored, key=lambda item: (-item.logit, item.row))
+    def rank(self, user: User, now: float, exclude: Iterable[int] = ()) -> "Ranking":
+        """The scores of every candidate for the user. exclude: item keys, with those consumed. now: Unix s."""
+        self._refresh(now)
+        profile = profile_of(self.matrix, user, now, self.cooccurrence_history)
+        rows = len(self.matrix)
+        scores = self._score[:rows]
+        near = self.cooccurrence_history
+        mass, top = kernels.score_rows(
+            self.matrix.arrays, rows, profile.row[:near], profile.ck[:near], profile.z, profile.v,
+            profile.coefficient, self._feature, np.fromiter(exclude, np.int64), scores,
+        )  # fmt: skip
+        return Ranking(self.matrix, user, profile, self._feature, scores, float(mass), float(top), near)
 
     def similar(self, row: int, k: int) -> list[tuple[int, float]]:
         """The k candidates most like this row and how like they are: cosine of (phi, y) plus cosine of e - mu."""
@@ -130,25 +121,62 @@ class Ranker:
         count = kernels.best(likeness.astype(np.float32), k, best)
         return [(int(other), float(likeness[other])) for other in best[:count]]
 
-    # --- reasons ---
+    def _refresh(self, now: float) -> None:
+        rows = len(self.matrix)
+        if self._tick and self._tick[0] == self.matrix.version and 0 <= now - self._tick[1] < self.tick_s:
+            return
+        if len(self._score) < rows:
+            capacity = len(self.matrix.arrays.key)
+            self._feature = np.zeros((kernels.FEATURES, capacity), np.float32)
+            self._score = np.zeros(capacity, np.float32)
+        kernels.features_all(self.matrix.arrays, rows, float(now), self._feature)
+        self._tick = (self.matrix.version, float(now))
 
-    def explain(self, user: User, now: float, keys: Sequence[int], exclude: Iterable[int] = ()) -> list[Explanation]:
-        """Why each of these items has its logit, in the order given; items without a row, or that are no candidates
-        of this user, are left out."""
-        profile, scores, mass, top = self._score_all(user, now, np.fromiter(exclude, np.int64))
-        rows = [int(row) for row in self.matrix.indices(np.array(keys, np.int64))]
-        rows = [row for row in rows if row >= 0 and scores[row] > kernels.CLOSED]
-        heads = self._term_heads(profile, rows)
+
+@dataclass(frozen=True)
+class Ranking:
+    """One user's score of every row. It holds until the ranker's next, and while the matrix is as it was."""
+
+    matrix: ItemMatrix
+    user: User
+    profile: Profile
+    feature: Array  # (FEATURES, >= rows) float32
+    scores: Array  # (rows,) float32, s_j; kernels.CLOSED where the row is no candidate of the user
+    mass: float  # sum exp(a (s - best))
+    best: float
+    near: int  # entries of the history in the co-occurrence block
+
+    def top(self, k: int) -> list[Scored]:
+        """The k best candidates, best first; ties go to the older row.
+
+        Probabilities are over all candidates that are not excluded.
+        """
+        rows = np.empty(k, np.int32)
+        count = kernels.best(self.scores, k, rows)
+        return [self._scored(row) for row in rows[:count].tolist()]
+
+    def of(self, keys: Sequence[int]) -> list[Scored]:
+        """The given items that are candidates, best first, with the probabilities that `top` would give them."""
+        rows = dict.fromkeys(self.matrix.indices(np.array(keys, np.int64)).tolist())
+        scored = [self._scored(row) for row in rows if row >= 0 and self.scores[row] > kernels.CLOSED]
+        return sorted(scored, key=lambda item: (-item.logit, item.row))
+
+    def explain(self, scored: Sequence[Scored]) -> list[Explanation]:
+        """Why each of these items of this ranking has its logit."""
+        rows = [item.row for item in scored]
+        heads = self._term_heads(rows)
+        parts = np.concatenate((heads, heads.sum(axis=0)[None])).transpose(1, 0, 2).tolist()
+        entries = self.profile.entry.tolist()
         return [
-            self._explain(user, profile, self._scored(row, float(scores[row]), mass, top), heads[:, at])
-            for at, row in enumerate(rows)
+            Explanation(bias, list(map(Term, entries, *terms)), comments, rest)
+            for bias, terms, (comments, rest) in zip(self._biases(scored), parts, self._own_terms(rows), strict=True)
         ]
 
-    def _term_heads(self, profile: Profile, rows: list[int]) -> Array:
+    def _term_heads(self, rows: list[int]) -> Array:
         """(3, n, m') float32: what each entry adds to each row through the learnt, co-occurrence and text heads."""
-        m = self.matrix.arrays
+        m, profile = self.matrix.arrays, self.profile
         sharp = np.float32(m.scalar[kernels.SHARP])
-        near = profile.row[: self.cooccurrence_history]
+        near = profile.row[: self.near]
         heads = np.zeros((3, len(rows), len(profile.row)), np.float32)
         learnt = m.phi[rows] + m.e[rows] @ m.map[: self.matrix.dim].T
         heads[0] = (learnt @ m.y[profile.row].T) * profile.wt
@@ -162,78 +190,36 @@ class Ranker:
         heads *= sharp
         return heads
 
-    def _explain(self, user: User, profile: Profile, scored: Scored, heads: Array) -> Explanation:
-        """heads: (3, m') of this item."""
-        m = self.matrix.arrays
-        bias = self._bias_parts(profile, scored.row, scored)
-        total = heads.sum(axis=0)
-        terms = tuple(
-            Term(*values) for values in zip(profile.entry.tolist(), *heads.tolist(), total.tolist(), strict=True)
-        )
-        comments, rest = self._own_terms(user, profile, m.e[scored.row])
-        return Explanation(scored.key, scored.row, scored.logit, scored.score, bias, terms, comments, rest)
-
-    def _bias_parts(self, profile: Profile, row: int, scored: Scored) -> Bias:
-        m = self.matrix.arrays
+    def _biases(self, scored: Sequence[Scored]) -> list[Bias]:
+        m, rows = self.matrix.arrays, [item.row for item in scored]
         sharp = float(m.scalar[kernels.SHARP])
-        assert self._tick is not None
-        feature = np.zeros((kernels.FEATURES, 1), np.float32)
-        kernels.bias_of(m, np.int32(row), self._tick[1], profile.coefficient, feature)
-        parts = sharp * (profile.coefficient[: kernels.FEATURES] * feature[:, 0])
-        constant = sharp * float(m.rec[row]["beta"] + m.map[-1] @ m.e[row])
-        popularity, age, recency = (
-            float(parts[list(group)].sum()) for group in (POPULARITY_FEATURES, AGE_FEATURES, RECENCY_FEATURES)
-        )
-        calibration = scored.logit - sharp * float(self._score[row])
-        total = constant + popularity + age + recency + calibration
-        return Bias(constant, popularity, age, recency, calibration, total)
+        parts = sharp * self.profile.coefficient[: kernels.FEATURES, None] * self.feature[:, rows]
+        constant = sharp * (m.rec["beta"][rows] + m.e[rows] @ m.map[-1])
+        groups = [parts[list(group)].sum(axis=0) for group in (POPULARITY_FEATURES, AGE_FEATURES, RECENCY_FEATURES)]
+        calibration = [item.logit - sharp * float(self.scores[item.row]) for item in scored]
+        return list(map(Bias, constant.tolist(), *(group.tolist() for group in groups), calibration))
 
-    def _own_terms(self, user: User, profile: Profile, e: Array) -> tuple[tuple[float, ...], float]:
-        """(w_c / W) <aX (x_c - mu) + M's part, e_j> sqrt(min(W, 4)) of each kept comment x_c, and of all older texts
-        together."""
+    def _own_terms(self, rows: list[int]) -> list[tuple[list[float], float]]:
+        """Of each row, (w_c / W) <aX (x_c - mu) + M's part, e_j> sqrt(min(W, 4)) of each kept comment x_c, and of all
+        older texts together."""
+        user, profile, m = self.user, self.profile, self.matrix.arrays
         if user.text is None or user.text_weight <= 0:
-            return (), 0.0
-        mu = self.matrix.arrays.mu
-        gain = float(self.matrix.arrays.scalar[kernels.SHARP])
-        root = float(np.sqrt(min(user.text_weight, kernels.TEXT_WEIGHT_MAX)))
-        whole = gain * root * float((text_terms(self.matrix, profile, 2, (user.text - mu)[None, :]) @ e)[0])
+            return [([], 0.0)] * len(rows)
+        gain = float(m.scalar[kernels.SHARP]) * math.sqrt(min(user.text_weight, kernels.TEXT_WEIGHT_MAX))
+        e = m.e[rows].T
+        whole = gain * (text_terms(self.matrix, profile, 2, (user.text - m.mu)[None, :]) @ e)[0].astype(np.float64)
         if user.comment is None:
-            return (), whole
-        share = user.comment_weight.astype(np.float64) * (gain * root / user.text_weight)
-        comments = tuple((share * (text_terms(self.matrix, profile, 2, user.comment - mu) @ e)).tolist())
-        return comments, whole - sum(comments)
+            return [([], rest) for rest in whole.tolist()]
+        share = user.comment_weight.astype(np.float64) * (gain / user.text_weight)
+        comments = share[:, None] * (text_terms(self.matrix, profile, 2, user.comment - m.mu) @ e)
+        rests = whole - comments.sum(axis=0)
+        return list(zip(comments.T.tolist(), rests.tolist(), strict=True))
 
-    # --- scores ---
-
-    def _score_all(self, user: User, now: float, excluded: Array) -> tuple[Profile, Array, float, float]:
-        """Scores of every row (kernels.CLOSED where it is no candidate), the mass sum exp(a (s - top)), and top."""
-        self._refresh(now)
-        profile = profile_of(self.matrix, user, now, self.cooccurrence_history)
-        rows = len(self.matrix)
-        scores = self._score[:rows]
-        near = self.cooccurrence_history
-        mass, top = kernels.score_rows(
-            self.matrix.arrays, rows, profile.row[:near], profile.ck[:near], profile.z, profile.v,
-            profile.coefficient, self._feature, excluded, scores,
-        )  # fmt: skip
-        return profile, scores, float(mass), float(top)
-
-    def _refresh(self, now: float) -> None:
-        rows = len(self.matrix)
-        if self._tick and self._tick[0] == self.matrix.version and 0 <= now - self._tick[1] < self.tick_s:
-            return
-        if len(self._score) < rows:
-            capacity = len(self.matrix.arrays.key)
-            self._feature = np.zeros((kernels.FEATURES, capacity), np.float32)
-            self._score = np.zeros(capacity, np.float32)
-        kernels.features_all(self.matrix.arrays, rows, float(now), self._feature)
-        self._tick = (self.matrix.version, float(now))
-
-    def _scored(self, row: int, s: float, mass: float, top: float) -> Scored:
-        sharp = float(self.matrix.arrays.scalar[kernels.SHARP])
-        own = np.exp(sharp * (s - top))
-        others = max(mass - own, 1e-12 * mass)
-        logit = sharp * (s - top) - float(np.log(others))
+    def _scored(self, row: int) -> Scored:
+        sharp, s = float(self.matrix.arrays.scalar[kernels.SHARP]), float(self.scores[row])
+        own = np.exp(sharp * (s - self.best))
+        others = max(self.mass - own, 1e-12 * self.mass)
+        logit = sharp * (s - self.best) - float(np.log(others))
         key = int(self.matrix.arrays.key[row])
         return Scored(key, row, self.matrix.names[row], float(1 / (1 + np.exp(-logit))), logit)
 
@@ -250,5 +236,5 @@ def warm_up(matrix: ItemMatrix) -> None:
     """Compiles (or takes from the cache) the ranker's kernels."""
     ranker = Ranker(matrix)
     user = User(np.array([1]), np.array([0.0]), np.ones(1, np.float32), np.zeros(matrix.text_dim, np.float32), 1.0)
-    for item in ranker.top_k(user, 1.0, 2):
-        ranker.explain(user, 1.0, [item.key])
+    ranking = ranker.rank(user, 1.0)
+    ranking.explain(ranking.top(2))

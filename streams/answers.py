@@ -1,7 +1,8 @@
 """The answers of HTTP as types: what a worker encodes and a client decodes, and the schemas of the OpenAPI document.
 
 No room is imported here, so that a program that asks a worker loads none of what a worker is made of. A field that does
-not apply is left out of the JSON and UNSET in the type; fields that a later version adds are ignored.
+not apply is left out of the JSON and UNSET in the type; fields that a later version adds are ignored. What an answer
+has by the thousand holds no cycle, and is nothing for the garbage collector.
 """
 
 import msgspec
@@ -17,7 +18,7 @@ class Accepted(msgspec.Struct):
     positions: list[str]
 
 
-class Heads(msgspec.Struct):
+class Heads(msgspec.Struct, gc=False):
     """What makes the value of a behaviour: what was learnt of its item, how often the two items went together, how
     alike their texts are. Of a comment's words the text alone."""
 
@@ -26,7 +27,7 @@ class Heads(msgspec.Struct):
     text: float
 
 
-class Contribution(msgspec.Struct):
+class Contribution(msgspec.Struct, gc=False):
     """What one past event adds to a logit. A comment about an item adds twice: as what was done with the item (its
     action is "comment"), and by its words (no action). text: the item's; words: what the user wrote, where it was
     asked for and the log still has it."""
@@ -44,7 +45,7 @@ class Contribution(msgspec.Struct):
     parts: Heads | UnsetType = UNSET
 
 
-class BiasParts(msgspec.Struct):
+class BiasParts(msgspec.Struct, gc=False):
     """What makes the bias. constant: the item's learnt b_j; popularity, age, recency: of the item as of now;
     calibration: minus the logarithm of what the user's other candidates sum up to."""
 
@@ -55,7 +56,7 @@ class BiasParts(msgspec.Struct):
     calibration: float
 
 
-class Explanation(msgspec.Struct):
+class Explanation(msgspec.Struct, gc=False):
     """bias + the contributions' values + rest = logit, within 1e-4. bias: the item's own part and the calibration;
     rest: texts older than those kept one by one."""
 
@@ -65,7 +66,7 @@ class Explanation(msgspec.Struct):
     bias_parts: BiasParts | UnsetType = UNSET
 
 
-class RankedItem(msgspec.Struct):
+class RankedItem(msgspec.Struct, gc=False):
     """An item of a list. score: probability, among the user's candidates, of being the next positive."""
 
     item_id: str

@@ -290,6 +290,16 @@ class Gate:
             raise Problem("too-many-requests", f"The key {caller.name} asks too often.", retry_after_s=wait_s)
         require(caller, scope)
 
+    def knows(self, caller: Caller) -> bool:
+        """Whether the caller's key is in the file still: what goes on after its request asks again and again."""
+        if self.path is None:
+            return True
+        try:
+            line = self._current().get(caller.key_id)
+        except Problem:
+            return False
+        return line is not None and line.scope == caller.scope
+
     def close(self) -> None:
         """Ends the hashing thread."""
         self._hasher.shutdown(wait=False, cancel_futures=True)

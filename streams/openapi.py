@@ -1,11 +1,13 @@
 """The OpenAPI document of `streams.web`, and /docs as plain HTML of it: no script, nothing from other hosts.
 
-FastAPI describes paths and parameters; the shapes come from the msgspec types that encode the answers, the events
+FastAPI knows the paths; parameters and shapes come from the msgspec types that encode the answers, the events
 from `streams.events`, the failures from `streams.problems`.
 """
 
 import html
 import json
+import re
+from functools import cache
 from typing import Any, Final
 
 import msgspec
@@ -18,10 +20,12 @@ from streams.events import ID_CHARS_MAX, Click, Comment
 from streams.problems import KINDS, MEDIA_TYPE, ProblemDetails
 
 REF: Final = "#/components/schemas/{name}"
-ALWAYS: Final = ("cross-site", "misdirected", "internal")
+ALWAYS: Final = ("cross-site", "misdirected", "internal", "too-many-connections")
 KEYED: Final = ("unauthenticated", "forbidden", "too-many-requests", "too-many-failures", "not-audited")
-USER_READ: Final = (*ALWAYS, "invalid-parameter", "not-ready", "not-applied", "owner-unreachable")
+BODY: Final = ("too-large", "too-slow", "unsupported-media-type")
+USER_READ: Final = (*ALWAYS, "invalid-parameter", "not-ready", "not-applied", "owner-unreachable", "log-unreachable")
 HTML_TYPE: Final = "text/html"
+PATH_PARAMETER: Final = re.compile(r"\{(\w+)\}")
 SECURITY_SCHEMES: Final = {
     "bearer": {
         "type": "http",
@@ -45,6 +49,7 @@ class Operation(msgspec.Struct, frozen=True):
     body_example: Any = None
     status: str = "200"
     media_type: str = "application/json"
+    query: type | None = None  # its parameters
     scope: str | None = ""  # of the key that it needs; None: none; "": read for a GET, admin for the others
     is_tagged: bool = False  # has an ETag
 
@@ -122,34 +127,36 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "getState": Operation(
         "What is known of a user", "The user's last events, the vector z_i and the parts that it is made of. A user of "
         "whom nothing is known has an empty state.", "users", USER_READ, answers.UserState, _STATE,
+        query=serving.ReadQuery,
     ),
     "getRecommendations": Operation(
         "A list for a user", "The best items, exactly ranked over the whole catalogue. With `explain`, bias + the "
         "contributions' values + rest = logit, within 1e-4; with `parts`, each in its parts too. `score` is the "
         "probability among all candidates. The `token` names all that the list was made of.",
         "users", USER_READ, answers.Recommendations, _LIST,
-        is_tagged=True,
+        query=serving.ListQuery, is_tagged=True,
     ),
     "rank": Operation(
         "Order given items for a user", "As recommendations, for the items named; unknown items are left out. An item "
         "that the user has consumed is ranked too.", "users",
-        (*USER_READ, "not-understood", "too-large", "unsupported-media-type"), answers.Recommendations, _LIST,
-        serving.RankRequest, {"user_id": "196", "item_ids": ["50", "172"], "explain": False}, scope="read",
+        (*USER_READ, "not-understood", *BODY), answers.Recommendations, _LIST,
+        serving.RankRequest, {"user_id": "196", "item_ids": ["50", "172"], "explain": False}, query=serving.ReadQuery,
+        scope="read",
     ),
     "whatIf": Operation(
         "A list as it would be", "The list without events of the user's kept history (`without`), and with events that "
         "had come next (`with`), in their order. The item state stays as it is. Takes the same parameters as "
         "recommendations.", "users",
-        (*USER_READ, "not-understood", "invalid-event", "unknown-position", "too-large", "unsupported-media-type"),
+        (*USER_READ, "not-understood", "invalid-event", "unknown-position", *BODY),
         answers.WhatIf, {**_LIST, "exact": True}, serving.WhatIfRequest,
         {"without": ["clicks:3:1041"], "with": [{"type": "comment", "user_id": "196", "text": "no more westerns"}]},
-        scope="read",
+        query=serving.ListQuery, scope="read",
     ),
     "postEvents": Operation(
         "Send events", "One event or a list, each with its `type`. All are validated, as the stream does, before the "
         "first is sent: one bad event, and none is accepted. A position in `at_least` makes a read wait for its event.",
         "events",
-        (*ALWAYS, "not-understood", "invalid-event", "too-large", "unsupported-media-type", "log-unreachable"),
+        (*ALWAYS, "not-understood", "invalid-event", *BODY, "log-unreachable"),
         answers.Accepted, {"accepted": 2, "positions": ["clicks:3:1041", "comments:3:7"]},
         "events", _EVENTS, "202", scope="write",
     ),
@@ -159,11 +166,12 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "user's events, exactly. Ask for the erasure to see how far it is.", "erasures",
         (*ALWAYS, "invalid-parameter", "log-unreachable"), answers.Certificate,
         {"erasure_id": "erasures:3:17", "status": "pending", "unlearn": True}, status="202",
+        query=serving.ErasureQuery,
     ),
     "getErasure": Operation(
         "An erasure", "How far it is; when `status` is complete, the certificate: what was removed where, what remains "
         "until when, the digests of the states afterwards. It does not name the user.", "erasures",
-        (*ALWAYS, "invalid-parameter", "not-found", "not-ready", "owner-unreachable"),
+        (*ALWAYS, "invalid-parameter", "not-found", "not-ready", "owner-unreachable", "log-unreachable"),
         answers.Certificate, _CERTIFICATE,
     ),
     "getItem": Operation(
@@ -174,7 +182,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "Items like an item", "The nearest by the learnt and the text vectors together.", "items",
         (*ALWAYS, "invalid-parameter", "not-found"), answers.Similar,
         {"item_id": "50", "items": [{"item_id": "181", "similarity": 0.83, "text": "Return of the Jedi (1983)"}]},
-        is_tagged=True,
+        query=serving.SimilarQuery, is_tagged=True,
     ),
     "getDigest": Operation(
         "Digests of this worker's partitions",
@@ -237,10 +245,50 @@ def _document(app: FastAPI) -> dict[str, Any]:
     schemas["Event"] = event
     schemas["WhatIfRequest"]["properties"]["with"]["items"] = {"$ref": REF.format(name="Event")}
     document["components"] = {"schemas": dict(sorted(schemas.items())), "securitySchemes": SECURITY_SCHEMES}
-    for methods in document["paths"].values():
+    for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            _complete(operation, OPERATIONS[operation["operationId"]], method.upper())
+            known = OPERATIONS[operation["operationId"]]
+            operation["parameters"] = [*map(_path_parameter, PATH_PARAMETER.findall(path)), *_parameters(known.query)]
+            _complete(operation, known, method.upper())
     return document
+
+
+def _path_parameter(name: str) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": ID_CHARS_MAX}
+    if name == "erasure_id":
+        schema["pattern"] = f"^{ERASURE_ID.pattern}$"
+    return {
+        "name": name, "in": "path", "required": True, "schema": schema, "example": _EXAMPLE_IDS[name],
+        "description": "Percent-encoded in UTF-8: one id is one path segment.",
+    }  # fmt: skip
+
+
+def _parameters(query: type | None) -> list[dict[str, Any]]:
+    """Of the query, as its shape has them."""
+    found = []
+    for name, schema in (_properties(query) if query is not None else {}).items():
+        schema = dict(schema)
+        told = {"name": name, "in": "query", "required": False, "description": schema.pop("description")}
+        found.append({**told, "schema": schema})
+    return found
+
+
+@cache
+def _properties(query: type) -> dict[str, dict[str, Any]]:
+    properties: dict[str, dict[str, Any]] = msgspec.json.schema_components([query])[1][query.__name__]["properties"]
+    return properties
+
+
+def wanted(query: type, name: str) -> str:
+    """What a parameter has to be, in words."""
+    schema = _properties(query)[name]
+    if schema["type"] == "boolean":
+        return "has to be true or false"
+    if schema["type"] == "integer":
+        return f"has to be a whole number, {schema['minimum']} to {schema['maximum']}"
+    return (
+        f"each has to be TOPIC:PARTITION:OFFSET, the topic clicks, comments or erasures, {schema['maxItems']} at most"
+    )
 
 
 def _complete(operation: dict[str, Any], known: Operation, method: str) -> None:
@@ -251,13 +299,6 @@ def _complete(operation: dict[str, Any], known: Operation, method: str) -> None:
     operation["description"] = known.description
     operation["tags"] = [known.tag]
     operation["responses"] = {known.status: _answer(known)}
-    for parameter in operation.get("parameters", ()):
-        if parameter["in"] == "path":
-            parameter["schema"] |= {"minLength": 1, "maxLength": ID_CHARS_MAX}
-            parameter["description"] = "Percent-encoded in UTF-8: one id is one path segment."
-            parameter["example"] = _EXAMPLE_IDS[parameter["name"]]
-            if parameter["name"] == "erasure_id":
-                parameter["schema"]["pattern"] = f"^{ERASURE_ID.pattern}$"
     if known.is_tagged:
         tag = {"ETag": {"schema": {"type": "string"}, "description": "For If-None-Match; it changes every minute."}}
         operation["responses"][known.status]["headers"] = tag

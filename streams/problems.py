@@ -27,7 +27,8 @@ KINDS: Final[dict[str, Kind]] = {
     "cross-site": Kind(403, "Asked by another site's page", "Ask from this page, or from a program."),
     "not-found": Kind(404, "Not found", "Check the address; one id is one path segment, its slashes written %2F."),
     "method-not-allowed": Kind(405, "Method not allowed", "Use a method of the Allow header."),
-    "too-large": Kind(413, "Too large", "Send fewer events a request; long streams go to Kafka directly."),
+    "too-slow": Kind(408, "Too slow", "Send the body at once, after all of it is there."),
+    "too-large": Kind(413, "Too large", "Send less at once; long streams of events go to Kafka directly."),
     "unsupported-media-type": Kind(415, "Unsupported media type", "Send Content-Type: application/json."),
     "misdirected": Kind(421, "Not for this host", "Ask by the address that the worker is bound to."),
     "invalid-parameter": Kind(422, "Invalid parameter", "`errors` names each parameter and what it has to be."),
@@ -39,8 +40,9 @@ KINDS: Final[dict[str, Kind]] = {
     "not-ready": Kind(503, "Not ready", "The user's partition opens or moves: ask again after Retry-After seconds."),
     "not-applied": Kind(503, "Not applied yet", "The offset of `at_least` was not reached in time: ask again."),
     "owner-unreachable": Kind(503, "The user's worker cannot be reached", "It restarts or moves: ask again."),
-    "log-unreachable": Kind(503, "The event log cannot be reached", "`positions`: what was accepted. Send the rest."),
+    "log-unreachable": Kind(503, "The event log cannot be reached", "Ask again. `positions`: what was accepted."),
     "not-audited": Kind(503, "The audit log cannot be written", "Users are not read unaudited: ask again later."),
+    "too-many-connections": Kind(503, "Too many connections", "Close some, or ask another worker."),
     "too-many-streams": Kind(503, "Too many open streams", "Close one, or ask another worker."),
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from model import kernels, texts
 from model.profile import Profile, User, profile_of, text_terms
 from model.ranker import Explanation as RankerExplanation
-from model.ranker import Ranker, Scored
+from model.ranker import Ranker, Ranking, Scored
 from state import rows
 from state.rows import UserRow
 from streams import examples, tokens
@@ -52,6 +52,9 @@ RANK_ITEMS_MAX: Final = 1_000  # a rank request
 WITHOUT_MAX: Final = rows.HISTORY_MAX + rows.COMMENTS_MAX  # all that a row keeps one by one
 WITH_MAX: Final = 20  # events of a what-if: each comment waits for the encoder
 LAST_EVENTS_MAX: Final = 50  # of a state
+LIST_MAX: Final = 200  # recommendations or similar items a request
+AT_LEAST_MAX: Final = 8  # offsets a read may wait for
+AT_LEAST_WAIT_S: Final = 5.0  # a read waits this long for its offsets, then asks the client to come again
 
 assert examples.TOPICS[: len(USER_TOPICS)] == USER_TOPICS and len(EVENT_TYPES) == len(USER_TOPICS)
 
@@ -135,8 +138,9 @@ class WorkerView(Protocol):
     def certificate(self, name: str) -> Certificate | None:
         """What is told of an erasure, whoever has its partition; None: nothing yet. Raises NotReady."""
 
-    async def erasure_waits(self, partition: int, offset: int) -> bool:
-        """Whether `erasures` has a record there that is not applied yet, of an own partition. Raises NotReady."""
+    async def waits(self, topic: str, partition: int, offset: int) -> bool:
+        """Whether the topic has a record there that is not applied yet, of an own partition. Raises NotReady, and
+        anything where the log cannot be asked."""
 
     def digest(self) -> dict[str, Any]:
         """Applied offsets and state digests of this worker's partitions. Called in a thread of its own."""
@@ -170,6 +174,17 @@ class RankRequest(msgspec.Struct):
     words: bool = False
 
 
+Limit = Annotated[int, Meta(ge=1, le=LIST_MAX, description="How many items.")]
+WORDS: Final = "With explain: what the user wrote, as far as the log has it. Needs a key of the scope admin."
+AtLeast = Annotated[
+    list[Annotated[str, Meta(pattern="^(clicks|comments|erasures):[0-9]{1,9}:[0-9]{1,16}$")]],
+    Meta(
+        max_length=AT_LEAST_MAX,
+        description="Positions topic:partition:offset, as POST /v1/events answers them: the read waits, "
+        f"{AT_LEAST_WAIT_S:g} s at most, until they are applied.",
+        examples=[["clicks:3:1041"]],
+    ),
+]
 Position = Annotated[
     str,
     Meta(
@@ -187,15 +202,41 @@ class WhatIfRequest(msgspec.Struct, rename={"with_events": "with"}):
     with_events: Annotated[list[msgspec.Raw], Meta(max_length=WITH_MAX)] = []
 
 
-class ListOptions(NamedTuple):
+class ListOptions(msgspec.Struct, frozen=True):
     """How a list is wanted."""
 
-    limit: int = 10
-    explain: bool = False
-    exclude_seen: bool = True
-    texts: bool = False  # each item's
-    parts: bool = False  # of every bias and contribution
-    words: bool = False  # what the user wrote, with each of their comments
+    limit: Limit = 10
+    explain: Annotated[bool, Meta(description="Each item with the events that speak for and against it.")] = False
+    exclude_seen: Annotated[bool, Meta(description="Leave out what the user has consumed.")] = True
+    texts: Annotated[bool, Meta(description="Each item with its text.")] = False
+    parts: Annotated[bool, Meta(description="With explain: what the bias and each value are made of.")] = False
+    words: Annotated[bool, Meta(description=WORDS)] = False
+
+
+class ListQuery(ListOptions, frozen=True):
+    """Parameters of a list."""
+
+    at_least: AtLeast = []
+
+
+class ReadQuery(msgspec.Struct, frozen=True):
+    """Parameters of another read of a user."""
+
+    at_least: AtLeast = []
+
+
+class SimilarQuery(msgspec.Struct, frozen=True):
+    """Parameters of a list of similar items."""
+
+    limit: Limit = 10
+
+
+class ErasureQuery(msgspec.Struct, frozen=True):
+    """Parameters of an erasure."""
+
+    unlearn: Annotated[
+        bool, Meta(description="Also learn the item model again without the user's events, exactly.")
+    ] = False
 
 
 # -- a user as the ranker sees them
@@ -285,32 +326,22 @@ def user_row(view: WorkerView, user_id: str) -> UserRow:
     return rows.unpack(value) if value is not None else UserRow()
 
 
-def _ranked(
-    reader: Reader, scored: list[Scored], exclude: npt.NDArray[np.int64], options: ListOptions
-) -> list[RankedItem]:
-    matrix = reader.view.ranker.matrix
-    reasons: dict[int, RankerExplanation] = {}
-    if options.explain:
-        keys = [s.key for s in scored]
-        reasons = {e.row: e for e in reader.view.ranker.explain(reader.user, reader.at, keys, exclude)}
+def _ranked(reader: Reader, ranking: Ranking, scored: list[Scored], options: ListOptions) -> list[RankedItem]:
+    texts = ranking.matrix.texts
+    reasons = [_explanation(reader, given, options) for given in ranking.explain(scored)] if options.explain else None
     return [
         RankedItem(
-            s.item_id, s.score, s.logit,
-            _explanation(reader, reasons[s.row], options) if options.explain else UNSET,
-            matrix.texts[s.row] if options.texts else UNSET,
+            s.item_id, s.score, s.logit, UNSET if reasons is None else reasons[at],
+            texts[s.row] if options.texts else UNSET,
         )
-        for s in scored
+        for at, s in enumerate(scored)
     ]  # fmt: skip
 
 
 def _explanation(reader: Reader, given: RankerExplanation, options: ListOptions) -> Explanation:
-    told = Explanation(
-        given.bias.total, reader.contributions(given, options.texts, options.parts), given.rest
-    )  # fmt: skip
-    if options.parts:
-        b = given.bias
-        told.bias_parts = BiasParts(b.constant, b.popularity, b.age, b.recency, b.calibration)
-    return told
+    parts = BiasParts(*given.bias) if options.parts else UNSET
+    contributions = reader.contributions(given, options.texts, options.parts)
+    return Explanation(given.bias.total, contributions, given.rest, parts)
 
 
 def _list(
@@ -338,8 +369,8 @@ def recommend(view: WorkerView, user_id: str, options: ListOptions) -> Recommend
 def best(reader: Reader, options: ListOptions) -> list[RankedItem]:
     """The best candidates, best first."""
     exclude = reader.consumed() if options.exclude_seen else np.zeros(0, np.int64)
-    scored = reader.view.ranker.top_k(reader.user, reader.at, options.limit, exclude)
-    return _ranked(reader, scored, exclude, options)
+    ranking = reader.view.ranker.rank(reader.user, reader.at, exclude)
+    return _ranked(reader, ranking, ranking.top(options.limit), options)
 
 
 async def add_words(view: WorkerView, told: Recommendations) -> None:
@@ -410,17 +441,15 @@ def _row_without(row: UserRow, partition: int, without: Sequence[str]) -> tuple[
 def rank(view: WorkerView, asked: RankRequest) -> Recommendations:
     """The given items, best first; those that are no candidates are left out. Raises NotReady."""
     reader = Reader(view, asked.user_id)
-    options = ListOptions(
-        len(asked.item_ids), asked.explain, exclude_seen=False, texts=asked.texts, parts=asked.parts, words=asked.words
-    )
+    options = ListOptions(len(asked.item_ids), asked.explain, False, asked.texts, asked.parts, asked.words)
     return _list(reader, asked.user_id, ordered(reader, asked.item_ids, options), tokens.RANK, options)
 
 
 def ordered(reader: Reader, item_ids: Sequence[str], options: ListOptions) -> list[RankedItem]:
     """Those of the items that are candidates, best first."""
     keys = [examples.item_key(item_id) for item_id in item_ids]
-    scored = reader.view.ranker.rank_items(reader.user, reader.at, keys)
-    return _ranked(reader, scored, np.zeros(0, np.int64), options)
+    ranking = reader.view.ranker.rank(reader.user, reader.at)
+    return _ranked(reader, ranking, ranking.of(keys), options)
 
 
 def state(view: WorkerView, user_id: str) -> UserState:

@@ -111,14 +111,14 @@ class View:
             raise NotReady("the certificates are still being read", RETRY_AFTER_S)
         return found
 
-    async def erasure_waits(self, partition: int, offset: int) -> bool:
-        """Whether `erasures` has a record there that is not applied yet. Raises NotReady."""
-        if offset <= self.applied(partition)["erasures"]:
+    async def waits(self, topic: str, partition: int, offset: int) -> bool:
+        """Whether the topic has a record there that is not applied yet. Raises NotReady, KafkaError."""
+        if offset <= self.applied(partition)[topic]:
             return False
-        topic = self.worker.settings.topic("erasures")
-        end = self.worker.source.end_of(topic, partition)
+        name = self.worker.settings.topic(topic)
+        end = self.worker.source.end_of(name, partition)
         if end is None or offset >= end:  # the end is as old as the last fetch: ask the log itself
-            end = await kafka.log_end(self.worker.options, topic, partition)
+            end = await kafka.log_end(self.worker.options, name, partition)
         return offset < end
 
     async def publish(self, topic: str, key: bytes, value: bytes) -> tuple[int, int]:

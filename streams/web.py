@@ -14,34 +14,35 @@ import re
 import socket
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
-from urllib.parse import quote_from_bytes, unquote_to_bytes
+from typing import Any, Final, TypeVar
+from urllib.parse import parse_qsl, quote_from_bytes, unquote_to_bytes
 
 import httpx
 import mode
 import msgspec
 import structlog
 import uvicorn
-from fastapi import Depends, FastAPI, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from streams import answers, codec, examples, serving
+from streams import answers, codec, serving
 from streams.audit import EVERYBODY, Audit, Note
 from streams.erasure import place_of
 from streams.events import ID_CHARS_MAX, MESSAGE_BYTES_MAX, Click, Comment, Erasure
 from streams.keys import ANYBODY, Gate, credential_of, require
-from streams.openapi import OPERATIONS, describe, documentation_page
+from streams.openapi import OPERATIONS, describe, documentation_page, wanted
 from streams.problems import KINDS, MEDIA_TYPE, Problem
-from streams.serving import NotReady, WorkerView
+from streams.serving import AT_LEAST_WAIT_S, NotReady, WorkerView
 from streams.settings import LOOPBACK_HOSTS, Settings
+from streams.wire import CONNECTIONS_MAX, Wire
 
 log = structlog.get_logger(__name__)
 
@@ -49,26 +50,28 @@ EVENTS_MAX: Final = 500  # a request: all of it is validated before the first is
 EVENTS_BYTES_MAX: Final = 4_000_000  # a request's body
 RANK_BYTES_MAX: Final = 1_000_000  # RANK_ITEMS_MAX ids of full length, as JSON
 WHAT_IF_BYTES_MAX: Final = 200_000  # a what-if's body: its comments keep the stream's encoder for a second at most
+BODY_S_MAX: Final = 30.0  # from a request's head to the end of its body
 DRAIN_BYTES_MAX: Final = 16_000_000  # of a body that is too large: a client that still sends may not see the answer
 ENCODE_WAIT_S: Final = 5.0  # a what-if's comments wait this long for the encoder
-LIST_MAX: Final = 200  # recommendations or similar items a request
-AT_LEAST_MAX: Final = 8  # offsets a read may wait for
-AT_LEAST_WAIT_S: Final = 5.0  # a read waits this long for its offsets, then asks the client to come again
+AT_LEAST_CHECK_S: Final = 0.5  # after so long it asks the log whether there is such a record
 FORWARD_TIMEOUT_S: Final = AT_LEAST_WAIT_S + 10.0
 FORWARD_CONNECT_TIMEOUT_S: Final = 2.0
 FORWARD_CONNECTIONS_MAX: Final = 64
+FORWARD_KEEPALIVE_S: Final = 5.0  # a silent connection to another worker; httpx's default, so the client's too
+KEEP_ALIVE_S: Final = 20  # a silent connection of a client
 STREAMS_MAX: Final = 64  # open /v1/stream connections
 STREAM_HEARTBEAT_S: Final = 15.0  # a comment line in silence, so that proxies keep the connection
 STREAM_RETRY_MS: Final = 2000
 RETRY_AFTER_S: Final = 1.0
 TAG_PERIOD_S: Final = 60.0  # a list's features of age and recency move slowly: its validator holds this long at most
-CONNECTIONS_MAX: Final = 1024
 GRACEFUL_SHUTDOWN_S: Final = 1
+ENDLESS_PATH: Final = "/v1/stream"
 FORWARDED_HEADER: Final = "x-headwater-forwarded"  # a forwarded request is never forwarded again
 WORDS_SCOPE: Final = "admin"  # what users wrote is not for every reader of their lists
-WORDS: Final = "With explain: what the user wrote, as far as the log has it. Needs a key of the scope admin."
 KEY_HEADERS: Final = ("authorization", "x-api-key")
 FORWARDED_BACK: Final = ("retry-after", "etag", "cache-control")
+REPEATED: Final = ("at_least",)  # parameters that may be given more than once
+PARAMETER_AT: Final = re.compile(r"`\$\.(\w+)")  # in msgspec's words
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 PAGE_DIR: Final = Path(__file__).parent / "page"
 PAGE_MODULES: Final = ("app", "api", "chart", "elements", "whatif", "uplot")
@@ -80,46 +83,25 @@ PAGE_FILES: Final = {
     "/page/uplot.LICENSE.txt": ("uplot.LICENSE.txt", "text/plain; charset=utf-8"),
     "/page/icon.svg": ("icon.svg", "image/svg+xml"),
 }
-SECURITY_HEADERS: Final = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'; trusted-types 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
+SECURITY_HEADERS: Final = (
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        b"require-trusted-types-for 'script'; trusted-types 'none'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+)
 
 assert MESSAGE_BYTES_MAX < EVENTS_BYTES_MAX, "one event of the greatest size fits a request"
+assert FORWARD_KEEPALIVE_S < KEEP_ALIVE_S, "who asks lets go first: a request never meets a connection just closed"
 assert AT_LEAST_WAIT_S + ENCODE_WAIT_S < FORWARD_TIMEOUT_S, "the owner's waits end before the forwarder's"
 
-Limit = Annotated[int, Query(ge=1, le=LIST_MAX, description="How many items.")]
-AtLeast = Annotated[
-    list[str],
-    Query(
-        max_length=AT_LEAST_MAX,
-        description="Positions topic:partition:offset, as POST /v1/events answers them: the read waits, "
-        f"{AT_LEAST_WAIT_S:g} s at most, until they are applied.",
-        examples=[["clicks:3:1041"]],
-    ),
-]
-Unlearn = Annotated[bool, Query(description="Also learn the item model again without the user's events, exactly.")]
 Answer = Callable[[], Response | Awaitable[Response]]
 S = TypeVar("S")
-
-
-def _options(
-    limit: Limit = 10,
-    explain: Annotated[bool, Query(description="Each item with the events that speak for and against it.")] = False,
-    exclude_seen: Annotated[bool, Query(description="Leave out what the user has consumed.")] = True,
-    texts: Annotated[bool, Query(description="Each item with its text.")] = False,
-    parts: Annotated[bool, Query(description="With explain: what the bias and each value are made of.")] = False,
-    words: Annotated[bool, Query(description=WORDS)] = False,
-) -> serving.ListOptions:
-    return serving.ListOptions(limit, explain, exclude_seen, texts, parts, words)
-
-
-Options = Annotated[serving.ListOptions, Depends(_options)]
 
 
 # -- the edge: what every request and response passes
@@ -148,16 +130,17 @@ class Edge:
         raw = scope.get("raw_path") or quote_from_bytes(scope["path"].encode()).encode()
         scope["path"] = raw.partition(b"?")[0].decode("latin-1")
         scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        if scope["method"] == "HEAD" and scope["path"] != ENDLESS_PATH:
+            scope = {**scope, "method": "GET"}  # the server keeps its own, and sends no body
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if self.audit is not None and "note" in scope["state"]:
                     self.audit.note(scope["state"]["note"], message["status"], request_id)
-                out = MutableHeaders(scope=message)
-                out["X-Request-Id"] = request_id
-                out.setdefault("Cache-Control", "no-store")
-                for name, value in SECURITY_HEADERS.items():
-                    out[name] = value
+                sent = message["headers"] = [*message["headers"], *SECURITY_HEADERS]
+                sent.append((b"x-request-id", request_id.encode()))
+                if all(name != b"cache-control" for name, _ in sent):
+                    sent.append((b"cache-control", b"no-store"))
             await send(message)
 
         problem = self._refusal(headers)
@@ -199,7 +182,7 @@ def _unchanged(request: Request, etag: str) -> Response | None:
     """304, where the client has what the validator stands for."""
     given = request.headers.get("if-none-match", "")
     held = {tag.strip().removeprefix("W/") for tag in given.split(",")}
-    if etag.removeprefix("W/") in held:
+    if etag and etag.removeprefix("W/") in held:
         return Response(status_code=304, headers={"ETag": etag, "Cache-Control": "private, no-cache"})
     return None
 
@@ -220,12 +203,6 @@ def _handlers(app: FastAPI) -> None:
         detail = f"{request.method} {request.scope['path']}: {KINDS[name].title.lower()}."
         return problem_response(request, Problem(name, detail, headers=dict(failure.headers or {})))
 
-    async def invalid(request: Request, failure: Exception) -> Response:
-        assert isinstance(failure, RequestValidationError)
-        errors = [{"parameter": str(e["loc"][1]), "detail": str(e["msg"])} for e in failure.errors()]
-        detail = "; ".join(f"{e['parameter']}: {e['detail']}" for e in errors)
-        return problem_response(request, Problem("invalid-parameter", detail, errors=errors))
-
     async def internal(request: Request, failure: Exception) -> Response:
         request_id = getattr(request.state, "request_id", "")
         if not isinstance(failure, ClientDisconnect):
@@ -235,7 +212,6 @@ def _handlers(app: FastAPI) -> None:
     app.add_exception_handler(Problem, problem)
     app.add_exception_handler(NotReady, not_ready)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, internal)
 
 
@@ -280,10 +256,10 @@ def _about(request: Request, users: Iterable[str]) -> None:
 # -- reading a request
 
 
-def _id(raw: str, parameter: str) -> str:
+def _id(request: Request, parameter: str) -> str:
     """The id of a path segment. Raises Problem."""
     try:
-        value = unquote_to_bytes(raw).decode()
+        value = unquote_to_bytes(request.path_params[parameter]).decode()
     except UnicodeDecodeError:
         raise _invalid(parameter, "is not UTF-8, percent-encoded") from None
     if not 1 <= len(value) <= ID_CHARS_MAX:
@@ -295,6 +271,29 @@ def _invalid(parameter: str, detail: str) -> Problem:
     return Problem("invalid-parameter", f"{parameter}: {detail}", errors=[{"parameter": parameter, "detail": detail}])
 
 
+def _query(request: Request, shape: type[S]) -> S:
+    """The parameters of the query. Raises Problem, which names all that are wrong."""
+    given: dict[str, Any] = {}
+    for name, value in parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True):
+        if name in REPEATED:
+            given.setdefault(name, []).append(value)
+        else:
+            given[name] = value
+    errors: list[dict[str, str]] = []
+    while True:
+        try:
+            found = msgspec.convert(given, shape, strict=False)
+            break
+        except msgspec.ValidationError as fault:
+            (name,) = PARAMETER_AT.findall(str(fault))
+            errors.append({"parameter": name, "detail": wanted(shape, name)})
+            del given[name]
+    if errors:
+        detail = "; ".join(f"{e['parameter']}: {e['detail']}" for e in errors)
+        raise Problem("invalid-parameter", detail, errors=errors)
+    return found
+
+
 async def _body(request: Request, bytes_max: int) -> bytes:
     """The body, JSON by its header. Raises Problem."""
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -302,12 +301,17 @@ async def _body(request: Request, bytes_max: int) -> bytes:
         raise Problem("unsupported-media-type", f"Content-Type is {media!r}; it has to be application/json.")
     body = bytearray()
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= bytes_max:
-            body += chunk
-        elif size > DRAIN_BYTES_MAX:
-            break
+    try:
+        async with asyncio.timeout(BODY_S_MAX):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= bytes_max:
+                    body += chunk
+                elif size > DRAIN_BYTES_MAX:
+                    break
+    except TimeoutError:
+        detail = f"The body was not whole after {BODY_S_MAX:g} s."
+        raise Problem("too-slow", detail, headers={"Connection": "close"}) from None
     if size > bytes_max:
         raise Problem("too-large", f"The body is over {bytes_max} bytes.", headers={"Connection": "close"})
     return bytes(body)
@@ -317,14 +321,10 @@ def _positions(given: list[str], user_partition: int) -> list[tuple[str, int]]:
     """(topic, offset) of each position that a read is to wait for. Raises Problem."""
     out = []
     for text in given:
-        topic, _, rest = text.partition(":")
-        numbers = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,16})", rest)
-        if topic not in examples.USER_SOURCES.values() or numbers is None:
-            topics = ", ".join(examples.USER_SOURCES.values())
-            raise _invalid("at_least", f"{text[:80]!r} has to be TOPIC:PARTITION:OFFSET, the topic one of {topics}")
-        if int(numbers[1]) != user_partition:
+        topic, partition, offset = text.split(":")
+        if int(partition) != user_partition:
             raise _invalid("at_least", f"{text!r}: this user's events are in partition {user_partition}")
-        out.append((topic, int(numbers[2])))
+        out.append((topic, int(offset)))
     return out
 
 
@@ -392,13 +392,34 @@ class Http:
             return await self.forward(request, owner, body)
         deadline = asyncio.get_running_loop().time() + AT_LEAST_WAIT_S
         for topic, offset in wanted:
-            left_s = max(0.0, deadline - asyncio.get_running_loop().time())
-            if not await self.view.wait_applied(topic, partition, offset, left_s):
-                applied = self.view.applied(partition).get(topic, -1)
-                detail = f"{topic}:{partition}:{offset} is not applied yet; this worker is at {applied}."
-                raise Problem("not-applied", detail, retry_after_s=RETRY_AFTER_S)
+            await self._until_applied(topic, partition, offset, deadline)
         given = answer()
         return await given if inspect.isawaitable(given) else given
+
+    async def _until_applied(self, topic: str, partition: int, offset: int, deadline: float) -> None:
+        """Raises Problem: at the deadline, or as soon as it is clear that the log has no such record."""
+        for wait_s in (AT_LEAST_CHECK_S, AT_LEAST_WAIT_S):
+            left_s = deadline - asyncio.get_running_loop().time()
+            if await self.view.wait_applied(topic, partition, offset, max(0.0, min(wait_s, left_s))):
+                return
+            if wait_s < left_s and not await self.waits(topic, partition, offset):
+                if self.view.applied(partition)[topic] >= offset:
+                    return
+                raise _invalid("at_least", f"{topic}:{partition}:{offset} is beyond the end of the log")
+        applied = self.view.applied(partition)[topic]
+        detail = f"{topic}:{partition}:{offset} is not applied yet; this worker is at {applied}."
+        raise Problem("not-applied", detail, retry_after_s=RETRY_AFTER_S)
+
+    async def waits(self, topic: str, partition: int, offset: int) -> bool:
+        """Whether the log has a record there that is not applied yet. Raises NotReady, Problem."""
+        try:
+            return await self.view.waits(topic, partition, offset)
+        except NotReady:
+            raise
+        except Exception as failure:
+            log.warning("the end of a log is not known", topic=topic, partition=partition, failure=repr(failure))
+            detail = f"Whether {topic}:{partition}:{offset} is there is not known: the broker does not answer."
+            raise Problem("log-unreachable", detail, retry_after_s=RETRY_AFTER_S) from failure
 
     async def forward(self, request: Request, owner: str, body: bytes = b"") -> Response:
         """The answer of the worker at that address. Raises Problem."""
@@ -442,8 +463,8 @@ class Http:
             raise Problem("log-unreachable", detail, retry_after_s=RETRY_AFTER_S, positions=positions) from failure
         return [p for p in positions if p is not None]
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        """The server-sent events of one client, until it leaves or the worker stops."""
+    async def stream(self, is_allowed: Callable[[], bool] = lambda: True) -> AsyncIterator[bytes]:
+        """The server-sent events of one client, until it leaves, may not listen any more, or the worker stops."""
         source = aiter(self.view.subscribe())
         closing = asyncio.ensure_future(self.closing.wait())
         pending: asyncio.Future[dict[str, Any]] | None = None
@@ -454,7 +475,7 @@ class Http:
                 pending = pending or asyncio.ensure_future(anext(source))
                 waiting: set[asyncio.Future[Any]] = {pending, closing}
                 await asyncio.wait(waiting, timeout=STREAM_HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
-                if closing.done():
+                if closing.done() or not is_allowed():
                     return
                 if not pending.done():
                     yield b": still here\n\n"
@@ -489,18 +510,19 @@ def create_app(
 
     `.app.state.http.closing` ends the open streams when set.
     """
+    gate = gate or Gate(None, 1.0)
     app = FastAPI(
         title="Headwater", version=version("headwater"), openapi_url=None, docs_url=None, redoc_url=None,
         redirect_slashes=False,
         description="Recommendations that have learnt from every click and comment a moment ago, with exact reasons.",
-        dependencies=[Depends(_authoriser(gate or Gate(None, 1.0), audit))],
+        dependencies=[Depends(_authoriser(gate, audit))],
     )  # fmt: skip
     _handlers(app)
     http = app.state.http = Http(view, client)
     _user_routes(app, http)
     _erasure_routes(app, http)
     _item_routes(app, http)
-    _worker_routes(app, http)
+    _worker_routes(app, http, gate)
     _page_routes(app)
     describe(app)
     return Edge(app, hosts, audit)
@@ -510,32 +532,29 @@ def _user_routes(app: FastAPI, http: Http) -> None:
     view = http.view
 
     @app.get("/v1/users/{user_id:path}/state", operation_id="getState", response_model=None)
-    async def state(request: Request, user_id: str, at_least: AtLeast = []) -> Response:  # noqa: B006
-        user = _id(user_id, "user_id")
-        return await http.for_user(request, user, lambda: _json(serving.state(view, user)), at_least)
+    async def state(request: Request) -> Response:
+        user, asked = _id(request, "user_id"), _query(request, serving.ReadQuery)
+        return await http.for_user(request, user, lambda: _json(serving.state(view, user)), asked.at_least)
 
     @app.get("/v1/users/{user_id:path}/recommendations", operation_id="getRecommendations", response_model=None)
-    async def recommendations(
-        request: Request, user_id: str, options: Options, at_least: AtLeast = []  # noqa: B006
-    ) -> Response:  # fmt: skip
-        user = _id(user_id, "user_id")
+    async def recommendations(request: Request) -> Response:
+        user, asked = _id(request, "user_id"), _query(request, serving.ListQuery)
 
         async def answer() -> Response:
-            etag = _tag(view, user, view.user_row(user), options)
+            # Words are of the log, as far as it gave them in time: no validator stands for that.
+            etag = "" if asked.words else _tag(view, user, view.user_row(user), asked)
             unchanged = _unchanged(request, etag)
             if unchanged is not None:
                 return unchanged
             with view.metrics.recommendation_seconds.time():
-                told = serving.recommend(view, user, options)
-            return await _told(request, view, told, options.words, etag)
+                told = serving.recommend(view, user, asked)
+            return await _told(request, view, told, asked.words, etag)
 
-        return await http.for_user(request, user, answer, at_least)
+        return await http.for_user(request, user, answer, asked.at_least)
 
     @app.post("/v1/users/{user_id:path}/what-if", operation_id="whatIf", response_model=None)
-    async def what_if(
-        request: Request, user_id: str, options: Options, at_least: AtLeast = []  # noqa: B006
-    ) -> Response:  # fmt: skip
-        user = _id(user_id, "user_id")
+    async def what_if(request: Request) -> Response:
+        user, options = _id(request, "user_id"), _query(request, serving.ListQuery)
         body = await _body(request, WHAT_IF_BYTES_MAX)
         asked = _request(body, serving.WhatIfRequest, "what-if")
         events = _supposed_events(asked.with_events, user, view.now())
@@ -551,10 +570,11 @@ def _user_routes(app: FastAPI, http: Http) -> None:
             except serving.UnknownPosition as fault:
                 raise Problem("unknown-position", str(fault)) from None
 
-        return await http.for_user(request, user, answer, at_least, body)
+        return await http.for_user(request, user, answer, options.at_least, body)
 
     @app.post("/v1/rank", operation_id="rank", response_model=None)
-    async def rank(request: Request, at_least: AtLeast = []) -> Response:  # noqa: B006
+    async def rank(request: Request) -> Response:
+        at_least = _query(request, serving.ReadQuery).at_least
         body = await _body(request, RANK_BYTES_MAX)
         asked = _request(body, serving.RankRequest, "rank")
 
@@ -587,15 +607,16 @@ def _erasure_routes(app: FastAPI, http: Http) -> None:
 
     # One segment, unlike elsewhere: DELETE /v1/users/a/state is no user's address.
     @app.delete("/v1/users/{user_id}", operation_id="deleteUser", response_model=None, status_code=202)
-    async def delete(user_id: str, unlearn: Unlearn = False) -> Response:
-        user = _id(user_id, "user_id")
+    async def delete(request: Request) -> Response:
+        user, unlearn = _id(request, "user_id"), _query(request, serving.ErasureQuery).unlearn
         value = msgspec.json.encode(Erasure(user, view.now(), unlearn))
         (name,) = await http.publish([("erasures", user.encode(), value)])
         body = msgspec.json.encode(answers.Certificate(name, "pending", unlearn))
         return Response(body, 202, {"Location": f"/v1/erasures/{name}"}, "application/json")
 
     @app.get("/v1/erasures/{erasure_id}", operation_id="getErasure", response_model=None)
-    async def erasure(request: Request, erasure_id: str) -> Response:
+    async def erasure(request: Request) -> Response:
+        erasure_id = request.path_params["erasure_id"]
         place = place_of(erasure_id)
         if place is None:
             raise _invalid("erasure_id", "has to be erasures:PARTITION:OFFSET, as DELETE answers it")
@@ -607,7 +628,7 @@ def _erasure_routes(app: FastAPI, http: Http) -> None:
             owner = view.owner_url(partition)
             if owner is not None:
                 return await http.forward(request, owner)
-            if await view.erasure_waits(partition, offset):
+            if await http.waits("erasures", partition, offset):
                 return _json(answers.Certificate(erasure_id, "pending"))
         raise Problem("not-found", f"{erasure_id} is no erasure that was applied; erasures.dlq has what was rejected.")
 
@@ -616,16 +637,16 @@ def _item_routes(app: FastAPI, http: Http) -> None:
     view = http.view
 
     @app.get("/v1/items/{item_id:path}/similar", operation_id="getSimilar", response_model=None)
-    async def similar(request: Request, item_id: str, limit: Limit = 10) -> Response:
+    async def similar(request: Request) -> Response:
+        item_id, limit = _id(request, "item_id"), _query(request, serving.SimilarQuery).limit
         etag = _tag(view, item_id, limit)
-        return _unchanged(request, etag) or _json(
-            _known(serving.similar(view, _id(item_id, "item_id"), limit), item_id), etag
-        )
+        return _unchanged(request, etag) or _json(_known(serving.similar(view, item_id, limit), item_id), etag)
 
     @app.get("/v1/items/{item_id:path}", operation_id="getItem", response_model=None)
-    async def item(request: Request, item_id: str) -> Response:
+    async def item(request: Request) -> Response:
+        item_id = _id(request, "item_id")
         etag = _tag(view, item_id)
-        return _unchanged(request, etag) or _json(_known(serving.item(view, _id(item_id, "item_id")), item_id), etag)
+        return _unchanged(request, etag) or _json(_known(serving.item(view, item_id), item_id), etag)
 
 
 def _known(found: Any, item_id: str) -> Any:
@@ -634,7 +655,7 @@ def _known(found: Any, item_id: str) -> Any:
     return found
 
 
-def _worker_routes(app: FastAPI, http: Http) -> None:
+def _worker_routes(app: FastAPI, http: Http, gate: Gate) -> None:
     view = http.view
 
     @app.get("/v1/digest", operation_id="getDigest", response_model=None)
@@ -647,12 +668,13 @@ def _worker_routes(app: FastAPI, http: Http) -> None:
         etag = _tag(view, msgspec.msgpack.encode(told))
         return _unchanged(request, etag) or _json(told, etag)
 
-    @app.get("/v1/stream", operation_id="getStream", response_model=None)
-    async def stream() -> Response:
+    @app.get(ENDLESS_PATH, operation_id="getStream", response_model=None)
+    async def stream(request: Request) -> Response:
         if http.streams >= STREAMS_MAX:
             raise Problem("too-many-streams", f"{STREAMS_MAX} streams are open.", retry_after_s=RETRY_AFTER_S)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(http.stream(), headers=headers, media_type="text/event-stream")
+        shown = http.stream(partial(gate.knows, request.state.caller))
+        return StreamingResponse(shown, headers=headers, media_type="text/event-stream")
 
     @app.get("/healthz", operation_id="getHealth", response_model=None)
     async def health() -> Response:
@@ -724,13 +746,13 @@ class HttpService(mode.Service):
             ) from failure
         if self.audit is not None:
             self._auditing = asyncio.create_task(self.audit.run(), name="audit")
-        limits = httpx.Limits(max_connections=FORWARD_CONNECTIONS_MAX)
+        limits = httpx.Limits(max_connections=FORWARD_CONNECTIONS_MAX, keepalive_expiry=FORWARD_KEEPALIVE_S)
         timeout = httpx.Timeout(FORWARD_TIMEOUT_S, connect=FORWARD_CONNECT_TIMEOUT_S)
         self._client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
         self._edge = create_app(self.view, self._client, self._hosts, self.gate, self.audit)
         config = uvicorn.Config(
             self._edge, lifespan="off", log_config=None, log_level="warning", access_log=False, server_header=False,
-            ws="none", proxy_headers=False, limit_concurrency=CONNECTIONS_MAX,
+            http=Wire, ws="none", proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
         )  # fmt: skip
         self._server = uvicorn.Server(config)

@@ -150,9 +150,10 @@ class World:
     def certificate(self, name: str) -> Certificate | None:
         return self.certificates.get(name)
 
-    async def erasure_waits(self, partition: int, offset: int) -> bool:
-        applied = self.applied(partition)["erasures"]
-        return applied < offset <= self._ends.get(("erasures", partition), -1)
+    async def waits(self, topic: str, partition: int, offset: int) -> bool:
+        if self.failing_after == 0:
+            raise ConnectionError("the broker is gone")
+        return self.applied(partition)[topic] < offset <= self._ends.get((topic, partition), -1)
 
     def digest(self) -> dict[str, Any]:
         return {"partitions": {str(p): {"applied": self.applied(p)} for p in range(self.partitions)}}

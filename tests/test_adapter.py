@@ -102,15 +102,15 @@ def test_explanations_add_up_through_an_adapter() -> None:
         (weights @ comments) / weights.sum(), float(weights.sum()), comments, weights,
     )  # fmt: skip
     ranker = Ranker(learner.matrix)
-    before = ranker.top_k(user, START_TS + 100, 5)
+    before = ranker.rank(user, START_TS + 100).top(5)
     learner.adapt(adapter_of(7, size=2.0))
-    after = ranker.top_k(user, START_TS + 100, 5)
+    ranking = ranker.rank(user, START_TS + 100)
+    after = ranking.top(5)
     assert [x.logit for x in before] != [x.logit for x in after]
-    for told in ranker.explain(user, START_TS + 100, [x.key for x in after]):
+    for item, told in zip(after, ranking.explain(after), strict=True):
         assert abs(told.rest) < 1e-4
         parts = told.bias.total + sum(t.total for t in told.terms) + sum(told.comments) + told.rest
-        assert parts == pytest.approx(told.logit, abs=1e-4)
-    assert ranker.explain(user, START_TS + 100, [after[0].key])[0].logit == pytest.approx(after[0].logit, abs=1e-5)
+        assert parts == pytest.approx(item.logit, abs=1e-4)
 
 
 def test_the_problem_of_a_message_is_its_scores_without_texts() -> None:

@@ -3,6 +3,7 @@
 import math
 import random
 
+import msgspec
 import pytest
 from msgspec import UNSET
 
@@ -57,7 +58,7 @@ def test_a_thousand_explanations_add_up_part_by_part(world: World) -> None:
 
 
 def test_parts_and_words_come_only_when_asked_for(world: World) -> None:
-    plain = serving.recommend(world, "u0", OPTIONS._replace(parts=False)).items[0].explanation
+    plain = serving.recommend(world, "u0", msgspec.structs.replace(OPTIONS, parts=False)).items[0].explanation
     assert isinstance(plain, answers.Explanation) and plain.bias_parts is UNSET
     assert all(c.parts is UNSET and c.words is UNSET for c in plain.contributions)
 

@@ -4,6 +4,7 @@ import asyncio
 import os
 import stat
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from streams.keys import FAILURES_BURST, Buckets, Gate, KeysError
 from streams.openapi import OPERATIONS
 from streams.problems import Problem
 from streams.settings import Settings
-from streams.web import FORWARDED_HEADER, create_app
+from streams.web import FORWARDED_HEADER, Http, create_app
 from tests.serving_world import World, small_world
 from tests.test_web import BASE, FAN, assert_problem, client_of
 
@@ -135,6 +136,20 @@ async def test_a_revoked_key_is_refused_from_the_next_request_on(path: Path, mad
     assert (await gate.identify(again, HERE)).scope == "read"
 
 
+async def test_a_stream_ends_when_its_key_is_revoked(path: Path, made: dict[str, str]) -> None:
+    gate, world = Gate(path, 100.0), small_world()
+    caller = await gate.identify(made["read"], HERE)
+    async with httpx.AsyncClient() as forwarder:
+        http = Http(world, forwarder)
+        stream = http.stream(partial(gate.knows, caller))
+        assert [(await anext(stream))[:6] for _ in range(2)] == [b"retry:", b"event:"]
+        keys.revoke(path, "the-read")
+        world.click("somebody", "space-1")
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        assert (http.streams, world.listeners) == (0, [])
+
+
 def _replace(path: Path, text: str) -> str:
     before = path.read_text()
     path.write_text(text)
@@ -143,11 +158,11 @@ def _replace(path: Path, text: str) -> str:
 
 async def test_a_file_that_cannot_be_read_lets_nobody_in(path: Path, made: dict[str, str]) -> None:
     gate = Gate(path, 100.0)
-    await gate.identify(made["read"], HERE)
+    caller = await gate.identify(made["read"], HERE)
     kept = _replace(path, "broken")
     with pytest.raises(Problem) as refused:
         await gate.identify(made["read"], HERE)
-    assert refused.value.kind == "not-ready"
+    assert refused.value.kind == "not-ready" and not gate.knows(caller)
     _replace(path, kept)
     assert (await gate.identify(made["read"], HERE)).name == "the-read"
 

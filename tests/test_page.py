@@ -318,6 +318,34 @@ async def test_a_worker_with_keys_is_used_with_a_key_typed_in_and_shows_nothing_
         await service.stop()
 
 
+async def test_the_page_says_that_the_worker_is_gone_and_goes_on_when_it_is_back(
+    browser: Browser, world: World
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        settings = Settings(http_port=listener.getsockname()[1])
+    service = HttpService(world, settings)
+    await service.start()
+    page = await browser.new_page()
+    try:
+        await page.goto(settings.http_url())
+        status = page.locator("#connection")
+        await expect(status).to_have_text("live")
+        await choose(page, FAN)
+        await service.stop()
+        await expect(status).to_contain_text("trying again")
+        await page.locator(".pick").first.click()
+        await expect(page.get_by_role("alert")).to_contain_text("The worker does not answer")
+        service = HttpService(world, settings)
+        await service.start()
+        await expect(status).to_have_text("live")
+        await page.locator(".pick").first.click()
+        await expect(page.locator("#news")).to_contain_text("after your click")
+        await expect(page.get_by_role("alert")).to_be_empty()
+    finally:
+        await page.close()
+        await service.stop()
+
+
 async def test_the_docs_page_keeps_the_policy(page: Page) -> None:
     await page.get_by_role("link", name="API").click()
     await expect(page.get_by_role("heading", name="Headwater API")).to_be_visible()

@@ -65,7 +65,7 @@ def test_the_score_is_what_the_formulation_says(learner: Learner) -> None:
     order = np.argsort(-s, kind="stable")
     p = np.exp(sharp * (s - s.max()))
     p /= p.sum()
-    best = ranker.top_k(user, NOW, 10)
+    best = ranker.rank(user, NOW).top(10)
     assert [item.row for item in best] == [rows[at] for at in order[:10]]
     np.testing.assert_allclose([item.score for item in best], p[order[:10]], rtol=1e-3)
     np.testing.assert_allclose([item.logit for item in best], np.log(p / (1 - p))[order[:10]], atol=1e-3)
@@ -79,8 +79,8 @@ def test_the_score_is_what_the_formulation_says(learner: Learner) -> None:
 )
 def test_top_k_is_the_head_of_the_whole_ranking(learner: Learner, keys: list[int], exclude: set[int], k: int) -> None:
     ranker, user = Ranker(learner.matrix, cooccurrence_history=NEAR), user_of(keys)
-    best = ranker.top_k(user, NOW, k, exclude)
-    everything = ranker.rank_items(user, NOW, [*range(1, ITEMS + 1), 300, 999], exclude)
+    best = ranker.rank(user, NOW, exclude).top(k)
+    everything = ranker.rank(user, NOW, exclude).of([*range(1, ITEMS + 1), 300, 999])
     assert best == everything[:k]
     open_ = {key for key in [*range(1, ITEMS + 1), 300] if key != 5} - exclude
     assert {item.key for item in everything} == open_
@@ -92,17 +92,12 @@ def test_top_k_is_the_head_of_the_whole_ranking(learner: Learner, keys: list[int
 def test_bias_terms_and_rest_add_up_to_the_logit(learner: Learner, keys: list[int], older: bool) -> None:
     ranker, user = Ranker(learner.matrix, cooccurrence_history=NEAR), user_of(keys, older=older)
     items = [1, 2, 8, 300]
-    explained = ranker.explain(user, NOW, [*items, 5, 12345])
-    assert [reason.key for reason in explained] == items
-    scored = {item.key: item for item in ranker.rank_items(user, NOW, items)}
-    for reason in explained:
+    ranking = ranker.rank(user, NOW)
+    scored = ranking.of([*items, 5, 12345])
+    assert sorted(item.key for item in scored) == items
+    for item, reason in zip(scored, ranking.explain(scored), strict=True):
         total = reason.bias.total + sum(term.total for term in reason.terms) + sum(reason.comments) + reason.rest
-        assert total == pytest.approx(reason.logit, abs=1e-4)
-        assert reason.logit == scored[reason.key].logit
-        assert reason.score == scored[reason.key].score
-        b = reason.bias
-        parts = b.constant + b.popularity + b.age + b.recency + b.calibration
-        assert parts == pytest.approx(b.total, abs=1e-5)
+        assert total == pytest.approx(item.logit, abs=1e-4)
         for term in reason.terms:
             assert term.learnt + term.cooccurrence + term.text == pytest.approx(term.total, abs=1e-5)
         if not older:
@@ -111,7 +106,8 @@ def test_bias_terms_and_rest_add_up_to_the_logit(learner: Learner, keys: list[in
 
 def test_a_term_is_what_the_score_loses_without_its_event_up_to_the_norms(learner: Learner) -> None:
     ranker, user = Ranker(learner.matrix, cooccurrence_history=NEAR), user_of([3, 8, 12])
-    (reason,) = ranker.explain(user, NOW, [16])
+    ranking = ranker.rank(user, NOW)
+    (reason,) = ranking.explain(ranking.of([16]))
     m, profile = learner.matrix.arrays, profile_of(learner.matrix, user, NOW, NEAR)
     row, sharp = learner.matrix.index(16), m.scalar[kernels.SHARP]
     phi = m.phi[row] + m.map[: SMALL.dim] @ m.e[row]
@@ -122,13 +118,13 @@ def test_a_term_is_what_the_score_loses_without_its_event_up_to_the_norms(learne
 
 def test_the_bias_is_taken_anew_when_the_state_or_the_clock_moves(learner: Learner) -> None:
     ranker, user = Ranker(learner.matrix, tick_s=10, cooccurrence_history=NEAR), User()
-    first = ranker.top_k(user, NOW, 40)
-    assert ranker.top_k(user, NOW + 9, 40) == first
-    assert ranker.top_k(user, NOW + 1e6, 40) != first
+    first = ranker.rank(user, NOW).top(40)
+    assert ranker.rank(user, NOW + 9).top(40) == first
+    assert ranker.rank(user, NOW + 1e6).top(40) != first
     learner.enter(301, "another", "", vector_of(4, SMALL.text_dim), None)
-    assert 301 in {item.key for item in ranker.top_k(user, NOW + 1e6, 60)}
+    assert 301 in {item.key for item in ranker.rank(user, NOW + 1e6).top(60)}
     learner.withdraw(301)
-    assert 301 not in {item.key for item in ranker.top_k(user, NOW + 1e6, 60)}
+    assert 301 not in {item.key for item in ranker.rank(user, NOW + 1e6).top(60)}
 
 
 def test_the_ranker_ranks_as_the_learner_does() -> None:
@@ -142,7 +138,7 @@ def test_the_ranker_ranks_as_the_learner_does() -> None:
     x.history_count[0] = 3
     x.history_item[0, :3], x.history_ts[0, :3], x.history_weight[0, :3] = (4, 8, 2), now - 100, 1
     user = User(x.history_item[0, :3].copy(), x.history_ts[0, :3].copy(), x.history_weight[0, :3].copy())
-    ranked = Ranker(learner.matrix, cooccurrence_history=NEAR).top_k(user, now, 40, (4, 8, 2))
+    ranked = Ranker(learner.matrix, cooccurrence_history=NEAR).rank(user, now, (4, 8, 2)).top(40)
     place = [item.key for item in ranked].index(9)
     outcome = learner.learn(x._replace(count=1), 100)
     assert outcome.candidates[0] == len(ranked)
@@ -166,11 +162,12 @@ def test_the_most_similar_item_is_the_one_of_the_same_text() -> None:
 
 def test_an_empty_catalogue_gives_an_empty_list() -> None:
     matrix = Learner(SMALL).matrix
-    assert Ranker(matrix).top_k(User(), NOW, 5) == []
+    assert Ranker(matrix).rank(User(), NOW).top(5) == []
     warm_up(matrix)
 
 
 def test_a_longer_history_than_the_blocks_take_is_fine(learner: Learner) -> None:
     user = replace(user_of(list(range(1, ITEMS))), history_ts=np.full(ITEMS - 1, NOW))
-    (reason,) = Ranker(learner.matrix, cooccurrence_history=NEAR).explain(user, NOW, [ITEMS])
+    ranking = Ranker(learner.matrix, cooccurrence_history=NEAR).rank(user, NOW)
+    (reason,) = ranking.explain(ranking.of([ITEMS]))
     assert len(reason.terms) == ITEMS - 1

@@ -165,11 +165,24 @@ async def test_ids_out_of_their_limits_are_refused(api: httpx.AsyncClient) -> No
 
 @pytest.mark.parametrize(
     "query", ["limit=0", "limit=201", "limit=x", "explain=maybe", "at_least=clicks", "at_least=items:0:1",
-              "at_least=clicks:99:1", "at_least=clicks:-1:1", "&".join(["at_least=clicks:0:0"] * 9)],
+              "at_least=clicks:-1:1", "&".join(["at_least=clicks:0:0"] * 9)],
 )  # fmt: skip
 async def test_bad_parameters_are_named(api: httpx.AsyncClient, query: str) -> None:
     body = assert_problem(await api.get(f"/v1/users/{FAN}/recommendations?{query}"), "invalid-parameter")
-    assert body["errors"][0]["parameter"] in query
+    assert body["errors"][0]["parameter"] in query and "has to be" in body["errors"][0]["detail"]
+
+
+async def test_every_bad_parameter_is_named_at_once(api: httpx.AsyncClient) -> None:
+    path = f"/v1/users/{FAN}/recommendations?limit=0&explain=maybe&texts=true&at_least=clicks:0:1&at_least=x"
+    body = assert_problem(await api.get(path), "invalid-parameter")
+    assert body["errors"] == [
+        {"parameter": "limit", "detail": "has to be a whole number, 1 to 200"},
+        {"parameter": "explain", "detail": "has to be true or false"},
+        {"parameter": "at_least", "detail": "each has to be TOPIC:PARTITION:OFFSET, the topic clicks, comments or "
+         "erasures, 8 at most"},
+    ]  # fmt: skip
+    body = assert_problem(await api.get(f"/v1/users/{FAN}/state?at_least=clicks:99:1"), "invalid-parameter")
+    assert "partition" in body["detail"]
 
 
 async def test_ranking_given_items_agrees_with_the_list(api: httpx.AsyncClient) -> None:
@@ -201,9 +214,23 @@ async def test_at_least_waits_until_the_click_is_applied(api: httpx.AsyncClient,
 
 async def test_at_least_gives_up_in_time(api: httpx.AsyncClient, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streams.web.AT_LEAST_WAIT_S", 0.02)
-    partition = world.partition_of(FAN)
-    body = assert_problem(await api.get(f"/v1/users/{FAN}/state?at_least=clicks:{partition}:99999"), "not-applied")
-    assert "99999" in body["detail"]
+    world.delay_s = 60
+    sent = await api.post("/v1/events", json={"type": "click", "user_id": FAN, "item_id": "space-1", "action": "click"})
+    position = sent.json()["positions"][0]
+    body = assert_problem(await api.get(f"/v1/users/{FAN}/state?at_least={position}"), "not-applied")
+    assert position in body["detail"]
+
+
+async def test_at_least_is_not_waited_for_beyond_the_end_of_the_log(
+    api: httpx.AsyncClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streams.web.AT_LEAST_CHECK_S", 0.01)
+    path = f"/v1/users/{FAN}/state?at_least=clicks:{world.partition_of(FAN)}:99999"
+    body = assert_problem(await api.get(path), "invalid-parameter")
+    assert body["errors"][0]["parameter"] == "at_least" and "end of the log" in body["detail"]
+    world.failing_after = 0
+    assert_problem(await api.get(path), "log-unreachable")
+    assert_problem(await api.get("/v1/erasures/erasures:0:7"), "log-unreachable")
 
 
 # -- events
@@ -339,6 +366,7 @@ async def test_what_has_not_changed_is_not_sent_again(api: httpx.AsyncClient, wo
         assert (await api.get(path, headers={"if-none-match": '"another"'})).status_code == 200
     held = {"if-none-match": (await api.get(list_path)).headers["etag"]}
     assert (await api.get(f"{list_path}?limit=9", headers=held)).status_code == 200, "another question"
+    assert "etag" not in (await api.get(f"{list_path}?explain=true&words=true")).headers, "words may come late"
     world.clock_s += 60
     assert (await api.get(list_path, headers=held)).status_code == 200, "time has passed"
     held = {"if-none-match": (await api.get(list_path)).headers["etag"]}
@@ -386,6 +414,14 @@ async def test_unknown_addresses_methods_and_failures_are_problems(
 
 
 # -- the edge
+
+
+async def test_a_head_is_a_get_without_its_body(api: httpx.AsyncClient) -> None:
+    for path in ("/", "/healthz", "/v1/items/space-2", f"/v1/users/{FAN}/recommendations"):
+        head, get = await api.head(path), await api.get(path)
+        assert head.status_code == get.status_code == 200
+        assert head.headers.get("etag") == get.headers.get("etag")
+    assert (await api.head("/v1/stream")).status_code == 405, "it has no end"
 
 
 async def test_request_ids_come_back_and_bad_ones_are_replaced(api: httpx.AsyncClient) -> None:
@@ -541,6 +577,52 @@ async def test_the_service_answers_over_a_socket_and_stops_at_once_with_streams_
                         pass
     finally:
         await service.stop()
+
+
+async def test_what_is_no_request_is_refused_before_it_costs_anything(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No HTTP, a head too long or never whole, a connection too many, a body that does not come."""
+    port = free_port()
+    service = HttpService(world, Settings(http_port=port))
+    await service.start()
+
+    async def told(sent: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        answer = await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+        return answer
+
+    head = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    json_head = b"POST /v1/events HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    try:
+        for sent in (
+            b"garbage\r\n\r\n" + b"x" * 200_000,
+            b"GET /\xff HTTP/1.1\r\n\r\n",
+            json_head + b"Content-Length: -1\r\n\r\n",
+        ):
+            assert_refused(await told(sent), "not-understood")
+        assert_refused(await told(head + b"X-Long: " + b"x" * 700_000), "too-large")
+        large = await told(json_head + b"Connection: close\r\nContent-Length: 100002\r\n\r\n[" + b" " * 100_000 + b"]")
+        assert b"0 events" in large, "a body is no head"
+        monkeypatch.setattr("streams.web.BODY_S_MAX", 0.05)
+        assert_refused(await told(json_head + b"Content-Length: 9\r\n\r\n["), "too-slow")
+        whole = await told(head.replace(b"GET", b"HEAD") + b"Connection: close\r\n\r\n")
+        assert whole.startswith(b"HTTP/1.1 200") and b"content-length: 15" in whole and whole.endswith(b"\r\n\r\n")
+        monkeypatch.setattr("streams.wire.HEAD_S_MAX", 0.05)
+        assert await told(head) == b"", "closed without a word"
+        monkeypatch.setattr("streams.wire.CONNECTIONS_MAX", 0)
+        assert_refused(await told(b""), "too-many-connections")
+    finally:
+        await service.stop()
+
+
+def assert_refused(answer: bytes, slug: str) -> None:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % KINDS[slug].status) and b"application/problem+json" in head, answer
+    assert json.loads(body)["type"] == f"/docs#problem-{slug}" and b"onnection: close" in head
+    assert (b"Retry-After: 1" in head) == (KINDS[slug].status == 503)
 
 
 async def test_a_taken_port_says_what_to_do(world: World) -> None:

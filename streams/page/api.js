@@ -25,8 +25,7 @@ function refuse() {
 }
 
 export async function call(path, options, retries = RETRY_MAX) {
-  const response = await fetch(path, keyed(options));
-  const body = await response.json();
+  const [response, body] = await answer(path, keyed(options));
   if (response.ok) return body;
   if (response.status === 401) refuse();
   const seconds = Number(response.headers.get("Retry-After"));
@@ -35,6 +34,16 @@ export async function call(path, options, retries = RETRY_MAX) {
     return call(path, options, retries - 1);
   }
   throw new Error(`${body.title}: ${body.detail}`);
+}
+
+async function answer(path, options) {
+  try {
+    const response = await fetch(path, options);
+    return [response, await response.json()];
+  } catch (failure) {
+    console.debug("no answer", failure);
+    throw new Error("The worker does not answer. It may be starting again: try once more in a moment.");
+  }
 }
 
 export const post = (path, body) =>
