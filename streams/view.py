@@ -26,8 +26,8 @@ WAIT_POLL_S: Final = 0.005
 STATUS_INTERVAL_S: Final = 1.0
 LISTENER_MESSAGES_MAX: Final = 100  # a slow listener misses what does not fit
 RETRY_AFTER_S: Final = 1.0
-WORDS_WAIT_S: Final = 2.0  # an explanation waits this long for the user's own words
-WORDS_READERS_MAX: Final = 4  # consumers at a time
+LOG_WAIT_S: Final = 2.0  # a request waits this long for what a log has: its end, the user's own words
+LOG_READERS_MAX: Final = 4  # consumers at a time
 
 
 class View:
@@ -39,7 +39,7 @@ class View:
         self.metrics: ServingMetrics = worker.metrics
         self.ranker = Ranker(worker.replica, cooccurrence_history=worker.learner_config.cooccurrence_history)
         self._settings_digest = settings_digest(self.encoder, worker.learner_config, self.evidence)
-        self._words_readers = asyncio.Semaphore(WORDS_READERS_MAX)
+        self._log_readers = asyncio.Semaphore(LOG_READERS_MAX)
         self._listeners: set[asyncio.Queue[dict[str, Any]]] = set()
         self._status_task: asyncio.Task[None] | None = None
         worker.watchers.append(self._watch)
@@ -112,13 +112,14 @@ class View:
         return found
 
     async def waits(self, topic: str, partition: int, offset: int) -> bool:
-        """Whether the topic has a record there that is not applied yet. Raises NotReady, KafkaError."""
+        """Whether the topic has a record there that is not applied yet. Raises NotReady, KafkaError, TimeoutError."""
         if offset <= self.applied(partition)[topic]:
             return False
         name = self.worker.settings.topic(topic)
         end = self.worker.source.end_of(name, partition)
         if end is None or offset >= end:  # the end is as old as the last fetch: ask the log itself
-            end = await kafka.log_end(self.worker.options, name, partition)
+            async with asyncio.timeout(LOG_WAIT_S), self._log_readers:
+                end = await kafka.log_end(self.worker.options, name, partition)
         return offset < end
 
     async def publish(self, topic: str, key: bytes, value: bytes) -> tuple[int, int]:
@@ -134,7 +135,7 @@ class View:
         found: dict[int, str] = {}
         topic, partition = self.worker.settings.topic("comments"), self.partition_of(user_id)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(WORDS_WAIT_S), self._words_readers:
+            async with asyncio.timeout(LOG_WAIT_S), self._log_readers:
                 async for offset, value in kafka.records_at(self.worker.options, topic, partition, offsets):
                     comment = codec.validate("comments", value or b"", math.inf)
                     if isinstance(comment, Comment) and comment.user_id == user_id:
