@@ -14,8 +14,10 @@ changed in another file would leave a stale kernel in the cache. Symbols are tho
     exp(s) n / K), g_j = 1[j = i] - p_j; all gradients of a message from the state at its start, one AdaGrad step
     (Duchi 2011) a touched row: G += mean(d^2), x += lr d / sqrt(G), where d is the message's summed gradient.
 
-Arrays grow by doubling and keep their types, so nothing is compiled twice. Every kernel releases the GIL and is
-single-threaded; the matrix products go to BLAS, which the process is expected to keep at one thread.
+Arrays grow by doubling and keep their types, so nothing is compiled twice. Kernels are single-threaded; the matrix
+products go to BLAS, which the process is expected to keep at one thread. Those that take long (a message, a catalogue)
+release the GIL. The short ones keep it: to get it back costs a switch interval beside a busy loop, up to 1 ms, for a
+call of some microseconds.
 
 A kernel that is called by another is inlined into it, always. Left to the compiler, a function has a copy in every
 caller, optimised again, with its sums in another order; which copy runs depends on what the process compiled and what
@@ -127,7 +129,6 @@ GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 SEED_STRIDE: Final = np.uint64(0xD1B54A32D192ED03)
 
 OPTIONS: Final = {
-    "nogil": True,
     "cache": True,
     "fastmath": True,
     "error_model": "numpy",
@@ -135,6 +136,7 @@ OPTIONS: Final = {
     "forceinline": True,
     "no_cfunc_wrapper": True,
 }
+RELEASING: Final = {**OPTIONS, "nogil": True}
 INNER: Final = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from kernels alone
 f4 = np.float32
 
@@ -392,7 +394,7 @@ def find(table_key, table_row, key):
     return np.int32(-1)
 
 
-@nb.njit(**OPTIONS)
+@nb.njit(**RELEASING)
 def fill_table(table_key, table_row, key, first, rows):
     """Puts key[first:rows] into the table; the keys must be new to it. Key 0 is a row without a key yet."""
     mask = np.uint64(len(table_key) - 1)
@@ -560,7 +562,7 @@ def _bias_all(m, rows, ts, coefficient, out, popularity):
             popularity[h, start : start + n] = column[C_COUNT_10 + h, :n]
 
 
-@nb.njit(**OPTIONS)
+@nb.njit(**RELEASING)
 def features_all(m, rows, ts, out):
     """f_j(t) of rows 0..rows-1 as of event time ts, s, into out (FEATURES, rows or more)."""
     column = np.empty((COLUMNS, BLOCK), np.float32)
@@ -1429,7 +1431,7 @@ def _step_rows(m, w, steps, touched, touched_y, record_bytes):
                 m.theta[q] = max(f4(0), m.theta[q])
 
 
-@nb.njit(**OPTIONS)
+@nb.njit(**RELEASING)
 def learn_message(m, w, x, o, steps, entry_row, entry_at, entry_ts, position, record_bytes):
     """One micro-batch. w.target and w.history hold rows; entries are rows that become candidates inside the message,
     before example b (entry_at 2 b) or right after it (2 b + 1), in order.
@@ -1473,7 +1475,7 @@ def learn_message(m, w, x, o, steps, entry_row, entry_at, entry_ts, position, re
 # --- replicas -----------------------------------------------------------------------------------------------------
 
 
-@nb.njit(**OPTIONS)
+@nb.njit(**RELEASING)
 def apply_neighbours(m, words, values, starts, sizes):
     """Neighbour rows into the matrix: words, values are one buffer as int32 and as float32; starts, sizes in words."""
     for q in range(len(starts)):
@@ -1489,7 +1491,7 @@ def apply_neighbours(m, words, values, starts, sizes):
 # --- ranking ------------------------------------------------------------------------------------------------------
 
 
-@nb.njit(**OPTIONS)
+@nb.njit(**RELEASING)
 def score_rows(m, rows, history, ck, z, v, coefficient, feature, excluded, out):
     """s_j of every row into out (rows,); CLOSED where it is no candidate or excluded (keys). feature: (FEATURES, N).
 
@@ -1525,7 +1527,7 @@ def score_rows(m, rows, history, ck, z, v, coefficient, feature, excluded, out):
     return mass, top
 
 
-@nb.njit(**OPTIONS)
+@nb.njit(**RELEASING)
 def best(score, k, rows):
     """The k highest scores' indices into rows (k,), best first, ties to the lower index; CLOSED ones never.
 

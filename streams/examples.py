@@ -274,7 +274,7 @@ def _half(bits: int) -> np.float32:
     return -value if bits >> 15 else value
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(cache=True)
 def _unpack(  # type: ignore[no-untyped-def]
     buffer, address, at, count, partition, applied, removed, left_out, item, label, ts, source, history_count,
     history_item, history_ts, history_weight, text_on, text, text_weight, ranked, seen_start, seen,
