@@ -940,6 +940,8 @@ def _has_all(world: World, life: Life) -> bool:
     for kind, p, keeper in _keepers(world, life):
         if keeper is None or keeper.partition._under_way or dict(keeper.partition.applied) != _last(world, kind, p):
             return False
+        if kind == "users" and (keeper.partition.owes_purge() or keeper.partition.names_deleted):
+            return False
     for name, _, _ in world.erasures():
         told = life.worker.book.get(name)
         if told is None or not told.is_complete:

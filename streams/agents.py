@@ -355,7 +355,6 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
             raise SealError("users' rows are sealed here, and no data keys are set: set HEADWATER_DATA_KEYS_FILE")
         self.cache = RowCache(self.partition.get_many)
         self.shown = dict(self.partition.applied)
-        self.eraser.purge()
 
     async def idle(self) -> None:
         """As every keeper's; and erasures go on."""

@@ -193,13 +193,12 @@ class Eraser:
         """Goes on with what is owed, if anything is, in a task of its own."""
         if self._task is not None and not self._task.done():
             return
-        if self.reach.now() >= self._again_at and (self._owed() or self.partition.names_deleted):
+        if self.reach.now() >= self._again_at and (self._owed() or self._is_named()):
             self._task = asyncio.get_running_loop().create_task(self._run(), name=f"erasures-{self.number}")
 
-    def purge(self) -> None:
-        """Takes off this disk what it still owes after an open: what the restore deleted, or an owner that ended."""
-        if self.partition.owes_purge():
-            self._purging = asyncio.ensure_future(asyncio.to_thread(self.partition.purge))
+    def _is_named(self) -> bool:
+        """Whether disk or changelog name users without a row: after restores, owners that ended, late records."""
+        return self.partition.owes_purge() or self.partition.names_deleted
 
     async def close(self) -> None:
         """Ends the task, between two uses of the partition; what it owes is the next owner's."""
@@ -230,7 +229,9 @@ class Eraser:
             while not self._stopped():
                 if owed := self._owed():
                     await self._advance(owed)
-                elif self.partition.names_deleted:  # late rows of a former owner, which were deleted once more
+                elif self.partition.owes_purge():
+                    await self._purge()
+                elif self.partition.names_deleted:
                     await self._renew_changelog()
                 else:
                     return
@@ -272,9 +273,7 @@ class Eraser:
     async def _purge_store(self, certificates: list[Certificate]) -> None:
         if not certificates:
             return
-        await self._using(self.partition.drain)
-        self._purging = asyncio.ensure_future(asyncio.to_thread(self.partition.purge))
-        await asyncio.shield(self._purging)
+        await self._purge()
         applied, kept = self.partition.snapshot()
         told = await asyncio.to_thread(digest, kept, applied)
         for certificate in certificates:
@@ -282,6 +281,11 @@ class Eraser:
             certificate.state.applied, certificate.state.digest = applied, told
             certificate.store = StoreErased(self.reach.now())
             await self.book.write(certificate)
+
+    async def _purge(self) -> None:
+        await self._using(self.partition.drain)
+        self._purging = asyncio.ensure_future(asyncio.to_thread(self.partition.purge))
+        await asyncio.shield(self._purging)
 
     async def _purge_changelog(self, certificates: list[Certificate], users: dict[str, str]) -> None:
         keys = [users[c.erasure_id].encode() for c in certificates]

@@ -217,6 +217,33 @@ async def test_a_fenced_owner_leaves_the_rest_to_the_next() -> None:
     assert told is not None and told.changelog is not None and told.changelog.naming == 0
 
 
+async def test_what_a_disk_owes_is_taken_off_it_whoever_has_completed_the_erasure() -> None:
+    world = World(deletes=False)  # else the disk is discarded for what it has not read of the changelog
+    killed = world.partition("first")
+    await killed.open()
+    await killed.flush({USER.encode(): b"row"}, [], {"clicks": 3})
+    book = Book(world.certify)
+    book.caught_up.set()
+    eraser = Eraser(0, killed, book, world, asyncio.Lock(), lambda: False)
+    await eraser.announce(Erased(0, USER, True, 2, 2, 0, 0), 999.0, {"clicks": 3, "comments": -1, "erasures": 0})
+    await killed.flush({USER.encode(): None}, [], {"erasures": 0})
+    await killed.close()
+    told = await live(world, "second")
+    assert told is not None and told.is_complete
+    back = world.partition("first")
+    await back.open()
+    assert back.owes_purge()
+    eraser = Eraser(0, back, book, world, asyncio.Lock(), lambda: False)
+    for key, value in world.topic:
+        book.take(key, value)
+    await pursued(eraser)
+    assert not back.owes_purge() and not back.names_deleted
+    content = world.disk.contents[back.path][-1]
+    assert USER.encode() not in content.deleted | content.rows.keys()
+    await eraser.close()
+    await back.close()
+
+
 @pytest.mark.parametrize("is_killed", [False, True])
 async def test_late_rows_of_a_former_owner_leave_the_changelog_too(is_killed: bool) -> None:
     """What it had on its way lands after the certificate: the owner overrides it, and the head goes once more."""
