@@ -22,6 +22,7 @@ from streams.pipeline import ItemLearner
 from streams.settings import Settings
 
 SETTLED_S_MAX: Final = 180.0
+COMPLETED_S_MAX: Final = 2.0  # more for each erasure: some have the whole log learnt again
 PURGED_S_MAX: Final = 20.0  # a worker looks every 5 s at the folders that it has left
 POLL_S: Final = 0.5
 
@@ -104,7 +105,7 @@ def completed(workers: Sequence[WorkerProcess], names: Collection[str]) -> dict[
             found[name] = certificate
         return True
 
-    workers[0].wait_until("all erasures complete", done, SETTLED_S_MAX)
+    workers[0].wait_until("all erasures complete", done, SETTLED_S_MAX + COMPLETED_S_MAX * len(names))
     return found
 
 
