@@ -844,7 +844,7 @@ async def _story(world: World) -> None:
     await caught_up(world, last)
     world.maintain()
     await check(world, last)
-    if next(world.erasures(), None) is not None and chance.random() < 0.3:
+    if next(world.erasures(), None) is not None and chance.random() < 0.8:
         await _afterwards(world, last)
     for life in list(world.members):
         await life.do(life.worker.stop())
@@ -861,12 +861,14 @@ async def _afterwards(world: World, last: Life) -> None:
         if world.alive(name) is None:
             await world.start(name, None, 0.0)
     await asyncio.sleep(LEFT_S)
+    _check_disks(world)
     await last.do(last.worker.stop())
     last.end()
     await asyncio.sleep(0)
     await world.rebalance()
     await asyncio.sleep(LEFT_S)
-    _check_traces(world)
+    _check_disks(world)
+    _check_changelogs(world)
 
 
 async def caught_up(world: World, life: Life) -> None:
@@ -1020,19 +1022,30 @@ async def _check_erasures(world: World, last: Life) -> None:
     keeper: Any = last.worker.keepers["learner", 0]
     removed = keeper.learner.removed
     assert {p: set(at.tolist()) for p, at in removed.items()} == {p: at for p, at in unlearnt.items() if at}
-    _check_traces(world)
+    _check_disks(world)
+    _check_changelogs(world)
 
 
-def _check_traces(world: World) -> None:
-    """No changelog, and no store of a living worker, names a user who was erased and has not come back."""
+def _erased(world: World) -> Iterator[tuple[str, bytes, int]]:
+    """(erasure, key, partition) of users who were erased and have not come back."""
     restored = {p: _restored(world, "users", p)[0] for p in range(world.partitions)}
     for name, user, _ in world.erasures():
-        key, (p, _) = user.encode(), place_of(name) or (0, 0)
-        if key in restored[p]:
-            continue
+        p, _ = place_of(name) or (0, 0)
+        if user.encode() not in restored[p]:
+            yield name, user.encode(), p
+
+
+def _check_changelogs(world: World) -> None:
+    """None names an erased user."""
+    for name, key, p in _erased(world):
         changelog = world.logs[TP(world.settings.internal_topic(CHANGELOGS["users"]), p)]
         naming = sum(row_key_of(record) == key for record in changelog.records)
         assert not (naming and world.deletes), f"{name}: {naming} records of the changelog name the user"
+
+
+def _check_disks(world: World) -> None:
+    """No store of a living worker names an erased user."""
+    for name, key, p in _erased(world):
         for path, contents in world.disk.contents.items():
             if path.name == f"users-{p}" and world.alive(path.parent.name) is not None:
                 assert key not in contents[-1].rows.keys() | contents[-1].deleted, f"{name}: {path} names the user"
