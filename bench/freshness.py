@@ -37,19 +37,10 @@ def run(arguments: list[str]) -> dict[str, Any]:
             address, Path(folder), topic_prefix="fresh-", app_id="bench", rank_sample=0.0, session_timeout_s=10.0
         )
         try:
-            deployment.create_topics()
-            asyncio.run(load.publish_items(deployment.settings, asked.items))
-            worker = deployment.start_worker()
-            worker.wait_ready()
-            worker.wait_until("the catalogue is learnt", lambda: _items_learnt(worker) >= asked.items)
+            worker = load.start_with_catalogue(deployment, asked.items)
             return uvloop.run(_measure(worker, asked.rate, asked.seconds, asked.items, asked.users))
         finally:
             deployment.close()
-
-
-def _items_learnt(worker: WorkerProcess) -> int:
-    learner = worker.get("/v1/model")["learner"]
-    return int(learner["items"]) if learner else 0
 
 
 async def _measure(worker: WorkerProcess, rate: float, seconds: float, items: int, users: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from bench.deployment import READY_S_MAX, Deployment, WorkerProcess
 from streams import kafka
 from streams.settings import Settings
 
@@ -95,6 +96,16 @@ async def publish_items(settings: Settings, count: int) -> None:
             await publish(producer, settings, "items", batch)
     finally:
         await producer.stop()
+
+
+def start_with_catalogue(deployment: Deployment, items: int, seconds_max: float = READY_S_MAX) -> WorkerProcess:
+    """A worker on new topics, ready, with the whole catalogue learnt and in its replica."""
+    deployment.create_topics()
+    asyncio.run(publish_items(deployment.settings, items))
+    worker = deployment.start_worker()
+    worker.wait_ready()
+    worker.wait_until("the catalogue", lambda: worker.get("/v1/model")["replica"]["active"] >= items, seconds_max)
+    return worker
 
 
 async def publish_events(

@@ -53,11 +53,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
             compaction_lag_hours=RETENTION_HOURS,
         )  # fmt: skip
         try:
-            deployment.create_topics()
-            asyncio.run(load.publish_items(deployment.settings, asked.items))
-            worker = deployment.start_worker()
-            worker.wait_ready()
-            worker.wait_until("the catalogue", lambda: worker.get("/v1/model")["replica"]["active"] == asked.items, 600)
+            worker = load.start_with_catalogue(deployment, asked.items, 600)
             samples = asyncio.run(_measure(worker, deployment.state_dir(), asked))
             state = _state(worker)
             code, stop_s = worker.stop()

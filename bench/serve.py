@@ -37,11 +37,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
             address, Path(folder), topic_prefix="serve-", app_id="bench", rank_sample=0.0, session_timeout_s=10.0
         )
         try:
-            deployment.create_topics()
-            asyncio.run(load.publish_items(deployment.settings, asked.items))
-            worker = deployment.start_worker()
-            worker.wait_ready()
-            worker.wait_until("the catalogue", lambda: worker.get("/v1/model")["replica"]["active"] >= asked.items)
+            worker = load.start_with_catalogue(deployment, asked.items)
             with_stream = asked.stream > 0
             count = int(asked.stream * (2 * asked.seconds + 2 * WARM_S))
             feed = multiprocessing.get_context("spawn").Process(

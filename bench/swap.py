@@ -71,11 +71,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
             checkpoints_keep=1, tuning_round_examples=ROUND_EXAMPLES, tuning_shadow_tests=SHADOW_TESTS,
         )  # fmt: skip
         try:
-            deployment.create_topics()
-            asyncio.run(load.publish_items(deployment.settings, asked.items))
-            worker = deployment.start_worker()
-            worker.wait_ready()
-            worker.wait_until("the catalogue", lambda: worker.get("/v1/model")["replica"]["active"] >= asked.items)
+            worker = load.start_with_catalogue(deployment, asked.items)
             return uvloop.run(_measure(deployment, worker, asked, moments))
         finally:
             deployment.close()
