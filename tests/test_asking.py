@@ -183,6 +183,7 @@ def test_the_readmes_examples_do_what_it_says(asked: Asked) -> None:
 
     sent = json.loads(run_shell(example("bash", "/v1/events", {"http://127.0.0.1:8080": url})))
     assert sent["accepted"] == 2
+    asked.worker.get("/v1/users/u42/state", at_least=sent["positions"])
     block = example("bash", "what-if", {"http://127.0.0.1:8080": url, "clicks:3:1041": sent["positions"][0]})
     answers = list(objects(run_shell(block)))
     explained, waited, state, what_if, ranked = answers
