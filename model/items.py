@@ -190,12 +190,8 @@ class ItemMatrix:
             capacity *= 2
         old, used = self.arrays, len(self.names)
         new = self._allocate(capacity)
-        for name in ("key", "flags", "rec", "phi", "y", "e", "length", "dirty", "dirty_row"):
+        for name in ("key", "flags", "rec", "phi", "y", "e", "neighbour", "weight", "length", "dirty", "dirty_row"):
             getattr(new, name)[:used] = getattr(old, name)[:used]
-        for row in range(used):  # the filled part alone: untouched pages cost no memory
-            n = old.length[row]
-            new.neighbour[row, :n] = old.neighbour[row, :n]
-            new.weight[row, :n] = old.weight[row, :n]
         kernels.fill_table(new.table_key, new.table_row, new.key, 0, used)
         self.arrays = new._replace(
             mu=old.mu, metric=old.metric, theta=old.theta, square=old.square, map=old.map, map_square=old.map_square,
@@ -213,6 +209,7 @@ class ItemMatrix:
     def _init_row(self, row: int, key: int) -> None:
         m = self.arrays
         m.key[row] = key
+        m.neighbour[row], m.weight[row] = 0, 0  # an item's memory is taken at once, not as its neighbours come
         r = m.rec[row]
         r["square_beta"] = r["square_phi"] = r["square_y"] = kernels.SQUARE_START
         r["damping"] = 1

@@ -7,6 +7,7 @@ loaded again at any message boundary in between, and whenever `take_dirty` was c
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -303,6 +304,8 @@ class Learner:
     def _outcome(self, n: int) -> Outcome:
         o = self._outcomes
         ranked = o.candidates[:n] > 0
+        if not ranked.any():
+            return _unranked(n)
         others = o.candidates[:n] - 1
 
         def column(values: Array) -> Array:
@@ -414,6 +417,21 @@ def _new_outcomes(examples_max: int) -> kernels.Outcomes:
         candidates=np.zeros(b, np.int32), rank=f(b), popularity_rank=f(b, h), knn_rank=f(b), probability=f(b),
         log_loss=f(b), raw_log_loss=f(b), popularity_log_loss=f(b, h), listed=f(b, kernels.LISTED),
         place=np.zeros(b, np.int32),
+    )  # fmt: skip
+
+
+@cache
+def _unranked(n: int) -> Outcome:
+    """That of every message of n examples of which none was ranked."""
+
+    def nan(*shape: int) -> Array:
+        return np.broadcast_to(np.float32(np.nan), shape)
+
+    return Outcome(
+        rank=nan(n), candidates=np.broadcast_to(np.int32(0), n), probability=nan(n), log_loss=nan(n), auc=nan(n),
+        pop_rank=nan(n, kernels.POPULARITIES), knn_rank=nan(n), raw_log_loss=nan(n),
+        pop_log_loss=nan(n, kernels.POPULARITIES), listed=nan(n, kernels.LISTED),
+        place=np.broadcast_to(np.int32(-1), n),
     )  # fmt: skip
 
 

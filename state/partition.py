@@ -583,9 +583,10 @@ class Partition:
 
     async def _written(self) -> None:
         """Until a large flush whose caller has gone is on disk, or has failed as a whole."""
-        if self._writing is not None:
-            await asyncio.wait({self._writing})
-            self._writing = None
+        while (writing := self._writing) is not None:
+            await asyncio.wait({writing})
+            if self._writing is writing:
+                self._writing = None
 
     async def _settled(self) -> None:
         await self._written()

@@ -226,10 +226,9 @@ class Keeper(ABC, Generic[T]):
 
     async def _await_work(self) -> None:
         """Until something has come, for at most SWEEP_IDLE_S."""
-        try:
-            await asyncio.wait_for(self._arrived.wait(), SWEEP_IDLE_S)
-        except TimeoutError:
-            return
+        timer = asyncio.get_running_loop().call_later(SWEEP_IDLE_S, self._arrived.set)
+        await self._arrived.wait()
+        timer.cancel()
         self._arrived.clear()
 
     async def _step(self) -> None:
@@ -503,6 +502,7 @@ class LearnerKeeper(Keeper[bytes]):
         self._flush_min_s = flush_min_s
         self._flushed_s = 0.0
         self._entered = False
+        self._flushing: asyncio.Task[None] | None = None
         self._executor = ThreadPoolExecutor(1, "learner")
 
     def applied(self) -> dict[str, int]:
@@ -629,20 +629,36 @@ class LearnerKeeper(Keeper[bytes]):
 
     async def finish(self) -> None:
         """The matrix as it is, so that the next owner starts from here; a large one is left to the log."""
+        await self._flushed()
         behind = self.offset > self.partition.applied["examples"]
         if behind and self.learner.learner.dirty_bytes <= FINISH_BYTES_MAX:
             await self.flush()
+            await self._flushed()
 
     async def flush(self, gone: Sequence[bytes] = ()) -> None:
-        """One flush of the dirty rows, and the deletion of those that are gone; published while learning goes on."""
+        """Takes the dirty rows for a flush, with the deletion of those that are gone; it goes on beside the learning.
+
+        Raises what the flush before it raised, once that has ended.
+        """
+        await self._flushed()
         loop = asyncio.get_running_loop()
         changed = dict.fromkeys(gone) | await loop.run_in_executor(self._executor, self.learner.take_dirty)
         self._entered = False
         self._flushed_s = self.around.now()
+        self._flushing = loop.create_task(self._write(changed, self.offset))
+
+    async def _write(self, changed: dict[bytes, bytes | None], offset: int) -> None:
         with self.around.metrics.stage("item_flush"):
-            await self.partition.flush(changed, [], {"examples": self.offset})
+            await self.partition.flush(changed, [], {"examples": offset})
+
+    async def _flushed(self) -> None:
+        if self._flushing is not None:
+            await self._flushing
+            self._flushing = None
 
     async def close(self) -> None:
         """As every keeper's, and the learner's thread ends."""
         await super().close()
+        if self._flushing is not None:
+            await asyncio.gather(self._flushing, return_exceptions=True)
         self._executor.shutdown()

@@ -7,6 +7,7 @@ same problem details as everything else. What follows the head (bodies) is bound
 import asyncio
 from typing import Any, Final
 
+import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -54,7 +55,10 @@ class Wire(HttpToolsProtocol):
                 self._refuse(Problem("too-large", f"The request line and headers are over {HEAD_BYTES_MAX} bytes."))
 
     def on_headers_complete(self) -> None:
-        """A request begins."""
+        """A request begins. It names one host (RFC 9112, 3.2; HTTP/1.0 may leave it out), or is none."""
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (not hosts and self.parser.get_http_version() != "1.0"):
+            raise httptools.HttpParserError(f"{hosts} Host headers")
         self._is_head, self._head_bytes = False, 0
         self._requests += 1
         super().on_headers_complete()
@@ -66,7 +70,7 @@ class Wire(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """In the place of uvicorn's plain text."""
-        self._refuse(Problem("not-understood", "This is no HTTP/1.1 request."))
+        self._refuse(Problem("not-understood", "This is no HTTP/1.1 request that names one host."))
 
     def _late(self) -> None:
         """Looks once a while: a request in progress has its own bounds, an idle connection uvicorn's."""

@@ -601,6 +601,8 @@ async def test_what_is_no_request_is_refused_before_it_costs_anything(
             b"garbage\r\n\r\n" + b"x" * 200_000,
             b"GET /\xff HTTP/1.1\r\n\r\n",
             json_head + b"Content-Length: -1\r\n\r\n",
+            head + b"Host: elsewhere\r\n\r\n",
+            b"GET /healthz HTTP/1.1\r\n\r\n",
         ):
             assert_refused(await told(sent), "not-understood")
         assert_refused(await told(head + b"X-Long: " + b"x" * 700_000), "too-large")

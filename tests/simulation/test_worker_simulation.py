@@ -2,7 +2,6 @@
 an undisturbed run (bench/simulation.py says what a seed draws).
 """
 
-import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
@@ -16,7 +15,7 @@ SEEDS = 2000
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as made:
+    with simulate.pool() as made:
         yield made
 
 
