@@ -41,11 +41,9 @@ UNLEARN_SHARE: Final = 0.1  # of them; each learns the whole log again
 RETURN_S: Final = AGE_S + 1.0  # until a user who was erased has events of a later time
 FORGET_S_MAX: Final = 3.0  # for a worker's answer
 SESSION_S: Final = 6.0
-HOLD_MS: Final = (
-    250.0  # a topic's end is as old as its last fetch: the hold covers what fetches on a loaded machine take
-)
+HOLD_MS: Final = 1000.0  # a topic's end is as old as its last fetch: covers what fetches on a loaded machine take
 STEP_S_MAX: Final = 20.0  # for a step to come at which a worker is to end; then it is killed as it is
-TAKEOVER_S_MAX: Final = 60.0
+TAKEOVER_S_MAX: Final = 120.0
 BROKER_DOWN_S_MAX: Final = 12.0
 CUT_S_MAX: Final = 9.0
 ENDED_TAIL_BYTES: Final = 3000
@@ -433,6 +431,7 @@ def disturb(
         for fault in surely:
             getattr(chaos, fault)()
         running = chaos.finish()
+        running[0].wait_until("an erasure", lambda: feed.accepted > 0 or feed.failure is not None)
         feed.enough.set()
         feed.join()
         if feed.failure is not None:

@@ -16,6 +16,8 @@ from streams.broker import end_with_parent, free_port
 from streams.settings import Settings, environment
 
 READY_S_MAX: Final = 180.0  # compiling kernels on a first start, and waiting out a killed member's session
+ANSWER_S_MAX: Final = 30.0
+LATER_S_MAX: Final = 60.0  # for an answer that is "later": what is waited for is still on its way
 STOP_S_MAX: Final = 15.0
 POLL_S: Final = 0.05
 QUIET_LOOKS: Final = 6  # of POLL_S each
@@ -28,7 +30,7 @@ class WorkerProcess:
         self.settings = settings
         self.log_file = log_file
         self.http = httpx.Client(
-            base_url=settings.http_url(), headers=settings.http_headers(), timeout=10, trust_env=False
+            base_url=settings.http_url(), headers=settings.http_headers(), timeout=ANSWER_S_MAX, trust_env=False
         )
         with log_file.open("ab") as log:
             self.process = subprocess.Popen(
@@ -36,8 +38,12 @@ class WorkerProcess:
             )
 
     def get(self, path: str, **params: Any) -> Any:
-        """The JSON answer of a path. Raises httpx.HTTPError."""
+        """The JSON answer of a path, asked for again while it is "later" (503). Raises httpx.HTTPError."""
+        deadline = time.monotonic() + LATER_S_MAX
         answer = self.http.get(path, params=params)
+        while answer.status_code == httpx.codes.SERVICE_UNAVAILABLE and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            answer = self.http.get(path, params=params)
         answer.raise_for_status()
         return answer.json()
 

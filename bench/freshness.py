@@ -57,13 +57,12 @@ async def _measure(worker: WorkerProcess, rate: float, seconds: float, items: in
     timeout = aiohttp.ClientTimeout(total=PROBE_S_MAX)
     async with aiohttp.ClientSession(settings.http_url(), timeout=timeout) as http:
         await asyncio.sleep(WARM_S)
-        started, n = time.monotonic(), 0
-        while time.monotonic() - started < seconds:
+        started = time.monotonic()
+        for n in range(int(seconds * PROBES_PER_S)):
             text = n % int(PROBES_PER_S / COMMENTS_PER_S) == 0
             probe = _probe(producer, http, worker, n, text, comments if text else clicks)
             probes.add(asyncio.create_task(probe))
-            n += 1
-            await asyncio.sleep(max(0.0, started + n / PROBES_PER_S - time.monotonic()))
+            await asyncio.sleep(max(0.0, started + (n + 1) / PROBES_PER_S - time.monotonic()))
         await asyncio.gather(*probes)
         await feed
     await producer.stop()

@@ -45,6 +45,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
             )
             if with_stream:
                 feed.start()
+                worker.wait_until("the stream", lambda: worker.get("/v1/model")["events_applied"] > 0)
             try:
                 return asyncio.run(_measure(worker, asked))
             finally:

@@ -23,7 +23,7 @@ from streams.settings import Settings
 
 SETTLED_S_MAX: Final = 180.0
 COMPLETED_S_MAX: Final = 2.0  # more for each erasure: some have the whole log learnt again
-PURGED_S_MAX: Final = 20.0  # a worker looks every 5 s at the folders that it has left
+PURGED_S_MAX: Final = 60.0  # a worker looks every 5 s at the folders that it has left
 POLL_S: Final = 0.5
 
 Digest = dict[str, Any]
@@ -139,13 +139,14 @@ def names_left(
     """
     names = [user.encode() for user in users]
     deadline = time.monotonic() + PURGED_S_MAX
-    while (left := _files_that_name(names, folders)) and time.monotonic() < deadline:
+    while (left := files_that_name(names, folders)) and time.monotonic() < deadline:
         time.sleep(POLL_S)
     kept = any(c["changelog"] is None or c["changelog"].get("kept") for c in certificates.values())
     return left if kept else left + asyncio.run(_named(settings, set(names)))
 
 
-def _files_that_name(names: Collection[bytes], folders: Iterable[Path]) -> list[str]:
+def files_that_name(names: Collection[bytes], folders: Iterable[Path]) -> list[str]:
+    """The files under the folders in which one of the names stands."""
     found = []
     for path in [path for folder in folders for path in folder.rglob("*")]:
         try:

@@ -219,6 +219,11 @@ class Partition:
         return self._meta.applied
 
     @property
+    def durable(self) -> Mapping[str, int]:
+        """`applied` of the newest flush that the logs have, its downstream records included."""
+        return self._meta.log_applied
+
+    @property
     def epoch(self) -> int:
         """The epoch that this owner has claimed."""
         return self._epoch

@@ -24,6 +24,7 @@ START_S_MAX: Final = 15.0  # it takes 10 ms; a machine that swaps takes longer
 STOP_S_MAX: Final = 5.0
 POLL_S: Final = 0.02
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+_given: list[socket.socket] = []  # what keeps the ports of `free_port`
 
 
 class BrokerError(Fault):
@@ -126,9 +127,15 @@ class EmbeddedBroker:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.create_server((HOST, 0)) as server:
-        return int(server.getsockname()[1])
+    """A port of this machine that nobody listens on, and that nobody else is given while this process lives.
+
+    It is bound here, without a listener: a server that reuses addresses, as all of ours do, may listen on it.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((HOST, 0))
+    _given.append(held)
+    return int(held.getsockname()[1])
 
 
 def end_with_parent() -> Callable[[], None] | None:

@@ -272,18 +272,15 @@ class _Progress:
         """Until so many events and items of the demo are applied, and all that they made is learnt and to be read."""
         events += self._before["clicks"] + self._before["comments"]
         items += self._before["items"]
-        examples_end = -1
         best, deadline = (-1, -1, -1), time.monotonic() + LEARNT_S_MAX
         while True:
             info = self._worker.model()
             reached = (info["events_applied"], info["items_applied"], info["replica"]["applied"]["examples"] + 1)
             if bars is not None:
                 bars.steps_of("learnt", min(reached[0], events), events)
-            if reached[0] >= events and reached[1] >= items:
-                end = self._end(self._settings.internal_topic("examples"), 0)
-                if reached[2] >= end == examples_end:  # nothing more has come since the last look
-                    return
-                examples_end = end
+            is_applied = reached[0] >= events and reached[1] >= items  # then the examples log has all that they made
+            if is_applied and reached[2] >= self._end(self._settings.internal_topic("examples"), 0):
+                return
             if reached > best:
                 best, deadline = reached, time.monotonic() + LEARNT_S_MAX
             elif time.monotonic() > deadline:

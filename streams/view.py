@@ -185,8 +185,8 @@ class View:
             "config": worker.learner_config.__dict__,
             "replica": {"items": len(worker.replica), "active": worker.replica.active_count,
                         "positives": worker.replica.positives, "applied": {"examples": worker.replica_applied}},
-            "events_applied": self._applied_count(UserKeeper),
-            "items_applied": self._applied_count(CatalogueKeeper),
+            "events_applied": self._durable_count(UserKeeper),
+            "items_applied": self._durable_count(CatalogueKeeper),
             "examples_applied": learner.counts["examples"] if isinstance(learner, LearnerKeeper) else None,
             "prequential": worker.telemetry.report,
         }  # fmt: skip
@@ -196,12 +196,13 @@ class View:
         adapter = self.worker.replica.adapter
         return None if adapter is None else adapter.name
 
-    def _applied_count(self, kind: type[Any]) -> int:
+    def _durable_count(self, kind: type[Any]) -> int:
+        """Records that are applied, and whose examples are in their log."""
         return sum(
             offset + 1
             for keeper in self.worker.keepers.values()
             if isinstance(keeper, kind) and self.worker.open_keeper(keeper.kind, keeper.number) is keeper
-            for offset in keeper.applied().values()
+            for offset in keeper.partition.durable.values()
         )
 
     def ready(self) -> list[str]:

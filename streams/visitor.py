@@ -81,8 +81,6 @@ class Visitor:
         chosen = list(self._texts)
         random.Random(7).shuffle(chosen)
         for number, item_id in enumerate(chosen):
-            if stop.wait(ACT_PAUSE_S):
-                return
             act: Click | Comment
             if number % COMMENT_EVERY == COMMENT_EVERY - 1:
                 text = PROBE_COMMENTS[number // COMMENT_EVERY % len(PROBE_COMMENTS)]
@@ -92,6 +90,8 @@ class Visitor:
             started = time.perf_counter()
             self._list(PROBE, self._client.send(act))
             times.append((time.perf_counter() - started) * 1e3)
+            if stop.wait(ACT_PAUSE_S):
+                return
 
     def visit(self, console: Console) -> None:
         """Somebody new: the list before, a few acts, the list after with its reasons."""

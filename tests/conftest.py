@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import hypothesis
 import pytest
 
 from bench.kafka_node import KafkaNode
@@ -20,6 +21,12 @@ SPREAD: Final = (
     "test_verify", "test_trainer",
 )  # fmt: skip
 _numbers = itertools.count()
+
+# The same examples in every run, however slow the machine is.
+hypothesis.settings.register_profile(
+    "headwater", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("headwater")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

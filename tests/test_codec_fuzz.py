@@ -16,7 +16,7 @@ from streams.events import Click, Comment, Erasure, Item, Withdrawn
 from tests.records import NOW_MS, NOW_S, record
 
 TOPICS: tuple[Topic, ...] = ("clicks", "comments", "items", "erasures")
-SETTINGS = settings(max_examples=80, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=80)
 
 ids = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
 times = st.one_of(

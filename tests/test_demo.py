@@ -54,7 +54,7 @@ def test_demo_learns_everything_reports_and_ends_with_0(
     options = ("--once", "--report", str(report_file), "--port", str(free_port), "--state", str(state_dir))
     command = [sys.executable, "-m", "streams", "demo", *options]
     done = subprocess.run(
-        command, env={**os.environ, "XDG_CACHE_HOME": str(cache)}, capture_output=True, text=True, timeout=240
+        command, env={**os.environ, "XDG_CACHE_HOME": str(cache)}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(report_file.read_text())

@@ -57,7 +57,7 @@ def _pooled_by(folder: Path, mode: str, *more: str) -> None:
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{mode}": True}))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(batch=st.lists(st.sampled_from(TEXTS), min_size=1, max_size=40))
 def test_vector_is_bit_identical_whatever_shares_its_batch(
     encoder: Encoder, alone: dict[str, F4], batch: list[str]
@@ -66,7 +66,7 @@ def test_vector_is_bit_identical_whatever_shares_its_batch(
         assert vector.tobytes() == alone[text].tobytes(), text
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(texts=st.lists(st.text(max_size=60), min_size=1, max_size=8), seed=st.integers(0, 99))
 def test_any_texts_have_the_same_vectors_in_any_order(encoder: Encoder, texts: list[str], seed: int) -> None:
     vectors = dict(zip(texts, encoder.encode(texts), strict=True))
@@ -206,7 +206,7 @@ def test_missing_model_and_device_are_told(monkeypatch: pytest.MonkeyPatch, tmp_
         Encoder(device="cuda")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.floats(-1e6, 1e6, allow_nan=False, width=32), min_size=1, max_size=700).filter(
         lambda v: max(map(abs, v)) > 1e-3

@@ -184,7 +184,7 @@ def test_late_event_counts_as_of_the_newest_one() -> None:
     assert lay([(0, 1, 9, "+"), (1, 0, 1, "+")], [5.0, NOBODY]).kind.tolist() == [SCORED, SCORED]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 4), st.sampled_from("+-t")), min_size=1),
     st.lists(st.sampled_from([NOBODY, 0.0, 2.0, 5.0, np.inf]), min_size=6, max_size=6),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bench import verdict
 from bench.claims import learn_without
 from bench.deployment import Deployment, WorkerProcess
 from model.learner import LearnerConfig
@@ -38,10 +39,12 @@ def outside(deployment: Deployment) -> Iterator[Outside]:
     client.close()
 
 
-def stream(outside: Outside, user: str, films: list[str]) -> None:
-    for film in films:
-        outside.send("clicks", user, {"user_id": user, "item_id": film, "action": "click", "ts": time.time()})
-    outside.send("comments", user, {"user_id": user, "text": f"{films[0]} again, please", "ts": time.time()})
+def stream(outside: Outside, user: str, films: list[str]) -> list[str]:
+    """Clicks on the films and a comment; their positions."""
+    clicks = [{"user_id": user, "item_id": film, "action": "click", "ts": time.time()} for film in films]
+    sent = [outside.position("clicks", user, click) for click in clicks]
+    words = {"user_id": user, "text": f"{films[0]} again, please", "ts": time.time()}
+    return [*sent, outside.position("comments", user, words)]
 
 
 def complete(worker: WorkerProcess, name: str, seconds_max: float = 60.0) -> dict[str, Any]:
@@ -82,13 +85,10 @@ def messages(deployment: Deployment) -> list[tuple[int, bytes]]:
     return asyncio.run(read())
 
 
-def files_that_name(folder: Path, name: str) -> list[str]:
-    return [path.name for path in folder.rglob("*") if path.is_file() and name.encode() in path.read_bytes()]
-
-
 def gone(worker: WorkerProcess, folder: Path, name: str) -> None:
     """No file names the user. RocksDB unlinks the files that a flush has replaced a moment after it."""
-    worker.wait_until(f"{name} is in no file of {folder}", lambda: files_that_name(folder, name) == [], 10)
+    told = f"{name} is in no file of {folder}"
+    worker.wait_until(told, lambda: verdict.files_that_name([name.encode()], [folder]) == [], 60)
 
 
 def cut(log: list[tuple[int, bytes]], user_positions: set[int]) -> ItemLearner:
@@ -109,12 +109,13 @@ def test_a_user_is_forgotten_everywhere_and_by_the_model(
     outside.films()
     worker.wait_ready()
     catalogue_known(worker, len(FILMS))
-    stream(outside, USER, ["alien", "amelie"])
-    stream(outside, "other", ["alien", "blade"])
-    partition, offset = outside.send("clicks", USER, {"user_id": USER, "item_id": "notebook", "action": "click"})
-    assert worker.get(f"/v1/users/{USER}/state", at_least=f"clicks:{partition}:{offset}")["events"] == 4
-    other = worker.get("/v1/users/other/state")["events"]
-    outside.send("clicks", USER, b"poison")
+    sent = stream(outside, USER, ["alien", "amelie"])
+    others = stream(outside, "other", ["alien", "blade"])
+    sent.append(outside.position("clicks", USER, {"user_id": USER, "item_id": "notebook", "action": "click"}))
+    assert worker.get(f"/v1/users/{USER}/state", at_least=sent)["events"] == 4
+    assert worker.get("/v1/users/other/state", at_least=others)["events"] == 3
+    poison = outside.position("clicks", USER, b"poison")
+    worker.get(f"/v1/users/{USER}/state", at_least=poison)  # its dead letter is in the log
 
     asked = worker.http.delete(f"/v1/users/{USER}", params={"unlearn": "true"})
     assert asked.status_code == 202
@@ -133,8 +134,8 @@ def test_a_user_is_forgotten_everywhere_and_by_the_model(
     assert told["changelog"]["naming"] == len(naming)
     if told["changelog"]["kept"] is None:  # Apache Kafka deletes records, the embedded broker does not
         assert naming == []
-    assert files_that_name(deployment.state_dir() / "users-0", USER) == []
-    assert worker.get("/v1/users/other/state")["events"] == other
+    gone(worker, deployment.state_dir() / "users-0", USER)
+    assert worker.get("/v1/users/other/state")["events"] == 3
 
     model = told["model"]
     assert model["exact"] and model["removed"] == 3
@@ -149,9 +150,9 @@ def test_a_user_is_forgotten_everywhere_and_by_the_model(
     code, verdicts = verified(worker, monkeypatch, capsys)
     assert code == 0, verdicts
 
-    _, offset = outside.send("clicks", USER, {"user_id": USER, "item_id": "alien", "action": "click"})
-    assert worker.get(f"/v1/users/{USER}/state", at_least=f"clicks:0:{offset}")["events"] == 1
-    assert worker.http.get("/v1/erasures/erasures:0:77").status_code == 404
+    back = outside.position("clicks", USER, {"user_id": USER, "item_id": "alien", "action": "click"})
+    assert worker.get(f"/v1/users/{USER}/state", at_least=back)["events"] == 1
+    worker.wait_until("not found", lambda: worker.http.get("/v1/erasures/erasures:0:77").status_code == 404)
     assert worker.stop()[0] == 0
 
 
@@ -175,9 +176,9 @@ def test_an_erasure_outlives_kill_9_and_the_loss_of_the_disk(deployment: Deploym
     outside.films()
     worker.wait_ready()
     catalogue_known(worker, len(FILMS))
-    stream(outside, USER, ["alien", "amelie", "notebook"])
-    stream(outside, "other", ["alien", "blade"])
-    worker.wait_until("the other's events", lambda: worker.get("/v1/users/other/state")["events"] == 3)
+    for user, films in ((USER, ["alien", "amelie", "notebook"]), ("other", ["alien", "blade"])):
+        sent = stream(outside, user, films)
+        assert worker.get(f"/v1/users/{user}/state", at_least=sent)["events"] == len(films) + 1
     name = worker.http.delete(f"/v1/users/{USER}", params={"unlearn": "true"}).json()["erasure_id"]
     worker.kill()
     worker = deployment.start_worker()

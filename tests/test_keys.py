@@ -276,10 +276,12 @@ class Client(httpx.AsyncClient):
 
 
 @pytest.fixture
-async def api(world: World, path: Path, made: dict[str, str], sent: Sent) -> AsyncIterator[Client]:
+async def api(
+    world: World, path: Path, made: dict[str, str], sent: Sent, clock: Clock
+) -> AsyncIterator[Client]:  # fmt: skip
     audit = Audit(sent, lambda: NOW_S)
     async with httpx.AsyncClient() as forwarder:
-        app = create_app(world, forwarder, None, Gate(path, 1000.0), audit)
+        app = create_app(world, forwarder, None, Gate(path, 1000.0, clock), audit)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with Client(transport=transport, base_url=BASE) as client:
             client.audit, client.auditing = audit, asyncio.create_task(audit.run())

@@ -242,7 +242,7 @@ def test_the_same_log_gives_the_same_bytes() -> None:
     assert trained(40).digest() != trained(40, replace(SMALL, seed=8)).digest()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(cut=st.integers(0, 30), takes=st.sets(st.integers(0, 30)), seed=st.integers(0, 3))
 def test_saved_and_loaded_anywhere_it_goes_on_with_the_same_bytes(cut: int, takes: set[int], seed: int) -> None:
     messages = list(stream(SMALL, 31, seed))

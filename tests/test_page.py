@@ -6,7 +6,6 @@
 import asyncio
 import os
 import random
-import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from axe_playwright_python.base import AXE_SCRIPT
 from playwright.async_api import Browser, ConsoleMessage, Page, ViewportSize, async_playwright, expect
 
 from streams import keys
+from streams.broker import free_port
 from streams.events import Erasure
 from streams.keys import Gate
 from streams.settings import Settings
@@ -36,7 +36,9 @@ PHONE: Final[ViewportSize] = {"width": 360, "height": 740}
 DESKTOP: Final[ViewportSize] = {"width": 1280, "height": 900}
 PICTURE_SIZE: Final[ViewportSize] = {"width": 1280, "height": 1780}
 FAN: Final = "space-fan-0"
+WAIT_MS_MAX: Final = 60_000  # for what the page is expected to show
 
+expect.set_options(timeout=WAIT_MS_MAX)
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -47,11 +49,10 @@ def world() -> World:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def address(world: World) -> AsyncIterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    service = HttpService(world, Settings(http_port=port))
+    settings = Settings(http_port=free_port())
+    service = HttpService(world, settings)
     await service.start()
-    yield f"http://127.0.0.1:{port}/"
+    yield f"{settings.http_url()}/"
     await service.stop()
 
 
@@ -294,14 +295,12 @@ async def test_a_worker_with_keys_is_used_with_a_key_typed_in_and_shows_nothing_
 ) -> None:
     keys_file = tmp_path / "keys.jsonl"
     right = keys.add(keys_file, "visitor", "write", 0.0)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    settings = Settings(http_port=port, api_keys_file=keys_file)
+    settings = Settings(http_port=free_port(), api_keys_file=keys_file)
     service = HttpService(world, settings, Gate.of(settings))
     await service.start()
     page = await browser.new_page()
     try:
-        await page.goto(f"http://127.0.0.1:{port}/")
+        await page.goto(settings.http_url())
         status = page.locator("#connection")
         await expect(status).to_have_text("a key is needed")
         for given, said in (("hw_wrong", "the key is not valid here"), (right, "live")):
@@ -321,8 +320,7 @@ async def test_a_worker_with_keys_is_used_with_a_key_typed_in_and_shows_nothing_
 async def test_the_page_says_that_the_worker_is_gone_and_goes_on_when_it_is_back(
     browser: Browser, world: World
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        settings = Settings(http_port=listener.getsockname()[1])
+    settings = Settings(http_port=free_port())
     service = HttpService(world, settings)
     await service.start()
     page = await browser.new_page()

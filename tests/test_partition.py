@@ -222,11 +222,11 @@ async def test_pipeline_is_as_deep_as_asked() -> None:
         await asyncio.sleep(0)
     assert not third.done()
     assert partition.applied["clicks"] == 2, "on disk before there is room"
-    assert around.durable == []
+    assert around.durable == [] and partition.durable["clicks"] == -1
     gate.set()
     await third
     await partition.drain()
-    assert [applied["clicks"] for applied in around.durable] == [0, 1, 2]
+    assert [applied["clicks"] for applied in around.durable] == [0, 1, 2] and partition.durable["clicks"] == 2
     await partition.close()
 
 

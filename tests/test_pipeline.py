@@ -208,7 +208,7 @@ EVENTS = st.lists(st.tuples(st.sampled_from("uvw"), st.sampled_from("abcdefg"), 
 
 
 @given(EVENTS, st.integers(0, 10_000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_and_examples_do_not_depend_on_the_batch_cuts(events: list[Any], seed: int) -> None:
     stream = []
     for n, (user, item, ts, kind) in enumerate(events):

@@ -71,7 +71,7 @@ def test_the_score_is_what_the_formulation_says(learner: Learner) -> None:
     np.testing.assert_allclose([item.logit for item in best], np.log(p / (1 - p))[order[:10]], atol=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     keys=st.lists(st.integers(1, ITEMS), max_size=12),
     exclude=st.sets(st.integers(1, ITEMS + 5)),
@@ -87,7 +87,7 @@ def test_top_k_is_the_head_of_the_whole_ranking(learner: Learner, keys: list[int
     assert sum(item.score for item in everything) == pytest.approx(1, abs=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(keys=st.lists(st.integers(1, ITEMS + 3), max_size=10), older=st.booleans())
 def test_bias_terms_and_rest_add_up_to_the_logit(learner: Learner, keys: list[int], older: bool) -> None:
     ranker, user = Ranker(learner.matrix, cooccurrence_history=NEAR), user_of(keys, older=older)

@@ -43,7 +43,7 @@ def _read(settings: Settings, name: str, count: int) -> list[Any]:
         consumer.assign(tps)
         found: list[Any] = []
         while len(found) < count:
-            polled = consumer.poll(timeout_ms=10_000)
+            polled = consumer.poll(timeout_ms=60_000)
             assert polled, f"{len(found)} of {count} records of {name}"
             found += [record for records in polled.values() for record in records]
         return sorted(found, key=lambda record: (record.partition, record.offset))

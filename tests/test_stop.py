@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
+from bench.deployment import READY_S_MAX
 from streams import topics
 from streams.broker import EmbeddedBroker, end_with_parent
 from streams.settings import Settings, environment
 
-READY_S_MAX = 120.0
 STOP_S_MAX = 5.0
 
 

@@ -24,6 +24,9 @@ from streams.pipeline import ItemLearner
 from streams.settings import environment
 from tests.test_worker import FILMS
 
+USERS = 12
+BEHAVIOURS = 2 * USERS + 1  # each user's clicks, and a comment about an item
+
 
 @pytest.fixture
 def deployment(broker: str, tmp_path: Path) -> Iterator[Deployment]:
@@ -45,7 +48,7 @@ def publish(deployment: Deployment) -> None:
     for item_id, text in FILMS.items():
         send("items", item_id, {"item_id": item_id, "text": text})
     producer.flush()
-    for user in range(12):
+    for user in range(USERS):
         for at, item_id in enumerate(list(FILMS)[user % 2 :: 2]):
             ts = 1_700_000_000 + 60 * user + at
             send("clicks", f"u{user}", {"user_id": f"u{user}", "item_id": item_id, "action": "click", "ts": ts})
@@ -92,7 +95,11 @@ def test_switch_under_load_loses_no_answer_and_is_in_the_log(
     def model() -> Any:
         return worker.get("/v1/model")
 
-    worker.wait_until("learnt", lambda: (model()["examples_applied"] or 0) >= 20 and model()["replica"]["active"] == 4)
+    def learnt() -> bool:
+        replica = model()["replica"]
+        return (replica["positives"], replica["active"]) == (BEHAVIOURS, len(FILMS))
+
+    worker.wait_until("all learnt, and in the replica", learnt)
     base = model()["encoder"]["name"]
     left, right = np.random.default_rng(1).standard_normal((2, 384, 4)).astype(np.float32) / 6
     adapter = Adapter(base, left, right, 1.2)

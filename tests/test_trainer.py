@@ -25,7 +25,7 @@ from streams.trainer import Trainer
 from streams.tuning import TuningConfig
 from tests.tuning_world import BASE, DIM, LEARNER, TUNING, SmallTrainer, harmful, history, messages, planted
 
-WAIT_S_MAX: Final = 40.0
+WAIT_S_MAX: Final = 120.0
 MESSAGES: Final = 75
 
 
