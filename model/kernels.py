@@ -109,7 +109,8 @@ TEXT_DECAYS: Final = (0.7, 0.97)
 TEXT_WEIGHT_MAX: Final = 4.0
 SQUARE_START: Final = 0.01  # every AdaGrad accumulator starts here
 COUNT_DECAY: Final = 0.9  # co-occurrence weight per step back in the history
-COUNT_MIN: Final = 0.1  # the least weight that is counted
+COUNT_MIN: Final = 0.1  # the least of it that is counted
+ACT_WEIGHT: Final = 2.0  # what a pair within one act (gap bucket 0) counts; any other: 1
 AGE_MIDS: Final = (0.0, 1.0, 2.0, 3.0, 4.5, 7.0, 10.5, 16.5, 28.0, 48.0, 80.0)
 POPULARITIES: Final = 4  # running popularity: half-lives of 10, 100, 1000 positives, all-time
 KNN_DECAY: Final = 0.65  # of item-kNN, per entry further back in the history
@@ -771,13 +772,13 @@ def _count_pair(m, k, j, amount):
 
 
 @nb.njit(**OPTIONS)
-def count_event(m, row, positive, ts, history, backward, record_bytes):
+def count_event(m, row, positive, ts, history, history_ts, backward, record_bytes):
     """One event's evidence: C_ki += .9^q for the q-th entry k of the history (rows), C_ik += backward .9^q: what came
-    after tells more; counters, recency.
+    after tells more; both ACT_WEIGHT times that within one act. Counters, recency.
 
-    A low rating starts at .5 and is no positive.
+    A low rating counts here as any other event: what is met together is. It is no positive.
     """
-    amount = f4(1) if positive else f4(0.5)
+    amount = f4(1)
     least = f4(COUNT_MIN)
     span = np.int64(m.neighbour.ctypes.data)
     span_w = np.int64(m.weight.ctypes.data)
@@ -794,8 +795,10 @@ def count_event(m, row, positive, ts, history, backward, record_bytes):
         if k != row:
             mark(m, k, DIRTY_NEIGHBOURS, record_bytes)
             mark(m, row, DIRTY_NEIGHBOURS, record_bytes)
+            one_act = gap_bucket(ts - history_ts[q]) == 0
+            weight = amount * f4(ACT_WEIGHT) if one_act else amount
             m.dirty_total[1] += record_bytes[2] * (
-                _count_pair(m, k, row, amount) + _count_pair(m, row, k, amount * f4(backward))
+                _count_pair(m, k, row, weight) + _count_pair(m, row, k, weight * f4(backward))
             )
         amount *= f4(COUNT_DECAY)
     r = m.rec[row]
@@ -1191,7 +1194,8 @@ def _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts,
             links = _neighbours(m, w, x, b, steps, count, links)
             w.score_i[b] = _target_score(m, w, x, b)
         count_event(
-            m, w.target[b], x.label[b] == 1, x.ts[b], w.history[b, :used], steps.backward, record_bytes
+            m, w.target[b], x.label[b] == 1, x.ts[b], w.history[b, :used], x.history_ts[b, :used], steps.backward,
+            record_bytes,
         )  # fmt: skip
     while done < entries:
         activate(m, entry_row[done], entry_ts[done])

@@ -204,13 +204,27 @@ def test_counters_and_cooccurrence_follow_every_event() -> None:
     m = learner.matrix.arrays
     a, b, c = (learner.matrix.index(key) for key in (1, 2, 3))
     assert dict(zip(m.neighbour[a, :2].tolist(), m.weight[a, :2].tolist(), strict=True)) == pytest.approx(
-        {b: 1.5 * SMALL.backward, c: 0.9 * SMALL.backward}
+        {b: 2 * SMALL.backward, c: 0.9 * SMALL.backward}
     )
-    assert m.weight[b, 0] == pytest.approx(1.5)
+    assert m.weight[b, 0] == pytest.approx(2)
     assert m.rec[a]["evidence"] == 1.5
     assert m.rec[a]["count"] == 1
     assert m.rec[a]["last_ts"] == START_TS
     assert m.scalar[kernels.STEP] == 1
+
+
+def test_what_came_in_one_act_counts_double_as_neighbours() -> None:
+    learner = Learner(SMALL)
+    enter_all(learner, 6, late=0)
+    x = one(1, START_TS, (2, 3))
+    x.history_ts[0, 0] = START_TS  # of the same second; item 3 ten seconds before
+    learner.learn(x, 0)
+    m = learner.matrix.arrays
+    a, b, c = (learner.matrix.index(key) for key in (1, 2, 3))
+    assert (m.weight[b, 0], m.weight[c, 0]) == pytest.approx((2, 0.9))
+    assert dict(zip(m.neighbour[a, :2].tolist(), m.weight[a, :2].tolist(), strict=True)) == pytest.approx(
+        {b: 2 * SMALL.backward, c: 0.9 * SMALL.backward}
+    )
 
 
 def test_a_full_neighbour_row_evicts_its_lowest_count() -> None:
@@ -469,7 +483,7 @@ def test_warm_up_leaves_nothing_to_compile() -> None:
 def test_item_knn_ranks_by_the_learners_own_counts() -> None:
     learner = trained(40)
     m, rows = learner.matrix.arrays, len(learner.matrix)
-    history, target = (3, 8, 21), 12
+    history = (3, 8, 21)
     near: dict[int, float] = {}
     index = {int(m.key[row]): row for row in range(rows)}
     for q, k in enumerate(index[key] for key in history):
@@ -480,12 +494,10 @@ def test_item_knn_ranks_by_the_learners_own_counts() -> None:
     since = m.scalar[kernels.STEP] - m.rec["last_step"][:rows]
     prior = kernels.KNN_PRIOR * m.rec["count_1000"][:rows] * np.exp2(-since / 1000)
     score = {j: near.get(j, 0.0) + prior[j] for j in range(rows) if learner.matrix.is_active(j)}
-    others = [s for j, s in score.items() if j != index[target] and m.key[j] not in history]
-    own = score[index[target]]
-    outcome = learner.learn(one(target, START_TS + 1e5, history, ranked=True), 40)
-    assert outcome.knn_rank[0] == 1 + sum(s > own * (1 + 1e-6) for s in others)
-    assert outcome.candidates[0] == len(others) + 1
-    assert 1 < outcome.knn_rank[0] < 20
+    best = sorted((j for j in score if m.key[j] not in history), key=score.__getitem__, reverse=True)
+    outcome = learner.learn(one(int(m.key[best[4]]), START_TS + 1e5, history, ranked=True), 40)
+    assert outcome.knn_rank[0] == 5
+    assert outcome.candidates[0] == len(best)
 
 
 def test_ranking_in_full_costs_what_it_may_and_no_more() -> None:
