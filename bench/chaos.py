@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +31,7 @@ from streams import kafka
 from streams.broker import HOST, EmbeddedBroker
 from streams.settings import Settings, kafka_test_dir
 
+ROUND_KILLS: Final = 50  # at most: an undisturbed worker, and each unlearning, learns a round's whole log
 PARTITIONS: Final = 3
 USERS: Final = 60
 ITEMS: Final = 120
@@ -57,30 +59,60 @@ WORDS: Final = ("river", "stone", "old", "song", "night", "blue", "engine", "pap
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
-    """`python -m bench chaos --kills 20 [--workers W] [--broker embedded|kafka|HOST:PORT] [--nodes 1|3]
-    [--broker-kills M] [--seed N]`"""
+    """`python -m bench chaos --kills 20 [--workers W ...] [--broker embedded|kafka|HOST:PORT] [--nodes 1|3]
+    [--broker-kills M] [--seed N]`. More than ROUND_KILLS come in several rounds, each on new brokers and by a seed of
+    its own."""
     parser = argparse.ArgumentParser(prog="python -m bench chaos")
     parser.add_argument("--kills", type=int, default=20, help="of workers and brokers together")
     parser.add_argument("--broker-kills", type=int, default=0, help="of the kills, those of brokers (kafka alone)")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1], help="of the rounds, in turn")
     parser.add_argument(
         "--broker", default="embedded", help="embedded, kafka (started here), or a running one's HOST:PORT"
     )
     parser.add_argument("--kafka", type=Path, help="folder with Kafka's libs/; else HEADWATER_TEST_KAFKA")
     parser.add_argument("--nodes", type=int, default=1, choices=[1, 3], help="of kafka")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seconds", type=float, help="disturb no longer than this, however many kills it makes")
+    parser.add_argument("--seconds", type=float, help="disturb a round no longer than this, whatever kills it makes")
     parser.add_argument("--folder", type=Path, help="kept, with the workers' logs and stores; else a temporary one")
     asked = parser.parse_args(arguments)
     if asked.broker_kills and asked.broker != "kafka":
         parser.error("--broker-kills needs --broker kafka")
     with ExitStack() as stack:
         folder = asked.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        site = stack.enter_context(site_of(asked.broker, folder, asked.kafka, asked.nodes))
-        return disturb(
-            site, folder, kills=asked.kills, broker_kills=asked.broker_kills, workers=asked.workers, seed=asked.seed,
-            prefix=f"chaos-{asked.seed}-", seconds_max=asked.seconds,
-        )  # fmt: skip
+        rounds = []
+        for n in range(count := max(1, -(-asked.kills // ROUND_KILLS))):
+            with site_of(asked.broker, folder / f"round-{n}", asked.kafka, asked.nodes) as site:
+                report = disturb(
+                    site, folder / f"round-{n}", kills=_share(asked.kills, n, count),
+                    broker_kills=_share(asked.broker_kills, n, count), workers=asked.workers[n % len(asked.workers)],
+                    seed=asked.seed + n, prefix=f"chaos-{asked.seed + n}-", seconds_max=asked.seconds,
+                )  # fmt: skip
+            print(json.dumps(report), file=sys.stderr, flush=True)
+            rounds.append(report)
+    return rounds[0] if count == 1 else _together(rounds)
+
+
+def _share(total: int, n: int, of: int) -> int:
+    """What the n-th of so many rounds has of it."""
+    return total * (n + 1) // of - total * n // of
+
+
+def _together(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers and counts added up, lists one after another, and the rounds' digests."""
+    told: dict[str, Any] = {}
+    for name, first in rounds[0].items():
+        values = [report[name] for report in rounds]
+        if isinstance(first, bool):
+            told[name] = all(values)
+        elif isinstance(first, (int, float)):
+            told[name] = sum(values)
+        elif isinstance(first, list):
+            told[name] = list(chain.from_iterable(values))
+        elif name in ("faults", "exit_codes"):
+            told[name] = dict(sum(map(Counter, values), Counter[Any]()))
+        else:
+            told[name] = values
+    return told | {"rounds": len(rounds), "workers": [report["workers"] for report in rounds]}
 
 
 @contextmanager
