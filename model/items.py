@@ -1,7 +1,7 @@
 """The item matrix: everything that is known about every item, in arrays that grow by doubling.
 
 The learner owns one; every worker keeps a replica by applying the rows that the learner gives out. Row formats
-(little endian, version 2); a key is the kind's letter and the item key, i8:
+(little endian, version 3); a key is the kind's letter and the item key, i8:
 
     every item row   header 16 B   version u1 | kind u1 | flags u1 (s alone) | zero u1 | row i4 | item key i8
     s  static        header | id bytes u2 | text bytes u2 | dims u4 | id | text | vector f2[dims]
@@ -11,7 +11,8 @@ The learner owns one; every worker keeps a replica by applying the rows that the
                      deleted when the item becomes a candidate
     m  text map      header (row, item key: the head, 0-4) | accumulators f4[n] | M's rows f4[n, T]; n = D, of head 4: 1
     g  globals       version u1 | kind u1 | zero u2 | D u4 | T u4 | M u4 | scalars f8[16] | theta f4[325]
-                     | its accumulators f4[325] | mu f4[T]      (one row, key "g")
+                     | its accumulators f4[325] | gains f4[15] | courses f4[15] | mu f4[T] | context f4[18, D]
+                     | its accumulators f4[18]                  (one row, key "g")
     a  adapter       as `Adapter.pack` has it       (one row, key "a"; deleted when texts are compared as they are)
 
 Text vectors are rounded to half precision on entry, so that memory equals what is stored.
@@ -33,7 +34,7 @@ from model.kernels import Matrix
 
 Array = npt.NDArray[Any]
 
-ROW_VERSION: Final = 2
+ROW_VERSION: Final = 3
 TEXT_CHARS_MAX: Final = 512  # of the text that is kept to be shown
 ID_BYTES_MAX: Final = 65_535
 CAPACITY_START: Final = 1024
@@ -45,6 +46,7 @@ _HEADER = struct.Struct("<BcBxiq")
 _TEXTS = struct.Struct("<HHI")
 _WAIT = struct.Struct("<dq")
 _GLOBALS = struct.Struct("<BcxxIII")
+GLOBAL_ARRAYS: Final = ("scalar", "theta", "square", "gain", "course", "mu", "context", "context_square")  # in the row
 HEADER_BYTES: Final = _HEADER.size
 NEIGHBOUR_BYTES: Final = 8
 
@@ -136,6 +138,10 @@ class ItemMatrix:
             metric=np.zeros((0, 0), np.float32),
             theta=theta,
             square=np.full(kernels.THETA, kernels.SQUARE_START, np.float32),
+            gain=np.ones(kernels.COEFFICIENTS, np.float32),
+            course=np.zeros(kernels.COEFFICIENTS, np.float32),
+            context=np.zeros((kernels.CONTEXTS, self.dim), np.float32),
+            context_square=np.full(kernels.CONTEXTS, kernels.CONTEXT_SQUARE_START, np.float32),
             map=np.zeros((4 * self.dim + 1, self.text_dim), np.float32),
             map_square=np.full(4 * self.dim + 1, kernels.SQUARE_START, np.float32),
             map_dirty=np.zeros(kernels.HEADS, np.uint8),
@@ -193,10 +199,8 @@ class ItemMatrix:
         for name in ("key", "flags", "rec", "phi", "y", "e", "neighbour", "weight", "length", "dirty", "dirty_row"):
             getattr(new, name)[:used] = getattr(old, name)[:used]
         kernels.fill_table(new.table_key, new.table_row, new.key, 0, used)
-        self.arrays = new._replace(
-            mu=old.mu, metric=old.metric, theta=old.theta, square=old.square, map=old.map, map_square=old.map_square,
-            map_dirty=old.map_dirty, scalar=old.scalar, dirty_total=old.dirty_total,
-        )  # fmt: skip
+        shared = ("metric", "map", "map_square", "map_dirty", "dirty_total", *GLOBAL_ARRAYS)
+        self.arrays = new._replace(**{name: getattr(old, name) for name in shared})
 
     def add_row(self, key: int) -> int:
         """A new stub: no id, no text, phi = y = 0, no candidate. The key must be unknown."""
@@ -306,8 +310,7 @@ class ItemMatrix:
         """The one row of mu and the scalars."""
         m = self.arrays
         head = _GLOBALS.pack(ROW_VERSION, GLOBALS, self.dim, self.text_dim, self.neighbours_max)
-        parts = (m.scalar, m.theta, m.square, m.mu)
-        return GLOBALS, head + b"".join(part.tobytes() for part in parts)
+        return GLOBALS, head + b"".join(getattr(m, name).tobytes() for name in GLOBAL_ARRAYS)
 
     def pack_adapter(self) -> tuple[bytes, bytes | None]:
         """The one row of the adapter; None where there is none."""
@@ -416,8 +419,9 @@ class ItemMatrix:
                 f"{(self.dim, self.text_dim, self.neighbours_max)}: set them alike, or rebuild the state from the log"
             )
         m, at = self.arrays, _GLOBALS.size
-        for part in (m.scalar, m.theta, m.square, m.mu):
-            part[:] = np.frombuffer(value, part.dtype, len(part), at)
+        for name in GLOBAL_ARRAYS:
+            part = getattr(m, name)
+            part[:] = np.frombuffer(value, part.dtype, part.size, at).reshape(part.shape)
             at += part.nbytes
         self._open_rows(len(self))
 

@@ -9,10 +9,14 @@ changed in another file would leave a stale kernel in the cache. Symbols are tho
         without a past profits from what others' texts have taught; R = sqrt(T / D) P, a fixed projection
     (w, aT, aX, aK): one learnt vector, plus one of the user's newest entry's gap bucket, plus one of how long the
         history is
+    zC = sum_k wt_k y_k + x: x is the sum of two learnt vectors, for the same two buckets: which items come first, after
+        a pause, in the middle of an act
 
     softmax cross-entropy of the positive against the message's targets and K uniform candidates (each of these weighs
     exp(s) n / K), g_j = 1[j = i] - p_j; all gradients of a message from the state at its start, one AdaGrad step
     (Duchi 2011) a touched row: G += mean(d^2), x += lr d / sqrt(G), where d is the message's summed gradient.
+    The steps of w, aT, aX, aK find their own size: delta-bar-delta (Jacobs 1988), a gain that grows while gradients
+    agree.
 
 Arrays grow by doubling and keep their types, so nothing is compiled twice. Kernels are single-threaded; the matrix
 products go to BLAS, which the process is expected to keep at one thread. Those that take long (a message, a catalogue)
@@ -91,7 +95,7 @@ TEXT_HEADS: Final = 3  # texts of the history's items with g = .7 and .97, the u
 T_FEATURE: Final = 0  # w
 T_TEXT: Final = T_FEATURE + FEATURES  # aT, aX
 T_NEIGHBOUR: Final = T_TEXT + TEXT_HEADS  # aK
-COEFFICIENTS: Final = T_NEIGHBOUR + 1  # w, aT, aX, aK
+COEFFICIENTS: Final = T_NEIGHBOUR + 1  # w, aT, aX, aK: each step has its gain
 T_AGE: Final = COEFFICIENTS  # om; from here on kept >= 0
 T_GAP: Final = T_AGE + AGES  # ta
 T_AGE_K: Final = T_GAP + GAPS  # oK
@@ -100,6 +104,7 @@ T_SINCE: Final = T_GAP_K + GAPS  # (SINCES, COEFFICIENTS) added by the newest en
 SINCES: Final = GAPS + 1
 T_LENGTH: Final = T_SINCE + SINCES * COEFFICIENTS  # (LENGTHS, COEFFICIENTS) added by the length of the history
 LENGTHS: Final = 8  # 0, 1, 2-3, 4-7, 8-15, 16-31, 32-63, 64+ entries
+CONTEXTS: Final = SINCES + LENGTHS  # rows of x
 THETA: Final = T_LENGTH + LENGTHS * COEFFICIENTS
 
 HEADS: Final = 5  # of M: D rows each for zC and the texts (TEXT_HEADS of them), one row for the constant
@@ -107,7 +112,12 @@ HEADS: Final = 5  # of M: D rows each for zC and the texts (TEXT_HEADS of them),
 TEXT_HISTORY: Final = 40  # entries of the history in the text heads
 TEXT_DECAYS: Final = (0.7, 0.97)
 TEXT_WEIGHT_MAX: Final = 4.0
-SQUARE_START: Final = 0.01  # every AdaGrad accumulator starts here
+SQUARE_START: Final = 0.01  # every AdaGrad accumulator starts here, but
+CONTEXT_SQUARE_START: Final = 0.11  # those of x: every example of a bucket moves it, so that its first steps are noise
+GAIN_STEP: Final = 0.1  # added to a gain where gradients agree; where they do not, it loses twice this share
+GAIN_MIN: Final = 0.25
+GAIN_MAX: Final = 16.0
+COURSE_DECAY: Final = 0.9  # a message, of the mean of steps that a gradient is held against
 COUNT_DECAY: Final = 0.9  # co-occurrence weight per step back in the history
 COUNT_MIN: Final = 0.1  # the least of it that is counted
 ACT_WEIGHT: Final = 2.0  # what a pair within one act (gap bucket 0) counts; any other: 1
@@ -158,6 +168,10 @@ class Matrix(NamedTuple):
     metric: Array  # (T, T) float32, W'W of the encoder's adapter W: texts are compared by <x, W'W e>; (0, 0): none
     theta: Array  # (THETA,) float32
     square: Array  # (THETA,) float32 accumulators of theta
+    gain: Array  # (COEFFICIENTS,) float32: times the step of w, aT, aX, aK
+    course: Array  # (COEFFICIENTS,) float32: decayed mean of their steps, before gain and step size
+    context: Array  # (CONTEXTS, D) float32 x: SINCES rows, then LENGTHS
+    context_square: Array  # (CONTEXTS,) float32 accumulators of its rows
     map: Array  # (4 D + 1, T) float32 M
     map_square: Array  # (4 D + 1,) float32 accumulators of its rows
     map_dirty: Array  # (HEADS,) uint8
@@ -214,6 +228,7 @@ class Work(NamedTuple):
     slot_y: Array  # (N,) int32: 1 + slot of a history item
     step_y: Array  # (B LY, D) float32
     row_y: Array  # (B LY,) int32
+    step_context: Array  # (CONTEXTS, D) float32
     theta: Array  # (THETA,) float32 gradient
     weight_c: Array  # (K + 2,) float32
     score: Array  # (N,) float32
@@ -257,6 +272,7 @@ class Steps(NamedTuple):
     lr_decay: float
     lr_setting: float
     lr_map: float
+    lr_context: float
     lr_sharp: float
     start: float
     backward: float
@@ -530,6 +546,13 @@ def coefficients(theta, since, entries, out):
     for q in range(COEFFICIENTS):
         out[q] = theta[q] + theta[T_SINCE + since * COEFFICIENTS + q] + theta[T_LENGTH + length * COEFFICIENTS + q]
     return length
+
+
+@nb.njit(**OPTIONS)
+def add_context(context, since, length, z):
+    """z += x of a user whose newest entry has this gap bucket + 1 (0: no entry), whose history this length bucket."""
+    for d in range(len(z)):
+        z[d] += context[since, d] + context[SINCES + length, d]
 
 
 @nb.njit(**OPTIONS)
@@ -918,9 +941,10 @@ def _user_side(m, w, x, steps, entry_row, entry_at, entries):
         history_texts(m, rows, tw, w.text[b], coefficient)
         if x.text_on[b]:
             own_text(m.mu, x.text[b], x.text_weight[b], w.text[b, 2])
-        w.user[b, :dim] = w.z[b]
         w.since[b] = 1 + w.gap[b, 0] if used > 0 else 0
         w.length[b] = coefficients(m.theta, w.since[b], used, w.coefficient[b])
+        add_context(m.context, w.since[b], w.length[b], w.z[b])
+        w.user[b, :dim] = w.z[b]
         for h in range(TEXT_HEADS):
             a = w.coefficient[b, T_TEXT + h]
             for d in range(m.e.shape[1]):
@@ -1361,6 +1385,7 @@ def _gradients(m, w, x, steps, count, g):
     items = np.dot(g.T, w.z[: x.count])  # (count, D)
     w.theta[:] = 0
     w.step_beta[:count] = 0
+    w.step_context[:] = 0
     for b in range(x.count):
         for c in range(count):
             w.step_beta[c] += g[b, c]
@@ -1387,6 +1412,8 @@ def _gradients(m, w, x, steps, count, g):
         for d in range(dim):
             w.step_phi[at, d] += g_i * w.z[b, d]
             dz[d] += g_i * m.phi[target, d]
+            w.step_context[w.since[b], d] += dz[d]
+            w.step_context[SINCES + w.length[b], d] += dz[d]
         touched_y = _history_gradients(m, w, x, b, steps, count, g[b], dz, touched_y)
         _coefficient_gradients(m, w, x, b, steps, count, g[b], users[b, dim:])
     return touched, touched_y
@@ -1425,14 +1452,37 @@ def _step_rows(m, w, steps, touched, touched_y, record_bytes):
         for a in range(dim):
             y[a] += rate * d[a]
         mark(m, row, DIRTY_DENSE, record_bytes)
+    for c in range(CONTEXTS):
+        d = w.step_context[c]
+        total = f4(0)
+        for a in range(dim):
+            total += d[a] * d[a]
+        m.context_square[c] += total / f4(dim)
+        rate = f4(steps.lr_context) / np.sqrt(m.context_square[c])
+        for a in range(dim):
+            m.context[c, a] += rate * d[a]
+
+
+@nb.njit(**INNER)
+def _step_scalars(m, w, steps):
+    """The same of theta; what is told apart by setting (T_SINCE, T_LENGTH) has no gain of its own."""
     for q in range(THETA):
         d_q = w.theta[q]
-        if d_q != 0:
-            m.square[q] += d_q * d_q
-            rate = f4(steps.lr_scale) if q < T_AGE else f4(steps.lr_decay) if q < T_SINCE else f4(steps.lr_setting)
-            m.theta[q] += rate * d_q / np.sqrt(m.square[q])
-            if q >= T_AGE and q < T_SINCE:
-                m.theta[q] = max(f4(0), m.theta[q])
+        if d_q == 0:
+            continue
+        m.square[q] += d_q * d_q
+        step = d_q / np.sqrt(m.square[q])
+        if q < COEFFICIENTS:
+            if step * m.course[q] > 0:
+                m.gain[q] = min(f4(GAIN_MAX), m.gain[q] + f4(GAIN_STEP))
+            elif step * m.course[q] < 0:
+                m.gain[q] = max(f4(GAIN_MIN), m.gain[q] * f4(1 - 2 * GAIN_STEP))
+            m.course[q] = f4(COURSE_DECAY) * m.course[q] + f4(1 - COURSE_DECAY) * step
+            m.theta[q] += f4(steps.lr_scale) * m.gain[q] * step
+        elif q < T_SINCE:
+            m.theta[q] = max(f4(0), m.theta[q] + f4(steps.lr_decay) * step)
+        else:
+            m.theta[q] += f4(steps.lr_setting) * step
 
 
 @nb.njit(**RELEASING)
@@ -1465,6 +1515,7 @@ def learn_message(m, w, x, o, steps, entry_row, entry_at, entry_ts, position, re
         _loss(m, w, x, steps, count, named, score, weight, entry_row, entry_at)
         touched, touched_y = _gradients(m, w, x, steps, count, score)
         _step_rows(m, w, steps, touched, touched_y, record_bytes)
+        _step_scalars(m, w, steps)
     else:
         w.row_phi[:count] = w.cand[:count]
     for slot in range(touched):

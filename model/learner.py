@@ -42,10 +42,11 @@ class LearnerConfig:
     lr_phi: float = 0.05
     lr_y: float = 0.1
     lr_beta: float = 0.02
-    lr_scale: float = 0.2  # w, aT, aX, aK
+    lr_scale: float = 0.2  # w, aT, aX, aK, to begin with: each step's gain is learnt
     lr_decay: float = 0.05  # om, ta, oK, tK
     lr_setting: float = 0.05  # what w, aT, aX, aK differ by, by gap and by length of the history
     lr_map: float = 0.02  # M
+    lr_context: float = 0.025  # x
     lr_sharp: float = 0.1  # the calibration a
     backward: float = 0.7  # what an item counts as the neighbour of one that came after it; of one before it: 1
     start: float = 0.1  # length of phi and y at entry, a dimension
@@ -106,7 +107,7 @@ class Learner:
             config.negatives, config.cooccurrence_history, config.y_history, config.seed, config.refresh_examples,
             config.rank_items,
             config.lr_phi, config.lr_y, config.lr_beta, config.lr_scale, config.lr_decay,
-            config.lr_setting, config.lr_map, config.lr_sharp, config.start,
+            config.lr_setting, config.lr_map, config.lr_context, config.lr_sharp, config.start,
             config.backward,
         )  # fmt: skip
         self._heap: list[tuple[float, int, int]] = []  # (ts, order, key) of pending items; stale ones are skipped
@@ -401,7 +402,8 @@ def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
         cooc=f(b, k + 2), cooc_i=f(b),
         damping_i=f(b), link_slot=i(links), link_value=f(links), link_start=i(b, near + 1),
         grad_i=f(b), step_phi=f(k + b, d), step_beta=f(k + b), row_phi=i(k + b), slot_y=i(capacity),
-        step_y=f(b * config.y_history, d), row_y=i(b * config.y_history), theta=f(kernels.THETA),
+        step_y=f(b * config.y_history, d), row_y=i(b * config.y_history), step_context=f(kernels.CONTEXTS, d),
+        theta=f(kernels.THETA),
         weight_c=f(k + 2), score=f(capacity), dense=f(max(DENSE_FLOATS_MAX, capacity)),
         rival=f(capacity), rival_history=f(length), ranked=np.zeros(b, np.bool_),
         skip=np.zeros(capacity, np.uint8), bias_j=f(capacity), popularity=f(kernels.POPULARITIES, capacity),

@@ -45,7 +45,8 @@ class Profile:
 
     entry: Array  # (m',) int64: which entries of the user's history these are
     row: Array  # (m',) int32 rows of their items
-    z: Array  # (D,) float32: zC = sum_k wt_k y_k
+    z: Array  # (D,) float32: zC = sum_k wt_k y_k + x
+    context: Array  # (D,) float32 x
     wt: Array  # (m',) float32
     ck: Array  # (m',) float32: of the co-occurrence block, without aK
     text: Array  # (3, T) float32: zT of the history for g = .7 and .97, zX of the user's words
@@ -73,10 +74,14 @@ def profile_of(matrix: ItemMatrix, user: User, now: float, cooccurrence_history:
         words = np.ascontiguousarray(user.text, np.float32)
         kernels.own_text(m.mu, words, np.float32(user.text_weight), text[2])
     own = np.zeros(kernels.COEFFICIENTS, np.float32)
-    kernels.coefficients(m.theta, 1 + int(bucket[1, 0]) if used else 0, used, own)
+    since = 1 + int(bucket[1, 0]) if used else 0
+    length = kernels.coefficients(m.theta, since, used, own)
+    context = np.zeros_like(z)
+    kernels.add_context(m.context, since, length, context)
+    z += context
     v = matrix.adapted(own[kernels.T_TEXT : kernels.T_NEIGHBOUR] @ text)[None, :]
     kernels.map_user(m, z[None, :], text[None, :], np.zeros((1, len(m.map)), np.float32), v)
-    return Profile(entry, rows, z, wt, ck, text, coefficient, own, v[0])
+    return Profile(entry, rows, z, context, wt, ck, text, coefficient, own, v[0])
 
 
 def text_terms(matrix: ItemMatrix, profile: Profile, head: int, vectors: Array) -> Array:

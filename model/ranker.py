@@ -42,6 +42,7 @@ class Bias(NamedTuple):
     popularity: float
     age: float
     recency: float
+    context: float  # a <x, phi_j + M e_j>: what users choose after so long a pause and so many events
     calibration: float  # c_j
 
     @property
@@ -178,8 +179,7 @@ class Ranking:
         sharp = np.float32(m.scalar[kernels.SHARP])
         near = profile.row[: self.near]
         heads = np.zeros((3, len(rows), len(profile.row)), np.float32)
-        learnt = m.phi[rows] + m.e[rows] @ m.map[: self.matrix.dim].T
-        heads[0] = (learnt @ m.y[profile.row].T) * profile.wt
+        heads[0] = (self._learnt(rows) @ m.y[profile.row].T) * profile.wt
         for at, row in enumerate(rows):
             kernels.neighbour_terms(m, near, np.int32(row), heads[1, at])
         damping = m.rec["damping"][rows][:, None]
@@ -195,9 +195,16 @@ class Ranking:
         sharp = float(m.scalar[kernels.SHARP])
         parts = sharp * self.profile.coefficient[: kernels.FEATURES, None] * self.feature[:, rows]
         constant = sharp * (m.rec["beta"][rows] + m.e[rows] @ m.map[-1])
+        context = sharp * (self._learnt(rows) @ self.profile.context)
         groups = [parts[list(group)].sum(axis=0) for group in (POPULARITY_FEATURES, AGE_FEATURES, RECENCY_FEATURES)]
         calibration = [item.logit - sharp * float(self.scores[item.row]) for item in scored]
-        return list(map(Bias, constant.tolist(), *(group.tolist() for group in groups), calibration))
+        return list(map(Bias, constant.tolist(), *(group.tolist() for group in groups), context.tolist(), calibration))
+
+    def _learnt(self, rows: list[int]) -> Array:
+        """(n, D) float32 phi_j + M e_j: what zC is multiplied with."""
+        m = self.matrix.arrays
+        learnt: Array = m.phi[rows] + m.e[rows] @ m.map[: self.matrix.dim].T
+        return learnt
 
     def _own_terms(self, rows: list[int]) -> list[tuple[list[float], float]]:
         """Of each row, (w_c / W) <aX (x_c - mu) + M's part, e_j> sqrt(min(W, 4)) of each kept comment x_c, and of all

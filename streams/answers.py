@@ -46,13 +46,15 @@ class Contribution(msgspec.Struct, gc=False):
 
 
 class BiasParts(msgspec.Struct, gc=False):
-    """What makes the bias. constant: the item's learnt b_j; popularity, age, recency: of the item as of now;
-    calibration: minus the logarithm of what the user's other candidates sum up to."""
+    """What makes the bias. constant: the item's learnt b_j; popularity, age, recency: of the item as of now; context:
+    how well the item goes with so long a history and so long a pause, whatever was in it; calibration: minus the
+    logarithm of what the user's other candidates sum up to."""
 
     constant: float
     popularity: float
     age: float
     recency: float
+    context: float
     calibration: float
 
 

@@ -62,7 +62,14 @@ _EXAMPLE_IDS: Final = {"user_id": "196", "item_id": "50", "erasure_id": "erasure
 _POSITION = {"topic": "clicks", "partition": 3, "offset": 1041}
 _EXPLANATION = {
     "bias": -0.31,
-    "bias_parts": {"constant": 0.2, "popularity": 1.4, "age": -0.1, "recency": 0.3, "calibration": -2.11},
+    "bias_parts": {
+        "constant": 0.2,
+        "popularity": 1.4,
+        "age": -0.1,
+        "recency": 0.3,
+        "context": 0.05,
+        "calibration": -2.16,
+    },
     "contributions": [
         {
             "type": "click",

@@ -481,7 +481,8 @@ def _parts(reader: Reader, profile: Profile) -> list[Part]:
     for head, weight in enumerate(profile.text_coefficient):
         item_texts += weight[:, None] * text_terms(matrix, profile, head, texts)
     parts = [
-        _part(reader, "behaviour", profile.z, learnt, positions),
+        _part(reader, "behaviour", profile.z - profile.context, learnt, positions),
+        Part("context", float(np.linalg.norm(profile.context)), []),
         _part(reader, "item_texts", item_texts.sum(axis=0), item_texts, positions),
     ]
     user = reader.user

@@ -262,12 +262,17 @@ class Settings(BaseSettings):
     learner_lr_phi: float = _setting(0.05, "step", "AdaGrad step of phi.", gt=0, le=10)
     learner_lr_y: float = _setting(0.1, "step", "AdaGrad step of y.", gt=0, le=10)
     learner_lr_beta: float = _setting(0.02, "step", "AdaGrad step of the items' biases.", gt=0, le=10)
-    learner_lr_scale: float = _setting(0.2, "step", "AdaGrad step of the blocks' scales.", gt=0, le=10)
+    learner_lr_scale: float = _setting(
+        0.2, "step", "AdaGrad step of the blocks' scales at the start; then each finds its own.", gt=0, le=10
+    )
     learner_lr_decay: float = _setting(0.05, "step", "AdaGrad step of the age and gap weights.", gt=0, le=10)
     learner_lr_setting: float = _setting(
         0.05, "step", "AdaGrad step of what the scales differ by, by gap and by length of the history.", gt=0, le=10
     )
     learner_lr_map: float = _setting(0.02, "step", "AdaGrad step of the map from users to item texts.", gt=0, le=10)
+    learner_lr_context: float = _setting(
+        0.025, "step", "AdaGrad step of what a history's length and the pause after it add.", gt=0, le=10
+    )
     learner_backward: float = _setting(
         0.7, "share", "What an item counts as the neighbour of one that came after it; of one before it: 1.", ge=0, le=1
     )

@@ -45,7 +45,9 @@ def test_a_thousand_explanations_add_up_part_by_part(world: World) -> None:
         reason = told.explanation
         assert isinstance(reason, answers.Explanation) and isinstance(reason.bias_parts, answers.BiasParts)
         b = reason.bias_parts
-        assert math.fsum((b.constant, b.popularity, b.age, b.recency, b.calibration)) == pytest.approx(reason.bias)
+        assert math.fsum((b.constant, b.popularity, b.age, b.recency, b.context, b.calibration)) == pytest.approx(
+            reason.bias
+        )
         for term in reason.contributions:
             assert isinstance(term.parts, answers.Heads)
             heads = (term.parts.learnt, term.parts.cooccurrence, term.parts.text)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model import kernels
-from model.items import DENSE, NEIGHBOURS, STATIC, ItemMatrix, RowVersionError, half, row_key
+from model.items import DENSE, NEIGHBOURS, ROW_VERSION, STATIC, ItemMatrix, RowVersionError, half, row_key
 from model.learner import Learner
 from tests.model_stream import SMALL, enter_all, stream, vector_of
 
@@ -62,7 +62,7 @@ def test_a_replica_grows_past_its_capacity_from_rows_alone() -> None:
 
 def test_a_row_of_another_version_is_refused_with_what_to_do() -> None:
     key, value = next(iter(learnt(1).matrix.rows()))
-    with pytest.raises(RowVersionError, match="row is v9, this build reads v2; deploy"):
+    with pytest.raises(RowVersionError, match="row is v9, this build reads v3; deploy"):
         replica().apply([(key, b"\x09" + value[1:])])
 
 
@@ -86,7 +86,7 @@ def test_a_row_that_never_was_complete_is_taken_back() -> None:
 
 def test_broken_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="no such kind"):
-        replica().apply([(b"zzz", b"\x02zzz")])
+        replica().apply([(b"zzz", bytes([ROW_VERSION]) + b"zzz")])
     tail = replica()
     rows = list(learnt(1).matrix.rows())
     tail.apply(rows)

@@ -70,6 +70,7 @@ class Reference:
         self.theta = m.theta.astype(np.float64)
         self.phi, self.y, self.e = (part[: self.rows].astype(np.float64) for part in (m.phi, m.y, m.e))
         self.mu, self.map, self.project = (part.astype(np.float64) for part in (m.mu, m.map, m.project))
+        self.context = m.context.astype(np.float64)
         self.rec = {name: m.rec[name][: self.rows].astype(np.float64) for name in kernels.RECORD.names or ()}
         self.counts = [
             dict(zip(m.neighbour[k, : m.length[k]].tolist(), m.weight[k, : m.length[k]].tolist(), strict=True))
@@ -124,7 +125,7 @@ class Reference:
 
     def loss(
         self, x: Examples, rows_of: Any, candidates: list[int], active: int, theta: Array, phi: Array, y: Array,
-        text_map: Array,
+        text_map: Array, context: Array,
     ) -> float:  # fmt: skip
         """Softmax cross-entropy of one message of one example."""
         newest = 1 + int(kernels.gap_bucket(x.ts[0] - x.history_ts[0, 0]))
@@ -133,7 +134,8 @@ class Reference:
         own = np.sum([theta[at : at + COEFFICIENTS] for at in firsts], axis=0)
         target, history = rows_of(x.item[0]), [rows_of(key) for key in x.history_item[0, : x.history_count[0]]]
         wt, ck = self.coefficients(x, 0, theta)
-        z = sum((w * y[k] for w, k in zip(wt, history, strict=True)), np.zeros(self.config.dim))
+        x_u = context[newest] + context[kernels.SINCES + length]
+        z = sum((w * y[k] for w, k in zip(wt, history, strict=True)), x_u)
         texts = self.texts(x, 0, history)
         scale = math.sqrt(self.config.text_dim / self.config.dim)
         unit = np.concatenate([z, *(scale * self.project @ vector for vector in texts), [1.0]])
@@ -162,26 +164,33 @@ def test_one_message_makes_the_steps_of_the_equations() -> None:
     x.text_on[0], x.text[0], x.text_weight[0] = True, vector_of(99, 12), 2.5
     m = learner.matrix.arrays
     candidates = [row for row in range(before.rows) if learner.matrix.is_active(row)]
-    old = {name: getattr(m, name).copy() for name in ("phi", "y", "theta", "square", "map", "map_square")}
+    names = ("phi", "y", "theta", "square", "map", "map_square", "gain", "course", "context", "context_square")
+    old = {name: getattr(m, name).copy() for name in names}
     old_rec = m.rec.copy()
 
     def slope(variable: str, at: tuple[int, ...], h: float = 1e-5) -> float:
         values = []
         for sign in (1, -1):
-            parts = {name: getattr(before, name).copy() for name in ("theta", "phi", "y", "map")}
+            parts = {name: getattr(before, name).copy() for name in ("theta", "phi", "y", "map", "context")}
             parts[variable][at] += sign * h
             values.append(before.loss(x, learner.matrix.index, candidates, len(candidates), *parts.values()))
         return -(values[0] - values[1]) / (2 * h)
 
     loss = before.loss(
-        x, learner.matrix.index, candidates, len(candidates), before.theta, before.phi, before.y, before.map
-    )
+        x, learner.matrix.index, candidates, len(candidates),
+        before.theta, before.phi, before.y, before.map, before.context,
+    )  # fmt: skip
     sum_before = m.scalar[kernels.LOSS]
     learner.learn(x, 30)
     assert m.scalar[kernels.LOSS] - sum_before == pytest.approx(loss, abs=2e-4)
     for q in range(kernels.THETA):
         d = slope("theta", (q,))
-        rate = config.lr_scale if q < T_AGE else config.lr_decay if q < T_SINCE else config.lr_setting
+        rate = config.lr_decay if T_AGE <= q < T_SINCE else config.lr_setting
+        if q < T_AGE:
+            agrees = d * old["course"][q]
+            gain = old["gain"][q] + 0.1 if agrees > 0 else 0.8 * old["gain"][q] if agrees < 0 else old["gain"][q]
+            assert m.gain[q] == pytest.approx(min(16, max(0.25, gain)))
+            rate = config.lr_scale * m.gain[q]
         expected = old["theta"][q] + (rate * d / math.sqrt(old["square"][q] + d * d) if abs(d) > 1e-9 else 0)
         assert m.theta[q] == pytest.approx(max(0.0, expected) if T_AGE <= q < T_SINCE else expected, abs=2e-4), q
     for name, square, rate in (("phi", "square_phi", config.lr_phi), ("y", "square_y", config.lr_y)):
@@ -194,6 +203,10 @@ def test_one_message_makes_the_steps_of_the_equations() -> None:
         d_row = np.array([slope("map", (u, a)) for a in range(config.text_dim)])
         size = math.sqrt(old["map_square"][u] + float((d_row**2).mean()))
         np.testing.assert_allclose(m.map[u], old["map"][u] + config.lr_map * d_row / size, atol=2e-4)
+    for c in range(kernels.CONTEXTS):
+        d_row = np.array([slope("context", (c, a)) for a in range(config.dim)])
+        size = math.sqrt(old["context_square"][c] + float((d_row**2).mean()))
+        np.testing.assert_allclose(m.context[c], old["context"][c] + config.lr_context * d_row / size, atol=2e-4)
 
 
 def test_counters_and_cooccurrence_follow_every_event() -> None:

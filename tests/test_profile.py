@@ -28,7 +28,7 @@ def user_of(*keys: int) -> User:
     )
 
 
-def test_z_is_the_weighted_sum_of_the_history(learner: Learner) -> None:
+def test_z_is_the_weighted_sum_of_the_history_and_its_setting(learner: Learner) -> None:
     m = learner.matrix.arrays
     user = user_of(3, 8, 12, 20, 5)
     profile = profile_of(learner.matrix, user, START_TS, 5)
@@ -36,8 +36,11 @@ def test_z_is_the_weighted_sum_of_the_history(learner: Learner) -> None:
     gaps = [0, 2, 3, 4, 4]  # 0, 30, 240, 810, 1920 s
     weights = om[[0, 1, 2, 3, 4]] * ta[gaps] * user.history_weight
     expected = (weights / np.sqrt(weights.sum())) @ m.y[profile.row]
-    np.testing.assert_allclose(profile.z, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(profile.wt @ m.y[profile.row], profile.z, rtol=1e-4, atol=1e-5)
+    context = m.context[1] + m.context[kernels.SINCES + 3]  # an entry of now; 4 to 7 entries
+    assert np.abs(context).max() > 0.01
+    np.testing.assert_allclose(profile.context, context, rtol=1e-6)
+    np.testing.assert_allclose(profile.z, expected + context, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(profile.wt @ m.y[profile.row], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_text_vectors_are_decayed_means_less_mu(learner: Learner) -> None:
@@ -60,10 +63,10 @@ def test_entries_of_unknown_items_are_left_out(learner: Learner) -> None:
     assert profile.row.tolist() == [learner.matrix.index(3), learner.matrix.index(12)]
 
 
-def test_a_user_of_whom_nothing_is_known_is_zero(learner: Learner) -> None:
-    profile = profile_of(learner.matrix, User(), START_TS)
-    assert not profile.z.any()
-    np.testing.assert_array_equal(profile.v, learner.matrix.arrays.map[-1])
+def test_a_user_of_whom_nothing_is_known_is_the_setting_alone(learner: Learner) -> None:
+    m, profile = learner.matrix.arrays, profile_of(learner.matrix, User(), START_TS)
+    np.testing.assert_array_equal(profile.z, m.context[0] + m.context[kernels.SINCES])
+    np.testing.assert_allclose(profile.v, m.map[-1] + profile.z @ m.map[: SMALL.dim], rtol=1e-5, atol=1e-6)
 
 
 def test_coefficients_are_the_shared_ones_plus_those_of_the_gap_and_of_the_length(learner: Learner) -> None:

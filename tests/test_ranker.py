@@ -111,6 +111,8 @@ def test_a_term_is_what_the_score_loses_without_its_event_up_to_the_norms(learne
     m, profile = learner.matrix.arrays, profile_of(learner.matrix, user, NOW, NEAR)
     row, sharp = learner.matrix.index(16), m.scalar[kernels.SHARP]
     phi = m.phi[row] + m.map[: SMALL.dim] @ m.e[row]
+    assert profile.context.any()
+    assert reason.bias.context == pytest.approx(sharp * (profile.context @ phi), abs=1e-5)
     for q, term in enumerate(reason.terms):
         assert term.entry == q
         assert term.learnt == pytest.approx(sharp * profile.wt[q] * (m.y[profile.row[q]] @ phi), abs=1e-5)

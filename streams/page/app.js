@@ -181,7 +181,7 @@ function pick(id) {
 
 const PARTS = {
   behaviour: "what the user did", item_texts: "what those items say", own_words: "what the user wrote",
-  cooccurrence: "what others did with it",
+  cooccurrence: "what others did with it", context: "how much, and how long ago",
 };
 
 function showState() {
