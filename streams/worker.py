@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -380,20 +381,24 @@ class Worker:
 
     async def observe(self) -> None:
         """State sizes and lags, for the metrics. Raises LogResetError where a source log was made anew meanwhile."""
-        self._check_ends()
+        await self._check_ends()
         for kind in ("users", "catalogue", "learner"):
             own = [k for (of, n), k in self.keepers.items() if of == kind and self.open_keeper(of, n) is k]
             rows = sum(k.partition.row_count_estimate() for k in own)
             size = sum(k.partition.disk_bytes() for k in own)
             self.telemetry.state(kind, rows, size, self.lag_records(kind))
 
-    def _check_ends(self) -> None:
-        for key, keeper in self.keepers.items():
-            if self.open_keeper(*key) is keeper:
-                for topic in keeper.topics:
-                    end = self.source.end_of(topic, keeper.number)
-                    if end is not None and end < keeper.next_offset(topic):
-                        raise LogResetError(topic, keeper.number, end, keeper.next_offset(topic))
+    async def _check_ends(self) -> None:
+        """Raises LogResetError where the log itself says that it ends before what was applied of it.
+
+        The fetches alone prove nothing: of a leader that has just become one they tell an older end, until its
+        followers have asked it (KIP-207). Where nobody answers, the next observation asks again.
+        """
+        for key, keeper in list(self.keepers.items()):
+            ends = [(self.source.end_of(topic, keeper.number), keeper.next_offset(topic)) for topic in keeper.topics]
+            if self.open_keeper(*key) is keeper and any(end is not None and end < after for end, after in ends):
+                with suppress(KafkaError):
+                    await self._check_logs(keeper)
 
     async def wipe_left_folders(self) -> None:
         """A folder of a partition that others have now may hold users who were erased since: it goes.

@@ -7,16 +7,17 @@ import asyncio
 import itertools
 
 import pytest
+from aiokafka.errors import KafkaConnectionError
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka import TopicPartition as KafkaPartition
 
 from bench.kafka_node import KafkaNode
-from bench.simulation import CHANGELOGS, Life, Log, Published, World, caught_up, check, run_seed
+from bench.simulation import CHANGELOGS, Life, Log, Published, SimKafka, World, caught_up, check, run_seed
 from streams import kafka, topics
 from streams.agents import LogResetError, LogTruncatedError
 from streams.settings import Settings
 from streams.topics import TopicsError
-from streams.worker import TP
+from streams.worker import OBSERVE_INTERVAL_S, TP
 
 SEED = 3
 CLICKS = TP("clicks", 0)
@@ -105,6 +106,30 @@ def test_a_topic_made_anew_under_a_running_worker_stops_it() -> None:
 
     with pytest.raises(LogResetError, match="made anew"):
         run_seed(SEED, story=story)
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+def test_an_end_that_a_new_leader_tells_too_low_stops_nobody(is_away: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fetches do so until its followers have asked it. Nor is anybody stopped where the log cannot be asked."""
+
+    async def story(world: World) -> None:
+        await world.publish()
+        life = await world.start("w1", None, 0.0)
+        await caught_up(world, life)
+        end_of = life.source.end_of
+        monkeypatch.setattr(life.source, "end_of", lambda *log: max(0, (end_of(*log) or 0) - 3))
+        if is_away:
+            monkeypatch.setattr(SimKafka, "log_bounds", unreachable)
+        await asyncio.sleep(2 * OBSERVE_INTERVAL_S)
+        monkeypatch.undo()
+        await caught_up(world, life)
+        await check(world, life)
+
+    run_seed(SEED, story=story)
+
+
+async def unreachable(*_: object) -> None:
+    raise KafkaConnectionError("nobody answers")
 
 
 def test_partitions_that_were_added_are_refused() -> None:
