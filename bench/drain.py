@@ -99,6 +99,14 @@ class PlainSource:
             return None
         return int(high if stable is None or stable < 0 else min(high, stable))
 
+    def heard_at(self, topic: str, partition: int) -> float | None:
+        """When that was."""
+        try:
+            told_ms = self.consumer.last_poll_timestamp(TopicPartition(topic, partition))
+        except AssertionError:
+            return None
+        return None if told_ms is None else told_ms / 1e3
+
     async def run(self, worker: Worker) -> None:
         """Starts everything and hands records over for ever."""
         self.consumer = AIOKafkaConsumer(

@@ -47,6 +47,7 @@ LEARNER_PARTITION: Final = 0  # of the examples log and the item changelog: one 
 COMMIT_INTERVAL_S: Final = 1.0
 RESUME_INTERVAL_S: Final = 0.05
 OBSERVE_INTERVAL_S: Final = 5.0
+HEARD_MAX_S: Final = 0.5  # since the last fetch of a topic; one that is in reach answers some ten times meanwhile
 SEEK_WAIT_MAX_S: Final = 5.0  # a seek must not outlast the request timeout: slower opens seek on their own
 REOPEN_WAIT_S: Final = 1.0
 READ_AGAIN_WAIT_S: Final = 0.25  # then what was sought is sought once more
@@ -79,6 +80,7 @@ class Source(Protocol):
     def resume(self, tps: Iterable[TP]) -> None: ...
     async def commit(self, offsets: Mapping[TP, int]) -> None: ...
     def end_of(self, topic: str, partition: int) -> int | None: ...  # last stable offset, as far as known
+    def heard_at(self, topic: str, partition: int) -> float | None: ...  # when a fetch told that, Unix s
 
 
 class Worker:
@@ -134,11 +136,18 @@ class Worker:
         self.book = Book(self._publish_certificate)
         self.around = Surroundings(
             now=now, metrics=self.telemetry, evidence=settings.evidence_config(), encoding=self.encoding,
-            end_of=source.end_of, first_at=self._first_at, dead_letter=self._dead_letter, durable=self._durable,
+            end_of=self._end_heard, first_at=self._first_at, dead_letter=self._dead_letter, durable=self._durable,
             changed=self._changed, failed=self._failed, merge_hold_s=settings.merge_hold_ms / 1e3,
             flush_linger_s=settings.flush_linger_ms / 1e3, sealer=self.sealer, book=self.book,
             reach=KafkaReach(settings, self.producer, self.sealer, now),
         )  # fmt: skip
+
+    def _end_heard(self, topic: str, partition: int) -> int | None:
+        """Where a source log ends; None where no broker has told lately: it may have grown unseen."""
+        heard_at = self.source.heard_at(topic, partition)
+        if heard_at is None or self.now() - heard_at > HEARD_MAX_S:
+            return None
+        return self.source.end_of(topic, partition)
 
     # -- partitions come and go
 

@@ -15,9 +15,10 @@ from bench.kafka_node import KafkaNode
 from bench.simulation import CHANGELOGS, Life, Log, Published, SimKafka, World, caught_up, check, run_seed
 from streams import kafka, topics
 from streams.agents import LogResetError, LogTruncatedError
+from streams.inbox import UNHEARD_WAIT_MAX_S
 from streams.settings import Settings
 from streams.topics import TopicsError
-from streams.worker import OBSERVE_INTERVAL_S, TP
+from streams.worker import HEARD_MAX_S, OBSERVE_INTERVAL_S, TP
 
 SEED = 3
 CLICKS = TP("clicks", 0)
@@ -122,6 +123,24 @@ def test_an_end_that_a_new_leader_tells_too_low_stops_nobody(is_away: bool, monk
             monkeypatch.setattr(SimKafka, "log_bounds", unreachable)
         await asyncio.sleep(2 * OBSERVE_INTERVAL_S)
         monkeypatch.undo()
+        await caught_up(world, life)
+        await check(world, life)
+
+    run_seed(SEED, story=story)
+
+
+def test_comments_that_are_out_of_reach_for_a_while_are_merged_at_their_time() -> None:
+    """A broker is cut off or its successor not elected, while the clicks come by another."""
+
+    async def story(world: World) -> None:
+        life = await world.start("w1", None, 0.0)
+        await asyncio.sleep(1)
+        for tp in [TP("comments", p) for p in range(world.partitions)]:
+            life.source.cut[tp] = world.now() - 2 * HEARD_MAX_S, world.logs[tp].end
+        await world.publish()
+        await asyncio.sleep(UNHEARD_WAIT_MAX_S / 2)
+        life.source.cut.clear()
+        life.source.wake()
         await caught_up(world, life)
         await check(world, life)
 
