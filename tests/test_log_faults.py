@@ -7,6 +7,7 @@ import asyncio
 import itertools
 
 import pytest
+from aiokafka import TopicPartition
 from aiokafka.errors import KafkaConnectionError
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka import TopicPartition as KafkaPartition
@@ -199,6 +200,35 @@ async def test_where_a_log_begins_and_ends_is_asked_of_the_broker(broker: str) -
     assert await kafka.log_bounds(options, (clicks, items), 0) == {clicks: (0, 3), items: (0, 0)}
     assert await kafka.log_start(options, clicks, 0) == 0
     assert await kafka.log_end(options, clicks, 0) == 3
+
+
+async def test_a_broker_that_dies_while_it_is_asked_for_an_end_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The partition that is being opened is claimed again then, as where no broker is found; the worker goes on."""
+
+    class Silent:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        async def __aenter__(self) -> "Silent":
+            return self
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+        async def end_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:
+            return dict.fromkeys(tps, 5)
+
+        beginning_offsets = end_offsets
+
+        async def getmany(self, *_: object, **__: object) -> dict[TopicPartition, list[object]]:
+            return {}
+
+        def assign(self, *_: object) -> None: ...
+
+        seek = highwater = assign
+
+    monkeypatch.setattr(kafka, "consumer", Silent)
+    with pytest.raises(KafkaConnectionError, match="no answer for the end of clicks:0") as raised:
+        await kafka.log_end({}, "clicks", 0)
+    assert raised.value.retriable
 
 
 async def test_deleted_records_move_the_beginning(kafka_node: KafkaNode) -> None:
