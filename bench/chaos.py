@@ -368,6 +368,7 @@ class Chaos:
             return
         self.all_ready()
         zombie = self.workers[name]
+        joined = zombie.rebalances()
         zombie.process.send_signal(signal.SIGSTOP)
         others = [self.workers[n] for n in self.names if n != name and n not in self.armed]
         alone = not others
@@ -377,7 +378,8 @@ class Chaos:
             self.takeover(others)
         finally:
             zombie.process.send_signal(signal.SIGCONT)
-        self.takeover([zombie, *others])  # both hold them all until the zombie has heard of it
+        zombie.wait_until("the zombie in the group again", lambda: zombie.rebalances() > joined, TAKEOVER_S_MAX)
+        self.takeover([zombie, *others])
         self.faults["frozen beyond the session"] += 1
         if alone:
             self.exits.append(others[0].stop()[0])
