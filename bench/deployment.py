@@ -87,6 +87,10 @@ class WorkerProcess:
         found: list[dict[str, Any]] = self.get("/v1/digest")["partitions"]
         return found
 
+    def rebalances(self) -> float:
+        """How often it has been given partitions."""
+        return float(self.http.get("/metrics").text.split("\nheadwater_rebalances_total ")[1].split(maxsplit=1)[0])
+
     def kill(self) -> None:
         """kill -9."""
         self.process.kill()

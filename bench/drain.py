@@ -1,7 +1,8 @@
 """One worker process that drains what the topics hold, under Faust or under a plain consumer loop: the same keepers,
-stores, learner and replica. Prints "ready" when the items are learnt, and one JSON line when the events are.
+stores, learner and replica. Prints "ready" when the items are learnt, or at once where events are known to its disk,
+and one JSON line when the events behind those are learnt.
 
-    python -m bench.drain VIA EVENTS ITEMS     with the worker's settings in the environment
+    python -m bench.drain VIA EVENTS ITEMS KNOWN     with the worker's settings in the environment
 """
 
 import asyncio
@@ -99,6 +100,14 @@ class PlainSource:
             return None
         return int(high if stable is None or stable < 0 else min(high, stable))
 
+    def heard_at(self, topic: str, partition: int) -> float | None:
+        """When that was."""
+        try:
+            told_ms = self.consumer.last_poll_timestamp(TopicPartition(topic, partition))
+        except AssertionError:
+            return None
+        return None if told_ms is None else told_ms / 1e3
+
     async def run(self, worker: Worker) -> None:
         """Starts everything and hands records over for ever."""
         self.consumer = AIOKafkaConsumer(
@@ -125,16 +134,13 @@ class PlainSource:
                     await worker.offer(tp.topic, tp.partition, records[at : at + size])
 
 
-async def watch(worker: Worker, events: int, items: int) -> dict[str, Any]:
-    """Says "ready" once the items are learnt, then waits until all events are applied and learnt."""
-    while count(worker, CatalogueKeeper) < items or learner(worker).counts["items"] < items:
-        await asyncio.sleep(POLL_S)
-    print("ready", flush=True)
+async def watch(worker: Worker, events: int, items: int, known: int) -> dict[str, Any]:
+    """Waits until all events are applied and learnt; the time counts from the first that is folded."""
     started, cpu, stages = time.perf_counter(), time.process_time(), dict(worker.telemetry.stage_s)
-    while count(worker, UserKeeper) == 0:
+    while "fold" not in worker.telemetry.stage_s:
         started, cpu = time.perf_counter(), time.process_time()
         await asyncio.sleep(POLL_S)
-    while count(worker, UserKeeper) < events:
+    while count(worker, UserKeeper) < known + events:
         await asyncio.sleep(POLL_S)
     users_s = time.perf_counter() - started
     topic = worker.settings.internal_topic("examples")
@@ -168,15 +174,22 @@ def learner(worker: Worker) -> LearnerKeeper:
     return keeper
 
 
-async def measure(worker: Worker, events: int, items: int) -> None:
+def has_learnt(worker: Worker, items: int) -> bool:
+    """Whether its learner is there and knows so many."""
+    is_open = worker.open_keeper("learner", LEARNER_PARTITION) is not None
+    return is_open and count(worker, CatalogueKeeper) >= items and learner(worker).counts["items"] >= items
+
+
+async def measure(worker: Worker, events: int, items: int, known: int) -> None:
     """Prints the result and ends the process: what comes after the measurement is not the benchmark's."""
-    while worker.open_keeper("learner", LEARNER_PARTITION) is None:
+    while not known and not has_learnt(worker, items):
         await asyncio.sleep(POLL_S)
-    print(json.dumps(await watch(worker, events, items)), flush=True)
+    print("ready", flush=True)
+    print(json.dumps(await watch(worker, events, items, known)), flush=True)
     os._exit(0)
 
 
-def main(via: str, events: int, items: int) -> None:
+def main(via: str, events: int, items: int, known: int) -> None:
     """Runs the worker `via` "faust" or "plain"."""
     log.set_up("warning")
     settings = Settings()
@@ -188,7 +201,7 @@ def main(via: str, events: int, items: int) -> None:
         _quiet_gc()
 
         async def both() -> None:
-            await asyncio.gather(plain.run(worker), measure(worker, events, items))
+            await asyncio.gather(plain.run(worker), measure(worker, events, items, known))
 
         asyncio.run(both())
         return
@@ -199,7 +212,7 @@ def main(via: str, events: int, items: int) -> None:
 
     @app.task
     async def measuring() -> None:
-        await measure(worker, events, items)
+        await measure(worker, events, items, known)
 
     _quiet_gc()
     faust_app.FaustWorker(app).execute_from_commandline()
@@ -212,4 +225,4 @@ def _quiet_gc() -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -109,9 +109,11 @@ def start_with_catalogue(deployment: Deployment, items: int, seconds_max: float 
 
 
 async def publish_events(
-    settings: Settings, stream: Stream, count: int, rate: float = 0.0, published: Callable[[int], None] | None = None
-) -> None:
-    """`count` events, as fast as it goes or at `rate` a second, every LINGER_S; their `ts` is when they were sent."""
+    settings: Settings, stream: Stream, count: int, rate: float = 0.0, published: Callable[[int], None] | None = None,
+    lag_s: float = 0.0,
+) -> None:  # fmt: skip
+    """`count` events, as fast as it goes or at `rate` a second, every LINGER_S; their `ts` is when they were sent, or
+    spread over the `lag_s` before."""
     producer = kafka.Producer(settings.kafka_options())
     await producer.start()
     try:
@@ -123,7 +125,7 @@ async def publish_events(
             due = count if not rate else min(count, int((time.monotonic() - started) * rate))
             size = min(PUBLISH_RECORDS, due - done)
             if size > 0:
-                await publish(producer, settings, "clicks", stream.take(size, time.time()))
+                await publish(producer, settings, "clicks", stream.take(size, time.time() - lag_s * (1 - done / count)))
                 done += size
                 if published is not None:
                     published(done)

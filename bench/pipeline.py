@@ -1,4 +1,6 @@
-"""The whole chain of one worker under Faust against the same chain under a plain consumer loop, draining a backlog."""
+"""The whole chain of one worker under Faust against the same chain under a plain consumer loop, draining a backlog;
+and against itself, started again on what came while it was stopped.
+"""
 
 import argparse
 import asyncio
@@ -8,8 +10,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from bench import load
 from bench.chaos import broker_for
@@ -17,24 +22,32 @@ from streams import topics
 from streams.broker import end_with_parent
 from streams.settings import Settings, environment
 
+STOPPED_S: Final = 60.0  # a session's length that outlasts the laying of a backlog before a sleeping worker
+LAG_S: Final = 3600.0  # that what came meanwhile is spread over, by the events' own time
+
 
 def run(arguments: list[str]) -> dict[str, Any]:
     """`python -m bench pipeline [--events N] [--items N] [--users N] [--rounds N] [--broker embedded|HOST:PORT]
-    [--rank-sample SHARE]`"""
+    [--lag N] [--rank-sample SHARE]`"""
     parser = argparse.ArgumentParser(prog="python -m bench pipeline")
     parser.add_argument("--events", type=int, default=200_000)
     parser.add_argument("--items", type=int, default=2_000)
     parser.add_argument("--items-many", type=int, default=0, help="also with so many items, under Faust")
+    parser.add_argument("--lag", type=int, default=0, help="also so many events more, laid while it was stopped")
     parser.add_argument("--users", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=1, help="of each way, in turn; the median counts")
     parser.add_argument("--broker", default="embedded", help="embedded, or a running Kafka's HOST:PORT")
     parser.add_argument("--rank-sample", type=float, default=0.0, help="share of the targets in the live race")
     asked = parser.parse_args(arguments)
     told = {"rank_sample": str(asked.rank_sample)}
-    rounds: dict[str, list[dict[str, Any]]] = {"faust": [], "plain": []}
+    stream = {"broker": asked.broker, "events": asked.events, "items": asked.items, "users": asked.users, "more": told}
+    ways: dict[str, Callable[..., dict[str, Any]]] = {via: partial(drain, via, **stream) for via in ("faust", "plain")}
+    if asked.lag:
+        ways["lag"] = partial(catch_up, lag=asked.lag, **stream)
+    rounds: dict[str, list[dict[str, Any]]] = {via: [] for via in ways}
     for n in range(asked.rounds):
-        for via in ("faust", "plain"):
-            rounds[via].append(drain(via, asked.broker, asked.events, asked.items, asked.users, f"{via}{n}-", told))
+        for via, way in ways.items():
+            rounds[via].append(way(prefix=f"{via}{n}-"))
             print(json.dumps({"via": via, **rounds[via][-1]}), flush=True)
     faust, plain = (statistics.median(r["events_per_s"] for r in rounds[via]) for via in ("faust", "plain"))
     result: dict[str, Any] = {
@@ -44,6 +57,9 @@ def run(arguments: list[str]) -> dict[str, Any]:
         "stage_us_per_event": rounds["faust"][-1]["stage_us_per_event"],
         "cpu_us_per_event": rounds["faust"][-1]["cpu_us_per_event"],
     }  # fmt: skip
+    if asked.lag:
+        lag = statistics.median(r["events_per_s"] for r in rounds["lag"])
+        result |= {"lag": asked.lag, "lag_events_per_s": lag, "lag_ratio": lag / faust}
     if asked.items_many:
         many = drain("faust", asked.broker, asked.events, asked.items_many, asked.users, "many-", told)
         print(json.dumps({"via": "faust", **many}), flush=True)
@@ -58,25 +74,60 @@ def drain(
     via: str, broker: str, events: int, items: int, users: int, prefix: str, more: dict[str, str]
 ) -> dict[str, Any]:
     """One worker process that knows the items and no users, let loose on a backlog of events. more: its settings."""
-    with tempfile.TemporaryDirectory() as folder, broker_for(broker) as address:
-        told = {"broker": address, "topic_prefix": prefix, "app_id": "bench", "session_timeout_s": "60",
-                "state_dir": str(Path(folder) / "state"), **more}  # fmt: skip
+    with _catalogue(broker, items, {**more, "topic_prefix": prefix, "session_timeout_s": str(STOPPED_S)}) as told:
         settings = Settings.model_validate(told)
-        topics.ensure(settings)
-        asyncio.run(load.publish_items(settings, items))
-        with subprocess.Popen(
-            [sys.executable, "-m", "bench.drain", via, str(events), str(items)], env=environment(told),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent(),
-        ) as worker:  # fmt: skip
-            assert worker.stdout is not None
-            if worker.stdout.readline() != "ready\n":
-                worker.kill()
-                raise RuntimeError("the worker did not become ready")
+        with _worker(via, told, events, items) as worker:
             worker.send_signal(signal.SIGSTOP)  # it sleeps while the backlog is laid
             asyncio.run(load.publish_events(settings, load.Stream(items, users), events))
             worker.send_signal(signal.SIGCONT)
-            told_line = worker.stdout.readline()
-            if worker.wait() or not told_line:
-                raise RuntimeError(f"the drain ended with {worker.returncode}")
-        result: dict[str, Any] = json.loads(told_line)
-        return result
+            return _end(worker)
+
+
+def catch_up(
+    broker: str, events: int, items: int, users: int, prefix: str, more: dict[str, str], lag: int
+) -> dict[str, Any]:
+    """One worker that has learnt events and is gone while `lag` more come, of an hour; it is measured from the first
+    that it takes after its start."""
+    with _catalogue(broker, items, {**more, "topic_prefix": prefix}) as told:
+        settings, stream = Settings.model_validate(told), load.Stream(items, users)
+        with _worker("faust", told, events, items) as worker:
+            asyncio.run(load.publish_events(settings, stream, events))
+            _end(worker)
+        asyncio.run(load.publish_events(settings, stream, lag, lag_s=LAG_S))
+        with _worker("faust", told, lag, items, known=events) as worker:
+            return _end(worker)
+
+
+@contextmanager
+def _catalogue(broker: str, items: int, more: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The settings of a worker on new topics that hold the items."""
+    with tempfile.TemporaryDirectory() as folder, broker_for(broker) as address:
+        told = {"broker": address, "app_id": "bench", "state_dir": str(Path(folder) / "state"), **more}
+        settings = Settings.model_validate(told)
+        topics.ensure(settings)
+        asyncio.run(load.publish_items(settings, items))
+        yield told
+
+
+@contextmanager
+def _worker(via: str, told: dict[str, str], events: int, items: int, known: int = 0) -> Iterator[subprocess.Popen[str]]:
+    """The process that drains, ready for the events behind those that are known to its disk."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "bench.drain", via, str(events), str(items), str(known)], env=environment(told),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent(),
+    ) as worker:  # fmt: skip
+        assert worker.stdout is not None
+        if worker.stdout.readline() != "ready\n":
+            worker.kill()
+            raise RuntimeError("the worker did not become ready")
+        yield worker
+
+
+def _end(worker: subprocess.Popen[str]) -> dict[str, Any]:
+    """What it tells when all is drained."""
+    assert worker.stdout is not None
+    told_line = worker.stdout.readline()
+    if worker.wait() or not told_line:
+        raise RuntimeError(f"the drain ended with {worker.returncode}")
+    result: dict[str, Any] = json.loads(told_line)
+    return result

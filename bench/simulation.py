@@ -283,6 +283,7 @@ class SimSource:
         self.number = 0
         self.positions: dict[TP, int] = {}
         self.paused: set[TP] = set()
+        self.cut: dict[TP, tuple[float, int]] = {}  # what is out of reach: since when, and where it ended then
         self.wakes = [asyncio.Event() for _ in SOURCES]
 
     def assignment(self) -> Iterable[TP]:
@@ -312,7 +313,12 @@ class SimSource:
 
     def end_of(self, topic: str, partition: int) -> int | None:
         tp = TP(topic, partition)
+        if tp in self.cut:
+            return self.cut[tp][1]
         return self.world.logs[tp].end if tp in self.assigned else None
+
+    def heard_at(self, topic: str, partition: int) -> float | None:
+        return self.cut.get(TP(topic, partition), (self.world.now(), 0))[0]
 
     def give(self, tps: set[TP]) -> None:
         """The group's answer: read on from what was committed, until somebody seeks."""
@@ -346,7 +352,7 @@ class SimSource:
             while True:
                 ready = [
                     tp
-                    for tp in sorted(self.assigned - self.paused)
+                    for tp in sorted(self.assigned - self.paused - self.cut.keys())
                     if tp.topic in topics and self.world.logs[tp].at(self.positions[tp], 1)
                 ]
                 if not ready:
@@ -356,7 +362,7 @@ class SimSource:
                 await asyncio.sleep(chance.choice((0.0, 0.001, 0.004, 0.02)))
                 self.life.alive()
                 tp = chance.choice(ready)
-                if tp in self.assigned and tp not in self.paused:
+                if tp in self.assigned and tp not in self.paused and tp not in self.cut:
                     await self._deliver(tp)
         except Exception as failure:  # Faust's agent crashes, and the worker with it
             self.life.fail(failure)

@@ -87,7 +87,7 @@ class Surroundings:
     metrics: Telemetry
     evidence: EvidenceConfig
     encoding: Encoding
-    end_of: Callable[[str, int], int | None]  # (topic, partition) -> where the log ends, as far as known
+    end_of: Callable[[str, int], int | None]  # (topic, partition) -> where the log ends; None: not known, or not lately
     first_at: Callable[[str, int, int], Awaitable[tuple[int, int]]]  # streams.kafka.first_at_or_after
     dead_letter: Callable[[codec.DeadLetter], Awaitable[None]]
     durable: Callable[[str, int, int], None]  # (topic, partition, next offset): may be committed

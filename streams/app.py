@@ -133,6 +133,14 @@ class FaustSource:
             return None
         return int(high if stable is None or stable < 0 else min(high, stable))
 
+    def heard_at(self, topic: str, partition: int) -> float | None:
+        """When a fetch told where the log ends, last; None: not yet."""
+        try:
+            told_ms = self.app.consumer._thread._consumer.last_poll_timestamp(TopicPartition(topic, partition))
+        except (AssertionError, AttributeError):
+            return None
+        return None if told_ms is None else told_ms / 1e3
+
 
 def _credentials(settings: Settings) -> Any:
     """The connection's security as Faust takes it; None for plain text."""

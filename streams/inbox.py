@@ -4,7 +4,8 @@ A user's state depends on the order of their clicks, comments and erasures, and 
 is a function of the logs: of the topics' next records, the one with the earliest event time (never later than the
 record's own time) goes first, then the topic named first. Nothing is remembered, so a merge that begins anywhere in the
 middle goes on as the one before it. While a topic is behind, the others wait for it; once it is at its end, an event is
-held for `hold_s` after it came, since a record with an earlier time may still be on its way.
+held for `hold_s` after it came, since a record with an earlier time may still be on its way. A topic of which no broker
+tells anything may have grown unseen: it is waited for as well, but not for ever, and the hold counts from its return.
 """
 
 from collections import deque
@@ -15,6 +16,8 @@ from typing import Final, Generic, NamedTuple, TypeVar
 T = TypeVar("T")
 
 LAG_WAIT_MAX_S: Final = 1.0  # for a topic that is behind but sends nothing (an open or aborted transaction)
+UNHEARD_WAIT_MAX_S: Final = 60.0  # for one out of reach: by then a leader is elected, a dead connection given up
+LOOK_AGAIN_S: Final = 0.1  # whether it is heard of
 
 
 class Entry(NamedTuple, Generic[T]):
@@ -32,6 +35,7 @@ class Source(Generic[T]):
 
     expected: int
     since: float = float("-inf")  # when something came, or the last of it went
+    unheard_at: float = float("-inf")  # when it was out of reach, last
     caught_up_to: int = -1
     entries: deque[Entry[T]] = field(default_factory=deque)
 
@@ -58,7 +62,7 @@ class Inbox(Generic[T]):
     ) -> tuple[list[tuple[str, Entry[T]]], float | None]:
         """The next entries in merge order, at most `count_max`, and how long to wait for more (None: until a put).
 
-        `end_of(topic)` is the offset at which the topic ends, as far as known.
+        `end_of(topic)` is the offset at which the topic ends; None: that is not known, or not lately.
         """
         taken: list[tuple[str, Entry[T]]] = []
         wait: float | None = None
@@ -85,11 +89,14 @@ class Inbox(Generic[T]):
             if source.entries:
                 continue
             end = end_of(topic)
-            if end is None or end > max(source.expected, source.caught_up_to):
+            if end is None:
+                source.unheard_at = now
+                wait = max(wait, min(head.arrived + UNHEARD_WAIT_MAX_S - now, LOOK_AGAIN_S))
+            elif end > max(source.expected, source.caught_up_to):
                 left = max(head.arrived, source.since) + LAG_WAIT_MAX_S - now
-                if left <= 0 and end is not None:
+                if left <= 0:
                     source.caught_up_to = end
                 wait = max(wait, left)
             else:
-                wait = max(wait, head.arrived + self.hold_s - now)
+                wait = max(wait, max(head.arrived, source.unheard_at) + self.hold_s - now)
         return wait

@@ -9,7 +9,13 @@ from typing import Any, Final
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
-from aiokafka.errors import IncompatibleBrokerVersion, KafkaError, OffsetOutOfRangeError, UnknownError
+from aiokafka.errors import (
+    IncompatibleBrokerVersion,
+    KafkaConnectionError,
+    KafkaError,
+    OffsetOutOfRangeError,
+    UnknownError,
+)
 from aiokafka.partitioner import murmur2
 
 from state.changelog import LogRecord
@@ -368,4 +374,4 @@ async def log_end(options: Mapping[str, Any], topic: str, partition: int) -> int
             high = reader.highwater(tp)
             if high is not None:
                 return max(int(high), end)
-        raise KafkaError(f"no answer for the end of {topic}:{partition}")
+        raise KafkaConnectionError(f"no answer for the end of {topic}:{partition}")  # to be asked again

@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,7 @@ LEARNER_PARTITION: Final = 0  # of the examples log and the item changelog: one 
 COMMIT_INTERVAL_S: Final = 1.0
 RESUME_INTERVAL_S: Final = 0.05
 OBSERVE_INTERVAL_S: Final = 5.0
+HEARD_MAX_S: Final = 0.5  # since the last fetch of a topic; one that is in reach answers some ten times meanwhile
 SEEK_WAIT_MAX_S: Final = 5.0  # a seek must not outlast the request timeout: slower opens seek on their own
 REOPEN_WAIT_S: Final = 1.0
 READ_AGAIN_WAIT_S: Final = 0.25  # then what was sought is sought once more
@@ -78,6 +80,7 @@ class Source(Protocol):
     def resume(self, tps: Iterable[TP]) -> None: ...
     async def commit(self, offsets: Mapping[TP, int]) -> None: ...
     def end_of(self, topic: str, partition: int) -> int | None: ...  # last stable offset, as far as known
+    def heard_at(self, topic: str, partition: int) -> float | None: ...  # when a fetch told that, Unix s
 
 
 class Worker:
@@ -133,11 +136,18 @@ class Worker:
         self.book = Book(self._publish_certificate)
         self.around = Surroundings(
             now=now, metrics=self.telemetry, evidence=settings.evidence_config(), encoding=self.encoding,
-            end_of=source.end_of, first_at=self._first_at, dead_letter=self._dead_letter, durable=self._durable,
+            end_of=self._end_heard, first_at=self._first_at, dead_letter=self._dead_letter, durable=self._durable,
             changed=self._changed, failed=self._failed, merge_hold_s=settings.merge_hold_ms / 1e3,
             flush_linger_s=settings.flush_linger_ms / 1e3, sealer=self.sealer, book=self.book,
             reach=KafkaReach(settings, self.producer, self.sealer, now),
         )  # fmt: skip
+
+    def _end_heard(self, topic: str, partition: int) -> int | None:
+        """Where a source log ends; None where no broker has told lately: it may have grown unseen."""
+        heard_at = self.source.heard_at(topic, partition)
+        if heard_at is None or self.now() - heard_at > HEARD_MAX_S:
+            return None
+        return self.source.end_of(topic, partition)
 
     # -- partitions come and go
 
@@ -380,20 +390,24 @@ class Worker:
 
     async def observe(self) -> None:
         """State sizes and lags, for the metrics. Raises LogResetError where a source log was made anew meanwhile."""
-        self._check_ends()
+        await self._check_ends()
         for kind in ("users", "catalogue", "learner"):
             own = [k for (of, n), k in self.keepers.items() if of == kind and self.open_keeper(of, n) is k]
             rows = sum(k.partition.row_count_estimate() for k in own)
             size = sum(k.partition.disk_bytes() for k in own)
             self.telemetry.state(kind, rows, size, self.lag_records(kind))
 
-    def _check_ends(self) -> None:
-        for key, keeper in self.keepers.items():
-            if self.open_keeper(*key) is keeper:
-                for topic in keeper.topics:
-                    end = self.source.end_of(topic, keeper.number)
-                    if end is not None and end < keeper.next_offset(topic):
-                        raise LogResetError(topic, keeper.number, end, keeper.next_offset(topic))
+    async def _check_ends(self) -> None:
+        """Raises LogResetError where the log itself says that it ends before what was applied of it.
+
+        The fetches alone prove nothing: of a leader that has just become one they tell an older end, until its
+        followers have asked it (KIP-207). Where nobody answers, the next observation asks again.
+        """
+        for key, keeper in list(self.keepers.items()):
+            ends = [(self.source.end_of(topic, keeper.number), keeper.next_offset(topic)) for topic in keeper.topics]
+            if self.open_keeper(*key) is keeper and any(end is not None and end < after for end, after in ends):
+                with suppress(KafkaError):
+                    await self._check_logs(keeper)
 
     async def wipe_left_folders(self) -> None:
         """A folder of a partition that others have now may hold users who were erased since: it goes.

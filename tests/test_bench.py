@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from bench import finetune, freshness, pipeline, published, rank, serve, store
+from bench import chaos, finetune, freshness, pipeline, published, rank, serve, store, verdict
+from state.store import RocksDisk
 from tests.test_evaluate import FakeEncoder
+from tests.test_store import META
 
 
-def test_pipeline_compares_faust_with_a_plain_loop() -> None:
-    result = pipeline.run(["--events", "3000", "--items", "60", "--users", "300"])
+def test_pipeline_compares_faust_with_a_plain_loop_and_with_itself_after_a_stop() -> None:
+    result = pipeline.run(["--events", "3000", "--items", "60", "--users", "300", "--lag", "2000"])
     assert result["ratio"] == result["faust_events_per_s"] / result["plain_events_per_s"] > 0
     assert 2000 < result["examples"] <= 3000
+    assert result["lag_ratio"] == result["lag_events_per_s"] / result["faust_events_per_s"] > 0
     assert {"fold", "user_flush", "learn"} <= result["stage_us_per_event"].keys()
 
 
@@ -79,3 +82,14 @@ def test_published_protocol_scores_the_last_70_percent_of_the_five_stars(
     assert (result["events"], result["learnt_first"], result["tests"]) == (200, 60, 140)
     assert {"model", "popularity"} <= result["recall@10"].keys()
     assert all(0 <= value <= 1 for value in result["recall@10"].values())
+
+
+def test_rocksdb_makes_up_no_name_of_a_user_of_chaos(tmp_path: Path) -> None:
+    """Its indexes have shortened keys between two rows'."""
+    names = [[chaos.user_name(slot, turn).encode() for slot in range(20)] for turn in range(3)]
+    disk = RocksDisk().open(tmp_path)
+    disk.write({name: bytes(5000) for name in [*names[0], *names[2]]}, META)
+    disk.purge()
+    disk.close()
+    assert verdict.files_that_name(names[0], [tmp_path])
+    assert verdict.files_that_name(names[1], [tmp_path]) == []

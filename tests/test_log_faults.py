@@ -7,16 +7,19 @@ import asyncio
 import itertools
 
 import pytest
+from aiokafka import TopicPartition
+from aiokafka.errors import KafkaConnectionError
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka import TopicPartition as KafkaPartition
 
 from bench.kafka_node import KafkaNode
-from bench.simulation import CHANGELOGS, Life, Log, Published, World, caught_up, check, run_seed
+from bench.simulation import CHANGELOGS, Life, Log, Published, SimKafka, World, caught_up, check, run_seed
 from streams import kafka, topics
 from streams.agents import LogResetError, LogTruncatedError
+from streams.inbox import UNHEARD_WAIT_MAX_S
 from streams.settings import Settings
 from streams.topics import TopicsError
-from streams.worker import TP
+from streams.worker import HEARD_MAX_S, OBSERVE_INTERVAL_S, TP
 
 SEED = 3
 CLICKS = TP("clicks", 0)
@@ -107,6 +110,48 @@ def test_a_topic_made_anew_under_a_running_worker_stops_it() -> None:
         run_seed(SEED, story=story)
 
 
+@pytest.mark.parametrize("is_away", [False, True])
+def test_an_end_that_a_new_leader_tells_too_low_stops_nobody(is_away: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fetches do so until its followers have asked it. Nor is anybody stopped where the log cannot be asked."""
+
+    async def story(world: World) -> None:
+        await world.publish()
+        life = await world.start("w1", None, 0.0)
+        await caught_up(world, life)
+        end_of = life.source.end_of
+        monkeypatch.setattr(life.source, "end_of", lambda *log: max(0, (end_of(*log) or 0) - 3))
+        if is_away:
+            monkeypatch.setattr(SimKafka, "log_bounds", unreachable)
+        await asyncio.sleep(2 * OBSERVE_INTERVAL_S)
+        monkeypatch.undo()
+        await caught_up(world, life)
+        await check(world, life)
+
+    run_seed(SEED, story=story)
+
+
+def test_comments_that_are_out_of_reach_for_a_while_are_merged_at_their_time() -> None:
+    """A broker is cut off or its successor not elected, while the clicks come by another."""
+
+    async def story(world: World) -> None:
+        life = await world.start("w1", None, 0.0)
+        await asyncio.sleep(1)
+        for tp in [TP("comments", p) for p in range(world.partitions)]:
+            life.source.cut[tp] = world.now() - 2 * HEARD_MAX_S, world.logs[tp].end
+        await world.publish()
+        await asyncio.sleep(UNHEARD_WAIT_MAX_S / 2)
+        life.source.cut.clear()
+        life.source.wake()
+        await caught_up(world, life)
+        await check(world, life)
+
+    run_seed(SEED, story=story)
+
+
+async def unreachable(*_: object) -> None:
+    raise KafkaConnectionError("nobody answers")
+
+
 def test_partitions_that_were_added_are_refused() -> None:
     async def story(world: World) -> None:
         await stopped(world)
@@ -155,6 +200,35 @@ async def test_where_a_log_begins_and_ends_is_asked_of_the_broker(broker: str) -
     assert await kafka.log_bounds(options, (clicks, items), 0) == {clicks: (0, 3), items: (0, 0)}
     assert await kafka.log_start(options, clicks, 0) == 0
     assert await kafka.log_end(options, clicks, 0) == 3
+
+
+async def test_a_broker_that_dies_while_it_is_asked_for_an_end_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The partition that is being opened is claimed again then, as where no broker is found; the worker goes on."""
+
+    class Silent:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        async def __aenter__(self) -> "Silent":
+            return self
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+        async def end_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:
+            return dict.fromkeys(tps, 5)
+
+        beginning_offsets = end_offsets
+
+        async def getmany(self, *_: object, **__: object) -> dict[TopicPartition, list[object]]:
+            return {}
+
+        def assign(self, *_: object) -> None: ...
+
+        seek = highwater = assign
+
+    monkeypatch.setattr(kafka, "consumer", Silent)
+    with pytest.raises(KafkaConnectionError, match="no answer for the end of clicks:0") as raised:
+        await kafka.log_end({}, "clicks", 0)
+    assert raised.value.retriable
 
 
 async def test_deleted_records_move_the_beginning(kafka_node: KafkaNode) -> None:
