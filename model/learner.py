@@ -31,7 +31,7 @@ class LearnerConfig:
     dim: int = 64  # D of the learnt block
     text_dim: int = 384  # T, the encoder's
     negatives: int = 512  # K candidates drawn a message, shared by its examples
-    neighbours_max: int = 384  # M co-occurring items kept an item, 8 B each
+    neighbours_max: int = 512  # M co-occurring items kept an item, 8 B each
     history_max: int = 100  # L history entries an example
     cooccurrence_history: int = 32  # of these in the co-occurrence block
     y_history: int = 32  # of these whose y gets a gradient
@@ -48,7 +48,7 @@ class LearnerConfig:
     lr_map: float = 0.02  # M
     lr_context: float = 0.025  # x
     lr_sharp: float = 0.1  # the calibration a
-    backward: float = 0.7  # what an item counts as the neighbour of one that came after it; of one before it: 1
+    backward: float = 0.85  # what an item counts as the neighbour of one that came after it; of one before it: 1
     start: float = 0.1  # length of phi and y at entry, a dimension
 
     def __post_init__(self) -> None:

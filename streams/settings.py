@@ -242,7 +242,7 @@ class Settings(BaseSettings):
         ge=1, le=16_384,
     )  # fmt: skip
     learner_neighbours_max: int = _setting(
-        384, "items", "Co-occurring items kept an item, 8 bytes each.", ge=1, le=4096
+        512, "items", "Co-occurring items kept an item, 8 bytes each.", ge=1, le=4096
     )
     learner_cooccurrence_history: int = _setting(
         32, "events", "Newest of a user's history that the co-occurrence block reads.", ge=1, le=100
@@ -274,7 +274,11 @@ class Settings(BaseSettings):
         0.025, "step", "AdaGrad step of what a history's length and the pause after it add.", gt=0, le=10
     )
     learner_backward: float = _setting(
-        0.7, "share", "What an item counts as the neighbour of one that came after it; of one before it: 1.", ge=0, le=1
+        0.85,
+        "share",
+        "What an item counts as the neighbour of one that came after it; of one before it: 1.",
+        ge=0,
+        le=1,
     )
     learner_lr_sharp: float = _setting(0.1, "step", "AdaGrad step of the probabilities' sharpness.", gt=0, le=10)
 
