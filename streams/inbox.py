@@ -18,6 +18,8 @@ T = TypeVar("T")
 LAG_WAIT_MAX_S: Final = 1.0  # for a topic that is behind but sends nothing (an open or aborted transaction)
 UNHEARD_WAIT_MAX_S: Final = 60.0  # for one out of reach: by then a leader is elected, a dead connection given up
 LOOK_AGAIN_S: Final = 0.1  # whether it is heard of
+LATE_MAX_S: Final = 0.5  # that a look may come after it was due; else the process stood still, and waited for nothing
+AWAKE_S: Final = 0.5  # until what is heard of after that was told after that
 
 
 class Entry(NamedTuple, Generic[T]):
@@ -46,6 +48,8 @@ class Inbox(Generic[T]):
     def __init__(self, expected: dict[str, int], hold_s: float) -> None:
         self.sources: dict[str, Source[T]] = {topic: Source(offset) for topic, offset in expected.items()}
         self.hold_s = hold_s
+        self._due = float("inf")  # when `take` is called again, at the latest
+        self._resumed = float("-inf")  # when it was called later than that, last
 
     def __len__(self) -> int:
         return sum(len(s.entries) for s in self.sources.values())
@@ -64,6 +68,15 @@ class Inbox(Generic[T]):
 
         `end_of(topic)` is the offset at which the topic ends; None: that is not known, or not lately.
         """
+        if now > self._due + LATE_MAX_S:
+            self._resumed = now
+        taken, wait = self._take(now, end_of, count_max)
+        self._due = now + wait if wait else float("inf")
+        return taken, wait
+
+    def _take(
+        self, now: float, end_of: Callable[[str], int | None], count_max: int
+    ) -> tuple[list[tuple[str, Entry[T]]], float | None]:
         taken: list[tuple[str, Entry[T]]] = []
         wait: float | None = None
         while len(taken) < count_max:
@@ -89,11 +102,12 @@ class Inbox(Generic[T]):
             if source.entries:
                 continue
             end = end_of(topic)
+            wait = max(wait, self._resumed + AWAKE_S - now)
             if end is None:
                 source.unheard_at = now
                 wait = max(wait, min(head.arrived + UNHEARD_WAIT_MAX_S - now, LOOK_AGAIN_S))
             elif end > max(source.expected, source.caught_up_to):
-                left = max(head.arrived, source.since) + LAG_WAIT_MAX_S - now
+                left = max(head.arrived, source.since, self._resumed) + LAG_WAIT_MAX_S - now
                 if left <= 0:
                     source.caught_up_to = end
                 wait = max(wait, left)
