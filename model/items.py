@@ -23,7 +23,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,7 @@ ID_BYTES_MAX: Final = 65_535
 CAPACITY_START: Final = 1024
 
 STATIC, DENSE, NEIGHBOURS, PENDING, MAP, GLOBALS, ADAPTER = b"s", b"d", b"n", b"p", b"m", b"g", b"a"
+KINDS: Final = frozenset((STATIC, DENSE, NEIGHBOURS, PENDING, MAP, GLOBALS, ADAPTER))
 
 _KEY = struct.Struct("<cq")
 _HEADER = struct.Struct("<BcBxiq")
@@ -343,44 +344,66 @@ class ItemMatrix:
     # --- rows in ---
 
     def apply(self, rows: Iterable[tuple[bytes, bytes | None]]) -> int:
-        """Takes rows as `rows` and the learner give them out, in their order. Returns how many.
+        """`arrange`, then `take`. Returns how many rows there were."""
+        arranged = self.arrange(rows)
+        self.take(arranged)
+        return arranged.total
 
-        None deletes a pending item. Rows of other kinds are never deleted: where a changelog does so, it takes back a
-        row of a flush that was never complete, which nobody has. Rows of different kinds may come in any order.
+    def arrange(self, rows: Iterable[tuple[bytes, bytes | None]]) -> "Arranged":
+        """Rows as `rows` and the learner give them out, in their order, ready for `take`: what can be done with them
+        while the matrix is read. Rows of different kinds may come in any order.
+
         Raises RowVersionError for another version, ValueError for rows of a matrix of other dimensions.
         """
         dense: list[bytes] = []
         neighbours: list[bytes] = []
+        others: list[tuple[bytes, bytes | None]] = []
         count = 0
         for key, value in rows:
             count += 1
             kind = key[:1]
-            if kind == ADAPTER:
-                self.adapt(None if value is None else Adapter.unpack(value))
-                continue
-            if value is None:
-                if kind == PENDING:
-                    self.pending.pop(_KEY.unpack(key)[1], None)
-                continue
-            _check_version(value[0], repr(key))
-            if kind == DENSE:
-                dense.append(value)
-            elif kind == NEIGHBOURS:
-                neighbours.append(value)
-            elif kind == STATIC:
-                self._apply_static(value)
-            elif kind == PENDING:
-                self._apply_pending(value)
-            elif kind == MAP:
-                self._apply_map(value)
-            elif kind == GLOBALS:
-                self._apply_globals(value)
-            else:
+            if kind not in KINDS:
                 raise ValueError(f"item row {key!r}: no such kind")
-        self._apply_dense(dense)
-        self._apply_neighbours(neighbours)
+            if value is not None and kind != ADAPTER:
+                _check_version(value[0], repr(key))
+            if kind == DENSE and value is not None:
+                dense.append(value)
+            elif kind == NEIGHBOURS and value is not None:
+                neighbours.append(value)
+            else:
+                others.append((key, value))
+        packed = b"".join(dense)
+        if len(packed) != len(dense) * self.dense.itemsize:
+            raise ValueError(f"a dense item row is not {self.dense.itemsize} bytes long: of another dimension")
+        sizes = np.fromiter((len(value) // 4 for value in neighbours), np.int64, len(neighbours))
+        words = np.frombuffer(b"".join(neighbours), np.int32)
+        return Arranged(count, others, np.frombuffer(packed, self.dense), words, sizes)
+
+    def take(self, arranged: "Arranged") -> None:
+        """Takes rows in. None deletes a pending item. Rows of other kinds are never deleted: where a changelog does
+        so, it takes back a row of a flush that was never complete, which nobody has."""
+        for key, value in arranged.others:
+            self._apply_other(key, value)
+        self._apply_dense(arranged.dense)
+        self._apply_neighbours(arranged.words, arranged.sizes)
         self.version += 1
-        return count
+
+    def _apply_other(self, key: bytes, value: bytes | None) -> None:
+        kind = key[:1]
+        if kind == ADAPTER:
+            self.adapt(None if value is None else Adapter.unpack(value))
+        elif value is None:
+            if kind == PENDING:
+                self.pending.pop(_KEY.unpack(key)[1], None)
+        elif kind == STATIC:
+            self._apply_static(value)
+        elif kind == PENDING:
+            self._apply_pending(value)
+        elif kind == MAP:
+            self._apply_map(value)
+        else:
+            assert kind == GLOBALS, kind
+            self._apply_globals(value)
 
     def _apply_static(self, value: bytes) -> None:
         _, _, flags, row, key = _HEADER.unpack_from(value)
@@ -435,26 +458,30 @@ class ItemMatrix:
         m.map_square[part] = numbers[:n]
         m.map[part] = numbers[n:].reshape(n, self.text_dim)
 
-    def _apply_dense(self, values: list[bytes]) -> None:
-        if not values:
+    def _apply_dense(self, block: Array) -> None:
+        if not len(block):
             return
-        packed = b"".join(values)
-        if len(packed) != len(values) * self.dense.itemsize:
-            raise ValueError(f"a dense item row is not {self.dense.itemsize} bytes long: of another dimension")
-        block = np.frombuffer(packed, self.dense)
-        rows = np.ndarray((len(values),), np.int32, packed, 4, (self.dense.itemsize,))
+        rows = np.ndarray((len(block),), np.int32, block, 4, (self.dense.itemsize,))
         self._open_rows(int(rows.max()) + 1)
         m = self.arrays
         m.rec[rows], m.phi[rows], m.y[rows] = block["rec"], block["phi"], block["y"]
 
-    def _apply_neighbours(self, values: list[bytes]) -> None:
-        if not values:
+    def _apply_neighbours(self, words: Array, sizes: Array) -> None:
+        if not len(sizes):
             return
-        words = np.frombuffer(b"".join(values), np.int32)
-        sizes = np.fromiter((len(value) // 4 for value in values), np.int64, len(values))
         starts = np.cumsum(sizes) - sizes
         self._open_rows(int(words[starts + 1].max()) + 1)
         kernels.apply_neighbours(self.arrays, words, words.view(np.float32), starts, sizes)
+
+
+class Arranged(NamedTuple):
+    """Item rows on their way into a matrix."""
+
+    total: int
+    others: list[tuple[bytes, bytes | None]]  # neither dense nor neighbours, in their order
+    dense: Array  # (n,) the matrix's `dense`
+    words: Array  # int32: the neighbour rows, one behind the other
+    sizes: Array  # (m,) int64, of each, in words
 
 
 @cache

@@ -1609,11 +1609,31 @@ def best(score, k, rows):
 
 
 @nb.njit(**OPTIONS)
-def neighbour_terms(m, history, row, out):
-    """out[q] = sqrt(C_kj) for k = history[q], j = row; 0 where j is no neighbour of k."""
-    for q in range(len(history)):
+def text_sides(m, rows, head, weight):
+    """(n, T): what a text head's vector (zT_h, or zX: 2), multiplied with it, adds to the score of n rows, through the
+    texts (times weight) and through M."""
+    dim = m.project.shape[0]
+    e = m.e[rows]
+    lifted = np.dot(np.dot(e, m.map[dim * (1 + head) : dim * (2 + head)].T), m.project)
+    return f4(weight) * adapted(m, e) + f4(np.sqrt(m.project.shape[1] / dim)) * lifted
+
+
+@nb.njit(**OPTIONS)
+def term_heads(m, rows, history, near, wt, ck, text_coefficient, coefficient, out):
+    """(3, n, m'), zeros before: what each entry of the history adds to the score of n rows through the learnt, the
+    co-occurrence and the text heads, in logits. near: entries in the co-occurrence block."""
+    dim = m.project.shape[0]
+    learnt = m.phi[rows] + np.dot(m.e[rows], m.map[:dim].T)
+    out[0] = np.dot(learnt, m.y[history].T) * wt
+    for q in range(min(near, len(history))):
         k = history[q]
-        out[q] = f4(0)
+        x = ck[q] * coefficient[T_NEIGHBOUR]
         for r in range(m.length[k]):
-            if m.neighbour[k, r] == row:
-                out[q] = np.sqrt(m.weight[k, r])
+            j = m.neighbour[k, r]
+            for a in range(len(rows)):
+                if rows[a] == j:
+                    out[1, a, q] = x * m.rec[j].damping * np.sqrt(m.weight[k, r])
+    texts = m.e[history] - m.mu
+    for h in range(len(text_coefficient)):
+        out[2] += np.dot(text_sides(m, rows, h, coefficient[T_TEXT + h]), texts.T) * text_coefficient[h]
+    out *= f4(m.scalar[SHARP])

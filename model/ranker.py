@@ -7,7 +7,7 @@ bias + terms + rest = logit holds exactly, up to float32.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from model import kernels
 from model.items import ItemMatrix
-from model.profile import COOCCURRENCE_HISTORY, Profile, User, profile_of, text_terms
+from model.profile import COOCCURRENCE_HISTORY, Profile, User, profile_of
 
 Array = npt.NDArray[Any]
 
@@ -65,9 +65,21 @@ class Explanation(NamedTuple):
     """bias.total + sum of terms + sum of comments + rest = the item's logit, within 1e-4."""
 
     bias: Bias
-    terms: list[Term]
+    entries: list[int]  # of the user's history, 0 the newest: those that have a term
+    heads: Array  # (4, m') float32, what each of them adds, as `Term` has it
     comments: list[float]  # one a kept comment of the user
     rest: float  # the texts older than the kept ones, together
+
+    @property
+    def terms(self) -> list[Term]:
+        """One an entry."""
+        return list(map(Term, self.entries, *self.heads.tolist()))
+
+    @property
+    def totals(self) -> list[float]:
+        """Of the terms."""
+        totals: list[float] = self.heads[3].tolist()
+        return totals
 
 
 class Ranker:
@@ -98,7 +110,7 @@ class Ranker:
         """Takes the bias at this moment, unless that of the tick still holds. Every list does so by itself."""
         self._refresh(now)
 
-    def rank(self, user: User, now: float, exclude: Iterable[int] = ()) -> "Ranking":
+    def rank(self, user: User, now: float, exclude: npt.ArrayLike = ()) -> "Ranking":
         """The scores of every candidate for the user. exclude: item keys, with those consumed. now: Unix s."""
         self._refresh(now)
         profile = profile_of(self.matrix, user, now, self.cooccurrence_history)
@@ -107,7 +119,7 @@ class Ranker:
         near = self.cooccurrence_history
         mass, top = kernels.score_rows(
             self.matrix.arrays, rows, profile.row[:near], profile.ck[:near], profile.z, profile.v,
-            profile.coefficient, self._feature, np.fromiter(exclude, np.int64), scores,
+            profile.coefficient, self._feature, np.asarray(exclude, np.int64), scores,
         )  # fmt: skip
         return Ranking(self.matrix, user, profile, self._feature, scores, float(mass), float(top), near)
 
@@ -154,81 +166,68 @@ class Ranking:
         """
         rows = np.empty(k, np.int32)
         count = kernels.best(self.scores, k, rows)
-        return [self._scored(row) for row in rows[:count].tolist()]
+        return self._scored(rows[:count])
 
     def of(self, keys: Sequence[int]) -> list[Scored]:
         """The given items that are candidates, best first, with the probabilities that `top` would give them."""
-        rows = dict.fromkeys(self.matrix.indices(np.array(keys, np.int64)).tolist())
-        scored = [self._scored(row) for row in rows if row >= 0 and self.scores[row] > kernels.CLOSED]
+        rows = np.unique(self.matrix.indices(np.array(keys, np.int64)))
+        rows = rows[rows >= 0]
+        scored = self._scored(rows[self.scores[rows] > kernels.CLOSED])
         return sorted(scored, key=lambda item: (-item.logit, item.row))
 
     def explain(self, scored: Sequence[Scored]) -> list[Explanation]:
         """Why each of these items of this ranking has its logit."""
-        rows = [item.row for item in scored]
-        heads = self._term_heads(rows)
-        parts = np.concatenate((heads, heads.sum(axis=0)[None])).transpose(1, 0, 2).tolist()
-        entries = self.profile.entry.tolist()
+        rows = np.array([item.row for item in scored], np.int32)
+        profile = self.profile
+        heads = np.zeros((4, len(rows), len(profile.row)), np.float32)
+        kernels.term_heads(
+            self.matrix.arrays, rows, profile.row, self.near, profile.wt, profile.ck, profile.text_coefficient,
+            profile.coefficient, heads[:3],
+        )  # fmt: skip
+        heads[:3].sum(axis=0, out=heads[3])
+        entries = profile.entry.tolist()
         return [
-            Explanation(bias, list(map(Term, entries, *terms)), comments, rest)
-            for bias, terms, (comments, rest) in zip(self._biases(scored), parts, self._own_terms(rows), strict=True)
+            Explanation(bias, entries, heads[:, at], comments, rest)
+            for at, (bias, (comments, rest)) in enumerate(
+                zip(self._biases(scored, rows), self._own_terms(rows), strict=True)
+            )
         ]
 
-    def _term_heads(self, rows: list[int]) -> Array:
-        """(3, n, m') float32: what each entry adds to each row through the learnt, co-occurrence and text heads."""
-        m, profile = self.matrix.arrays, self.profile
-        sharp = np.float32(m.scalar[kernels.SHARP])
-        near = profile.row[: self.near]
-        heads = np.zeros((3, len(rows), len(profile.row)), np.float32)
-        heads[0] = (self._learnt(rows) @ m.y[profile.row].T) * profile.wt
-        for at, row in enumerate(rows):
-            kernels.neighbour_terms(m, near, np.int32(row), heads[1, at])
-        damping = m.rec["damping"][rows][:, None]
-        heads[1] *= profile.ck * (profile.coefficient[kernels.T_NEIGHBOUR] * damping)
-        for h, weight in enumerate(profile.text_coefficient):
-            texts = text_terms(self.matrix, profile, h, m.e[profile.row] - m.mu)
-            heads[2] += (m.e[rows] @ texts.T) * weight
-        heads *= sharp
-        return heads
-
-    def _biases(self, scored: Sequence[Scored]) -> list[Bias]:
-        m, rows = self.matrix.arrays, [item.row for item in scored]
+    def _biases(self, scored: Sequence[Scored], rows: Array) -> list[Bias]:
+        m = self.matrix.arrays
         sharp = float(m.scalar[kernels.SHARP])
         parts = sharp * self.profile.coefficient[: kernels.FEATURES, None] * self.feature[:, rows]
         constant = sharp * (m.rec["beta"][rows] + m.e[rows] @ m.map[-1])
-        context = sharp * (self._learnt(rows) @ self.profile.context)
+        x = self.profile.context
+        context = sharp * (m.phi[rows] @ x + m.e[rows] @ (x @ m.map[: self.matrix.dim]))
         groups = [parts[list(group)].sum(axis=0) for group in (POPULARITY_FEATURES, AGE_FEATURES, RECENCY_FEATURES)]
         calibration = [item.logit - sharp * float(self.scores[item.row]) for item in scored]
         return list(map(Bias, constant.tolist(), *(group.tolist() for group in groups), context.tolist(), calibration))
 
-    def _learnt(self, rows: list[int]) -> Array:
-        """(n, D) float32 phi_j + M e_j: what zC is multiplied with."""
-        m = self.matrix.arrays
-        learnt: Array = m.phi[rows] + m.e[rows] @ m.map[: self.matrix.dim].T
-        return learnt
-
-    def _own_terms(self, rows: list[int]) -> list[tuple[list[float], float]]:
+    def _own_terms(self, rows: Array) -> list[tuple[list[float], float]]:
         """Of each row, (w_c / W) <aX (x_c - mu) + M's part, e_j> sqrt(min(W, 4)) of each kept comment x_c, and of all
         older texts together."""
         user, profile, m = self.user, self.profile, self.matrix.arrays
         if user.text is None or user.text_weight <= 0:
             return [([], 0.0)] * len(rows)
         gain = float(m.scalar[kernels.SHARP]) * math.sqrt(min(user.text_weight, kernels.TEXT_WEIGHT_MAX))
-        e = m.e[rows].T
-        whole = gain * (text_terms(self.matrix, profile, 2, (user.text - m.mu)[None, :]) @ e)[0].astype(np.float64)
+        sides = kernels.text_sides(m, rows, 2, profile.coefficient[kernels.T_TEXT + 2])
+        whole = gain * (sides @ (user.text - m.mu)).astype(np.float64)
         if user.comment is None:
             return [([], rest) for rest in whole.tolist()]
         share = user.comment_weight.astype(np.float64) * (gain / user.text_weight)
-        comments = share[:, None] * (text_terms(self.matrix, profile, 2, user.comment - m.mu) @ e)
-        rests = whole - comments.sum(axis=0)
-        return list(zip(comments.T.tolist(), rests.tolist(), strict=True))
+        comments = (sides @ (user.comment - m.mu).T) * share
+        rests = whole - comments.sum(axis=1)
+        return list(zip(comments.tolist(), rests.tolist(), strict=True))
 
-    def _scored(self, row: int) -> Scored:
-        sharp, s = float(self.matrix.arrays.scalar[kernels.SHARP]), float(self.scores[row])
-        own = np.exp(sharp * (s - self.best))
-        others = max(self.mass - own, 1e-12 * self.mass)
-        logit = sharp * (s - self.best) - float(np.log(others))
-        key = int(self.matrix.arrays.key[row])
-        return Scored(key, row, self.matrix.names[row], float(1 / (1 + np.exp(-logit))), logit)
+    def _scored(self, rows: Array) -> list[Scored]:
+        """These rows (n,), which are candidates, in their order."""
+        m, names = self.matrix.arrays, self.matrix.names
+        margin = float(m.scalar[kernels.SHARP]) * (self.scores[rows].astype(np.float64) - self.best)
+        logit = margin - np.log(np.maximum(self.mass - np.exp(margin), 1e-12 * self.mass))
+        score = 1 / (1 + np.exp(-logit))
+        told = zip(m.key[rows].tolist(), rows.tolist(), score.tolist(), logit.tolist(), strict=True)
+        return [Scored(key, row, names[row], p, x) for key, row, p, x in told]
 
 
 def _cosine(vectors: Array, row: int) -> Array:

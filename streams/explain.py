@@ -23,7 +23,7 @@ from streams.answers import RankedItem
 from streams.datakeys import sealer_of
 from streams.encoding import Encoder
 from streams.pipeline import ItemLearner
-from streams.serving import ListOptions, WorkerView
+from streams.serving import ListOptions, Origin, Read, WorkerView
 from streams.settings import Fault, Settings
 from streams.tokens import Token
 from streams.worker import LEARNER_PARTITION
@@ -76,6 +76,10 @@ class Past:
 
     def partition_of(self, user_id: str) -> int:
         return self._token.partition
+
+    def read(self, user_id: str) -> Read:
+        told = self._token
+        return Read(None, told.applied, Origin(told.epoch, told.examples, told.settings))
 
 
 class _Rebuild:

@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
@@ -468,15 +469,17 @@ class Replica:
         self.matrix = ItemMatrix(config.dim, config.text_dim, config.neighbours_max)
         self.generation = 0
 
-    def apply(self, changed: Mapping[bytes, bytes | None]) -> None:
-        """Takes a flush in."""
+    def prepare(self, changed: Mapping[bytes, bytes | None]) -> Callable[[], None]:
+        """What takes a flush in, at a moment when nobody reads. Others may read meanwhile, and no other flush come."""
         keys = [(*split_key(key), value) for key, value in changed.items()]
         newest = max([self.generation, *(generation for generation, _, value in keys if value is not None)])
         rows = ((key, value) for generation, key, value in keys if generation == newest and key not in OWN_KEYS)
         if newest == self.generation:
-            self.matrix.apply(rows)
-            return
+            return partial(self.matrix.take, self.matrix.arrange(rows))
         fresh = ItemMatrix(self.matrix.dim, self.matrix.text_dim, self.matrix.neighbours_max)
         fresh.apply(rows)
+        return partial(self._take_over, fresh, newest)
+
+    def _take_over(self, fresh: ItemMatrix, generation: int) -> None:
         self.matrix.take_over(fresh)
-        self.generation = newest
+        self.generation = generation

@@ -1,8 +1,8 @@
 """What the worker answers: a user's row, the item matrix and the ranker, composed. No HTTP, no broker.
 
 The answers are the shapes of `streams.answers`, byte for byte after msgspec's JSON encoding.
-Everything runs in the worker's loop on the replica of the item matrix: a list costs well under a millisecond at 10,000
-items, so that no lock and no copy is needed, and one answer never mixes two states.
+Everything runs in one loop, in which the replica of the item matrix changes, too: no list needs a lock or a copy, and
+one answer never mixes two states.
 """
 
 import asyncio
@@ -83,8 +83,16 @@ class Origin(NamedTuple):
     settings: bytes
 
 
+class Read(NamedTuple):
+    """What a list of a user is made from beside the items, all of one moment."""
+
+    row: bytes | None  # None: nothing is known of the user
+    applied: dict[str, int]  # topic ("clicks", "comments", "erasures") -> last offset in the partition's rows; -1: none
+    origin: Origin
+
+
 class WorkerView(Protocol):
-    """The running worker, as HTTP needs it. All of it is called in the worker's loop but `digest`."""
+    """The running worker, as HTTP needs it. All of it is called in the serving loop, the replica's, but `digest`."""
 
     partitions: int
     metrics: ServingMetrics
@@ -110,14 +118,11 @@ class WorkerView(Protocol):
     def owner_url(self, partition: int) -> str | None:
         """Address of the worker that has the partition; None: this one. Raises NotReady."""
 
-    def user_row(self, user_id: str) -> bytes | None:
-        """The user's row, of an own partition. Raises NotReady while it opens or when it has just left."""
+    def read(self, user_id: str) -> Read:
+        """Of a user of an own partition. Raises NotReady while it opens or when it has just left."""
 
     def applied(self, partition: int) -> dict[str, int]:
-        """Topic ("clicks", "comments") -> last offset that the partition's rows hold; -1: none."""
-
-    def origin(self, partition: int) -> Origin:
-        """For the token of a list of the partition's users. Raises NotReady."""
+        """As `Read` has it. Raises NotReady."""
 
     async def wait_applied(self, topic: str, partition: int, offset: int, timeout_s: float) -> bool:
         """Whether the offset is applied, at the latest after the timeout. Raises NotReady."""
@@ -145,10 +150,13 @@ class WorkerView(Protocol):
     def digest(self) -> dict[str, Any]:
         """Applied offsets and state digests of this worker's partitions. Called in a thread of its own."""
 
-    def model_info(self) -> dict[str, Any]:
+    async def alive(self) -> None:
+        """Returns, unless the worker's own loop does not turn any more."""
+
+    async def model_info(self) -> dict[str, Any]:
         """Versions, settings, live prequential metrics."""
 
-    def ready(self) -> list[str]:
+    async def ready(self) -> list[str]:
         """What the worker still waits for; empty: ready."""
 
     def subscribe(self) -> AsyncIterator[dict[str, Any]]:
@@ -245,11 +253,14 @@ class ErasureQuery(msgspec.Struct, frozen=True):
 class Reader:
     """One user's row, taken apart for one answer."""
 
-    def __init__(self, view: WorkerView, user_id: str, row: UserRow | None = None) -> None:
-        """row: instead of the user's own."""
+    def __init__(
+        self, view: WorkerView, user_id: str, row: UserRow | None = None, read: Read | None = None
+    ) -> None:  # fmt: skip
+        """row: instead of the user's own. read: a moment ago, for the same answer. Raises NotReady."""
         self.view = view
         self.partition = view.partition_of(user_id)
-        self.row = row if row is not None else user_row(view, user_id)
+        self.read = view.read(user_id) if read is None else read
+        self.row = _row_of(self.read) if row is None else row
         # Just after the user's last event: what was written a moment ago counts, whatever the clocks say.
         self.at = max(view.now(), math.nextafter(self.row.last_ts, math.inf))
         self.slots = self.row.slots()
@@ -271,15 +282,15 @@ class Reader:
         """(n,) int64 keys of the items that the user has consumed."""
         return np.concatenate((self.slots["key"], self.row.seen_keys()))
 
-    def item(self, key: int) -> tuple[str | UnsetType, str | UnsetType]:
-        """Id and text of an item; unset where the catalogue does not know it."""
+    def _items(self, keys: npt.NDArray[np.int64]) -> list[tuple[str | UnsetType, str | UnsetType]]:
+        """Id and text of each item; unset where the catalogue does not know it, and of key 0."""
         matrix = self.view.ranker.matrix
-        at = matrix.index(key) if key else -1
-        return (matrix.names[at] or UNSET, matrix.texts[at] or UNSET) if at >= 0 else (UNSET, UNSET)
+        at = np.where(keys != 0, matrix.indices(np.ascontiguousarray(keys)), -1).tolist()
+        return [(matrix.names[a] or UNSET, matrix.texts[a] or UNSET) if a >= 0 else (UNSET, UNSET) for a in at]
 
     def applied(self) -> dict[str, tuple[int, int]]:
         """Topic -> (partition, last applied offset)."""
-        return {topic: (self.partition, offset) for topic, offset in self.view.applied(self.partition).items()}
+        return {topic: (self.partition, offset) for topic, offset in self.read.applied.items()}
 
     @cached_property
     def behaviours(self) -> list[tuple[Any, ...]]:
@@ -287,48 +298,54 @@ class Reader:
         slots = self.slots
         columns = zip(
             slots["ts"].astype(float).tolist(), slots["weight"].astype(float).tolist(), slots["action"].tolist(),
-            slots["key"].tolist(), self.row.history_positions(), strict=True,
+            self._items(slots["key"]), self.row.history_positions(), strict=True,
         )  # fmt: skip
         return [
-            (EVENT_TYPES[topic], ts, USER_TOPICS[topic], self.partition, offset, weight, rows.ACTIONS[action],
-             *self.item(key))
-            for ts, weight, action, key, (topic, offset) in columns
-        ]  # fmt: skip
+            (EVENT_TYPES[topic], ts, USER_TOPICS[topic], self.partition, offset, weight, rows.ACTIONS[action], *item)
+            for ts, weight, action, item, (topic, offset) in columns
+        ]
 
     @cached_property
     def words(self) -> list[tuple[Any, ...]]:
         """Of each kept comment, newest first: as `behaviours`, without an action."""
+        items = self._items(np.array([c.item for c in self.comments], np.int64))
         return [
-            ("comment", c.ts, USER_TOPICS[c.topic], self.partition, c.offset, 1.0, UNSET, *self.item(c.item))
-            for c in self.comments
+            ("comment", c.ts, USER_TOPICS[c.topic], self.partition, c.offset, 1.0, UNSET, *item)
+            for c, item in zip(self.comments, items, strict=True)
         ]
 
-    def contributions(self, explanation: RankerExplanation, with_text: bool, in_parts: bool) -> list[Contribution]:
-        """One a history entry and one a kept comment's words, newest first within each."""
+    def contributions(
+        self, explanations: Sequence[RankerExplanation], with_text: bool, in_parts: bool
+    ) -> list[list[Contribution]]:  # fmt: skip
+        """Of each item's explanation, all of one ranking: one a history entry and one a kept comment's words, newest
+        first within each. By columns: an answer has a thousand of them."""
+        if not explanations:
+            return []
+        entries, comments = explanations[0].entries, explanations[0].comments
+        past = [*(self.behaviours[entry] for entry in entries), *self.words[: len(comments)]]
+        kind, ts, topic, partition, offset, _, action, item_id, text = zip(*past, strict=True) if past else [()] * 9
+        texts = text if with_text else (UNSET,) * len(past)
         found = [
-            Contribution(kind, ts, topic, partition, offset, value, action, item_id, text if with_text else UNSET)
-            for (kind, ts, topic, partition, offset, _, action, item_id, text), value in (
-                *((self.behaviours[term.entry], term.total) for term in explanation.terms),
-                *zip(self.words, explanation.comments, strict=False),
-            )
-        ]
+            list(map(Contribution, kind, ts, topic, partition, offset, (*given.totals, *given.comments), action,
+                     item_id, texts))
+            for given in explanations
+        ]  # fmt: skip
         if in_parts:
-            heads = [Heads(term.learnt, term.cooccurrence, term.text) for term in explanation.terms]
-            heads += [Heads(0.0, 0.0, value) for value in explanation.comments]
-            for contribution, parts in zip(found, heads, strict=True):
-                contribution.parts = parts
+            for given, contributions in zip(explanations, found, strict=True):
+                heads = [Heads(*three) for three in given.heads[:3].T.tolist()]
+                heads += [Heads(0.0, 0.0, value) for value in given.comments]
+                for contribution, parts in zip(contributions, heads, strict=True):
+                    contribution.parts = parts
         return found
 
 
-def user_row(view: WorkerView, user_id: str) -> UserRow:
-    """The user's row as it is now; an empty one where nothing is known. Raises NotReady."""
-    value = view.user_row(user_id)
-    return rows.unpack(value) if value is not None else UserRow()
+def _row_of(read: Read) -> UserRow:
+    return rows.unpack(read.row) if read.row is not None else UserRow()
 
 
 def _ranked(reader: Reader, ranking: Ranking, scored: list[Scored], options: ListOptions) -> list[RankedItem]:
     texts = ranking.matrix.texts
-    reasons = [_explanation(reader, given, options) for given in ranking.explain(scored)] if options.explain else None
+    reasons = _explanations(reader, ranking.explain(scored), options) if options.explain else None
     return [
         RankedItem(
             s.item_id, s.score, s.logit, UNSET if reasons is None else reasons[at],
@@ -338,31 +355,33 @@ def _ranked(reader: Reader, ranking: Ranking, scored: list[Scored], options: Lis
     ]  # fmt: skip
 
 
-def _explanation(reader: Reader, given: RankerExplanation, options: ListOptions) -> Explanation:
-    parts = BiasParts(*given.bias) if options.parts else UNSET
-    contributions = reader.contributions(given, options.texts, options.parts)
-    return Explanation(given.bias.total, contributions, given.rest, parts)
+def _explanations(reader: Reader, given: Sequence[RankerExplanation], options: ListOptions) -> list[Explanation]:
+    return [
+        Explanation(one.bias.total, contributions, one.rest, BiasParts(*one.bias) if options.parts else UNSET)
+        for one, contributions in zip(
+            given, reader.contributions(given, options.texts, options.parts), strict=True
+        )
+    ]  # fmt: skip
 
 
 def _list(
     reader: Reader, user_id: str, items: list[RankedItem], kind: int, options: ListOptions
 ) -> Recommendations:  # fmt: skip
-    view, applied = reader.view, reader.applied()
-    origin = view.origin(reader.partition)
+    view, origin = reader.view, reader.read.origin
     token = Token(
-        kind, tokens.digest_of(user_id.encode()), reader.partition, view.applied(reader.partition),
+        kind, tokens.digest_of(user_id.encode()), reader.partition, reader.read.applied,
         origin.epoch, origin.examples, origin.settings, reader.at, view.ranker.bias_at, options.limit,
         options.exclude_seen, tokens.list_digest((item.item_id, item.logit) for item in items),
     )  # fmt: skip
-    return Recommendations(user_id, tokens.write(token), view.model_version, applied, items)
+    return Recommendations(user_id, tokens.write(token), view.model_version, reader.applied(), items)
 
 
 # -- answers
 
 
-def recommend(view: WorkerView, user_id: str, options: ListOptions) -> Recommendations:
-    """The best candidates for the user. Raises NotReady."""
-    reader = Reader(view, user_id)
+def recommend(view: WorkerView, user_id: str, options: ListOptions, read: Read | None = None) -> Recommendations:
+    """The best candidates for the user. read: a moment ago, for the same answer. Raises NotReady."""
+    reader = Reader(view, user_id, read=read)
     return _list(reader, user_id, best(reader, options), tokens.LIST, options)
 
 
@@ -406,9 +425,9 @@ def what_if(
     The model stays as it is: only the user's evidence changes, by the same fold as the stream's. Raises NotReady,
     UnknownPosition.
     """
-    partition, applied = view.partition_of(user_id), view.applied(view.partition_of(user_id))
-    row, exact = _row_without(user_row(view, user_id), partition, without)
-    offsets = dict(applied)
+    partition, read = view.partition_of(user_id), view.read(user_id)
+    row, exact = _row_without(_row_of(read), partition, without)
+    offsets = dict(read.applied)
     told: list[SourceEvent] = []
     for event, vector in zip(events, encoded, strict=True):
         code = int(isinstance(event, Comment))
@@ -417,7 +436,7 @@ def what_if(
     if told:
         folded = learn_users(partition, told, lambda _: [rows.pack(row)], view.evidence)
         row = rows.unpack(folded.rows[user_id.encode()] or b"")
-    reader = Reader(view, user_id, row)
+    reader = Reader(view, user_id, row, read)
     found = _list(reader, user_id, best(reader, options), tokens.WHAT_IF, options)
     return WhatIf(found.user_id, found.token, found.model_version, found.applied, found.items, exact)
 

@@ -1,4 +1,4 @@
-"""The worker's HTTP: FastAPI over `streams.serving`, under uvicorn as a service of the worker's own loop.
+"""The worker's HTTP: FastAPI over `streams.serving`, under uvicorn as a service of whatever loop starts it.
 
 Any worker answers for any user: what belongs to another worker's partition is forwarded once. One id is one path
 segment, percent-encoded: paths are matched before decoding, so that ids may hold slashes. Answers are encoded by
@@ -541,13 +541,14 @@ def _user_routes(app: FastAPI, http: Http) -> None:
         user, asked = _id(request, "user_id"), _query(request, serving.ListQuery)
 
         async def answer() -> Response:
+            read = view.read(user)
             # Words are of the log, as far as it gave them in time: no validator stands for that.
-            etag = "" if asked.words else _tag(view, user, view.user_row(user), asked)
+            etag = "" if asked.words else _tag(view, user, read.row, asked)
             unchanged = _unchanged(request, etag)
             if unchanged is not None:
                 return unchanged
             with view.metrics.recommendation_seconds.time():
-                told = serving.recommend(view, user, asked)
+                told = serving.recommend(view, user, asked, read)
             return await _told(request, view, told, asked.words, etag)
 
         return await http.for_user(request, user, answer, asked.at_least)
@@ -664,7 +665,7 @@ def _worker_routes(app: FastAPI, http: Http, gate: Gate) -> None:
 
     @app.get("/v1/model", operation_id="getModel", response_model=None)
     async def model(request: Request) -> Response:
-        told = view.model_info()
+        told = await view.model_info()
         etag = _tag(view, msgspec.msgpack.encode(told))
         return _unchanged(request, etag) or _json(told, etag)
 
@@ -678,11 +679,12 @@ def _worker_routes(app: FastAPI, http: Http, gate: Gate) -> None:
 
     @app.get("/healthz", operation_id="getHealth", response_model=None)
     async def health() -> Response:
+        await view.alive()
         return _json({"status": "ok"})
 
     @app.get("/readyz", operation_id="getReadiness", response_model=None)
     async def ready() -> Response:
-        reasons = view.ready()
+        reasons = await view.ready()
         if reasons:
             raise Problem("not-ready", "; ".join(reasons), retry_after_s=RETRY_AFTER_S, reasons=reasons)
         return _json({"status": "ready"})
@@ -721,7 +723,7 @@ def _file(content: bytes, etag: str, media_type: str) -> Callable[[Request], Awa
 
 
 class HttpService(mode.Service):
-    """uvicorn in the worker's loop. It answers before the partitions are ready: /readyz says when they are."""
+    """uvicorn in the loop that starts it. It answers before the partitions are ready: /readyz says when they are."""
 
     def __init__(
         self, view: WorkerView, settings: Settings, gate: Gate | None = None, audit: Audit | None = None,

@@ -117,6 +117,8 @@ class Worker:
         self.opening: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.watchers: list[Callable[[Click | Comment | Erasure], None]] = []
         self.before_producer_stops: list[Callable[[], Awaitable[None]]] = []
+        self.loop: asyncio.AbstractEventLoop | None = None  # while it runs
+        self.for_readers: Callable[[Callable[[], None]], Awaitable[None]] = _here  # where the replica is read
         self.replica_caught_up = False
         self.stopping = False
         self.topic_kinds = {
@@ -460,9 +462,13 @@ class Worker:
                 read = record.offset + 1
                 accepted = reader.feed(record)
                 if accepted is not None:
-                    self._replica.apply(accepted.rows)
-                    self.replica_applied = accepted.applied["examples"]
-                    self._tell_adapter()
+                    take = self._replica.prepare(accepted.rows)
+                    await self.for_readers(partial(self._take, take, accepted.applied["examples"]))
+
+    def _take(self, take: Callable[[], None], offset: int) -> None:
+        take()
+        self.replica_applied = offset
+        self._tell_adapter()
 
     def _tell_adapter(self) -> None:
         adapter = self.replica.adapter
@@ -494,6 +500,7 @@ class Worker:
 
     async def start(self) -> None:
         """Before the agents: the producer, the topics' partitions checked, the tail."""
+        self.loop = asyncio.get_running_loop()
         await self.producer.start()
         await self.item_producer.start()
         await self._check_partitions()
@@ -562,6 +569,10 @@ class Worker:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+async def _here(work: Callable[[], None]) -> None:
+    work()
 
 
 def crash_at(told: str) -> Callable[[str], None]:

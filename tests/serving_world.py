@@ -111,14 +111,12 @@ class World:
             raise serving.NotReady(f"partition {partition} opens", 2.0)
         return self.owners.get(partition)
 
-    def user_row(self, user_id: str) -> bytes | None:
-        return self._rows.get(user_id.encode())
+    def read(self, user_id: str) -> serving.Read:
+        origin = serving.Origin(1, self._examples_end - 1, self.settings_digest)
+        return serving.Read(self._rows.get(user_id.encode()), self.applied(self.partition_of(user_id)), origin)
 
     def applied(self, partition: int) -> dict[str, int]:
         return {topic: self._applied.get((topic, partition), -1) for topic in TOPIC_CODES}
-
-    def origin(self, partition: int) -> serving.Origin:
-        return serving.Origin(1, self._examples_end - 1, self.settings_digest)
 
     async def wait_applied(self, topic: str, partition: int, offset: int, timeout_s: float) -> bool:
         deadline = asyncio.get_running_loop().time() + timeout_s
@@ -158,14 +156,17 @@ class World:
     def digest(self) -> dict[str, Any]:
         return {"partitions": {str(p): {"applied": self.applied(p)} for p in range(self.partitions)}}
 
-    def model_info(self) -> dict[str, Any]:
+    async def alive(self) -> None:
+        pass
+
+    async def model_info(self) -> dict[str, Any]:
         return {
             "model_version": self.model_version, "learner": {"applied": {"examples": self._examples_end - 1}},
             "encoder": {"name": self.encoder, "dim": TEXT_DIM, "adapter": None},
             "replica": {"items": len(self._replica), "active": self._replica.active_count},
         }  # fmt: skip
 
-    def ready(self) -> list[str]:
+    async def ready(self) -> list[str]:
         return self.waits_for
 
     async def subscribe(self) -> AsyncIterator[dict[str, Any]]:
