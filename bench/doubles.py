@@ -132,6 +132,7 @@ class MemoryStore:
         entry: tuple[bytes, OutboxEntry] | None = None,
         settled: Iterable[bytes] = (),
         owed: Iterable[bytes] = (),
+        piecewise: bool = False,
     ) -> None:
         new = self._content.copy()
         for key, row in rows.items():

@@ -157,6 +157,8 @@ class Partition:
     on_fenced: called once when a flush on its way finds a newer owner.
     purges: whether deleted rows are to leave no trace, on disk (`purge`) or in the changelog (`renew`, `head_deleted`);
         what is owed is noted on the disk.
+    piecewise: whether large batches let other threads run in their midst, at the price of a restore in full where the
+        process ends there.
     crash: called with the name of each step, for tests that end the process there.
     """
 
@@ -173,6 +175,7 @@ class Partition:
         on_durable: Callable[[dict[str, int]], None] | None = None,
         on_fenced: Callable[[], None] | None = None,
         purges: bool = False,
+        piecewise: bool = False,
         crash: Callable[[str], None] | None = None,
         disk: Disk | None = None,
     ) -> None:
@@ -190,6 +193,7 @@ class Partition:
         self._on_durable = on_durable or (lambda applied: None)
         self._on_fenced = on_fenced or (lambda: None)
         self._purges = purges
+        self._piecewise = piecewise
         self._crash = crash or (lambda step: None)
         self._disk = disk or shared_disk()
         self._store_or_none: Store | None = None
@@ -612,7 +616,9 @@ class Partition:
         entry, owed = OutboxEntry(applied, downstream, list(rows)), self._owed(rows)
         async with self._meta_lock:
             meta = replace(self._meta, applied=applied, names_deleted=self._meta.names_deleted or bool(owed))
-            await asyncio.to_thread(self._store.write, rows, meta, entry=(outbox_id, entry), owed=owed)
+            await asyncio.to_thread(
+                self._store.write, rows, meta, entry=(outbox_id, entry), owed=owed, piecewise=self._piecewise
+            )
             self._taken(meta, rows, downstream, outbox_id)
 
     def _taken(

@@ -11,11 +11,16 @@ big endian) are owned by this module:
 
 A batch survives the end of the process (RocksDB's log), not a power cut (nothing is synced); what is lost then
 is a tail of batches, which the changelog gives back.
+
+rocksdict holds the interpreter's lock as long as a batch is written, some 2 ms a megabyte, and nobody is answered
+meanwhile. So a store that is told to writes large batches in pieces. The first has the key 0x00 "torn", the last takes
+it away: where a process ends in between, the next open finds it, and the store is restored from the changelog.
 """
 
 import os
 import shutil
 import struct
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -47,6 +52,7 @@ WRITE_BUFFER_COUNT_MAX: Final = 2  # memtables a store
 BLOOM_BITS_PER_KEY: Final = 10  # 1 % false positives: new users are asked for all the time
 PURGE_RANGES_MAX: Final = 16  # keys compacted one by one; more of them as one range
 MANIFEST_BYTES_MAX: Final = 1  # each change of the tables begins another one: an older one names deleted keys
+PIECE_BYTES: Final = 1 << 20  # of rows written at once, where a batch may come in pieces
 INFO_LOG_FILES_MAX: Final = 2
 INFO_LOG_BYTES_MAX: Final = 1 << 20
 
@@ -58,6 +64,7 @@ OUTBOX_PREFIX: Final = b"\x00outbox"
 OWED_PREFIX: Final = b"\x00owed"  # of keys whose traces a purge is to take off
 OWED_NONCE_BYTES: Final = 8  # tells a deletion from a later one of the same key, which comes while a purge works
 PURGE_KEY: Final = b"\x00purge"  # of no meaning: written so that there is something to write
+TORN_KEY: Final = b"\x00torn"  # while the pieces of a batch are written
 ROW_PREFIX: Final = b"\x01"
 CORRUPT_MARK: Final = "HEADWATER_CORRUPT"
 
@@ -66,7 +73,7 @@ _COUNT: Final = struct.Struct(">I")
 _PAIR: Final = struct.Struct(">II")
 _FLUSH_ID: Final = struct.Struct(">QQ")
 
-assert META_KEY < OUTBOX_PREFIX < OWED_PREFIX < PURGE_KEY < ROW_PREFIX
+assert META_KEY < OUTBOX_PREFIX < OWED_PREFIX < PURGE_KEY < TORN_KEY < ROW_PREFIX
 
 
 class StoreError(Exception):
@@ -222,9 +229,14 @@ class Store(Protocol):
         entry: tuple[bytes, OutboxEntry] | None = None,
         settled: Iterable[bytes] = (),
         owed: Iterable[bytes] = (),
+        piecewise: bool = False,
     ) -> None:
         """In one atomic batch: rows (None deletes), META, a new outbox entry, ids of entries to drop, and deleted keys
-        whose traces are owed a purge."""
+        whose traces are owed a purge.
+
+        piecewise: other threads run in the midst of a large batch; of a process that ends in there the store is found
+        corrupt.
+        """
         ...
 
     def owes_purge(self) -> bool:
@@ -294,7 +306,11 @@ class RocksDisk:
             database = Rdict(str(path), options=self._options())
         except Exception as error:
             raise _translate(error, path) from error
-        return RocksStore(database, path)
+        store = RocksStore(database, path)
+        if store.is_torn():
+            store.close()
+            raise StoreCorruptError(f"{path}: the process ended in the middle of a large write")
+        return store
 
     def wipe(self, path: Path) -> None:
         """Remove the folder of a closed store, if there is one."""
@@ -340,6 +356,11 @@ class RocksStore:
     def __init__(self, database: Rdict, path: Path) -> None:
         self._database = database
         self._path = path
+        self._writing = threading.Lock()  # a snapshot is of before or after a batch, its pieces too
+
+    def is_torn(self) -> bool:
+        """Whether a batch was begun and not ended."""
+        return self._get(TORN_KEY) is not None
 
     def meta(self) -> Meta | None:
         """`Store.meta`."""
@@ -369,7 +390,8 @@ class RocksStore:
 
     def snapshot(self) -> tuple[Meta | None, Iterator[tuple[bytes, bytes]]]:
         """`Store.snapshot`: one iterator, so one moment."""
-        entries = self._scan(META_KEY, b"")
+        with self._writing:
+            entries = self._scan(META_KEY, b"")
         key, value = next(entries, (b"", b""))
         rows = ((key[1:], row) for key, row in entries if key[:1] == ROW_PREFIX)
         return (unpack_meta(value) if key == META_KEY else None), rows
@@ -382,22 +404,35 @@ class RocksStore:
         entry: tuple[bytes, OutboxEntry] | None = None,
         settled: Iterable[bytes] = (),
         owed: Iterable[bytes] = (),
+        piecewise: bool = False,
     ) -> None:
         """`Store.write`."""
-        batch = WriteBatch(raw_mode=True)
-        for key, row in rows.items():
-            if row is None:
-                batch.delete(ROW_PREFIX + key)
-            else:
-                batch.put(ROW_PREFIX + key, row)
-        if meta is not None:
-            batch.put(META_KEY, pack_meta(meta))
-        if entry is not None:
-            batch.put(OUTBOX_PREFIX + entry[0], pack_outbox(entry[1]))
-        for settled_id in settled:
-            batch.delete(OUTBOX_PREFIX + settled_id)
-        for key in owed:
-            batch.put(OWED_PREFIX + os.urandom(OWED_NONCE_BYTES) + key, b"")
+        batch, size, in_pieces = WriteBatch(raw_mode=True), 0, False
+        with self._writing:
+            for key, row in rows.items():
+                if piecewise and size >= PIECE_BYTES:
+                    if not in_pieces:
+                        batch.put(TORN_KEY, b"")
+                    self._write(batch)
+                    batch, size, in_pieces = WriteBatch(raw_mode=True), 0, True
+                if row is None:
+                    batch.delete(ROW_PREFIX + key)
+                else:
+                    batch.put(ROW_PREFIX + key, row)
+                size += len(key) + len(row or b"")
+            if in_pieces:
+                batch.delete(TORN_KEY)
+            if meta is not None:
+                batch.put(META_KEY, pack_meta(meta))
+            if entry is not None:
+                batch.put(OUTBOX_PREFIX + entry[0], pack_outbox(entry[1]))
+            for settled_id in settled:
+                batch.delete(OUTBOX_PREFIX + settled_id)
+            for key in owed:
+                batch.put(OWED_PREFIX + os.urandom(OWED_NONCE_BYTES) + key, b"")
+            self._write(batch)
+
+    def _write(self, batch: WriteBatch) -> None:
         try:
             self._database.write(batch)
         except Exception as error:

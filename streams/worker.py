@@ -265,6 +265,7 @@ class Worker:
             ),
             publish=self._publish_examples,
             purges=kind == "users",
+            piecewise=kind == "learner",  # megabytes at a time, and soon restored
             sources=tuple(topics.values()),
             on_durable=lambda applied: self._applied(topics, number, applied),
             crash=self.crash,

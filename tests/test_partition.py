@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rocksdict import WriteBatch
 
 import state.partition
 from bench.doubles import MemoryDisk, MemoryLog, compacted
@@ -25,7 +26,7 @@ from state.changelog import (
     row_records,
 )
 from state.partition import ChangelogLostError, Fenced, Partition, PartitionFailedError, SourcesError, digest
-from state.store import Disk, RocksDisk, Store, StoreError, StoreLockedError, StoreVersionError
+from state.store import Disk, RocksDisk, RocksStore, Store, StoreError, StoreLockedError, StoreVersionError
 
 SOURCES = ("clicks", "comments")
 STEPS = ("fold", "write", "publish", "rows", "marker", "commit")
@@ -670,6 +671,39 @@ async def test_corrupt_disk_is_restored_from_the_changelog_and_said(tmp_path: Pa
     assert "Corruption" in report.reason
     assert report.read > 0
     assert partition.digest() == digest_after(5)
+    await partition.close()
+
+
+async def test_process_that_ends_within_a_large_write_in_pieces_restores_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    around = Surroundings(disk=RocksDisk(), path=tmp_path)
+    partition = await around.opened(piecewise=True)
+    await add_all(partition, range(6))
+    await partition.drain()
+    monkeypatch.setattr("state.partition.INLINE_ROWS_MAX", 0)
+    monkeypatch.setattr("state.store.PIECE_BYTES", 1)
+    real, written = RocksStore._write, 0
+
+    def write(store: RocksStore, batch: WriteBatch) -> None:
+        nonlocal written
+        written += 1
+        if written == 2:
+            raise KilledError
+        real(store, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RocksStore, "_write", write)
+        rows, downstream, applied = add(6)
+        with pytest.raises(KilledError):
+            await partition.flush({**rows, b"x": b"1", b"y": b"2"}, downstream, applied)
+    await partition.close()
+    report = await partition.open()
+    assert (report.kind, report.applied["clicks"]) == ("corrupt", 5)
+    assert "in the middle of a large write" in report.reason
+    assert partition.digest() == digest_after(5)
+    await add_all(partition, range(6, 8))
+    assert partition.digest() == digest_after(7)
     await partition.close()
 
 

@@ -1,9 +1,12 @@
 """One suite for every store, and what RocksDB adds: files that break, one memory budget."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import pytest
+from rocksdict import WriteBatch
 
 from bench.doubles import MemoryDisk
 from state.store import (
@@ -12,6 +15,7 @@ from state.store import (
     Meta,
     OutboxEntry,
     RocksDisk,
+    RocksStore,
     StoreCorruptError,
     StoreError,
     StoreLockedError,
@@ -203,6 +207,80 @@ def test_damaged_block_is_found_by_its_reader_and_by_every_later_open(tmp_path: 
     assert (path / CORRUPT_MARK).exists()
     with pytest.raises(StoreCorruptError, match="checksum"):
         RocksDisk().open(path)
+
+
+def pieces(monkeypatch: pytest.MonkeyPatch, ends_after: int | None = None) -> list[bool]:
+    """Batches of a few rows a piece; a list of whether each was written. The process may end after some of them."""
+    written: list[bool] = []
+    real = RocksStore._write
+
+    def write(store: RocksStore, batch: WriteBatch) -> None:
+        if ends_after is not None and len(written) == ends_after:
+            raise KeyboardInterrupt
+        real(store, batch)
+        written.append(store.is_torn())
+
+    monkeypatch.setattr(RocksStore, "_write", write)
+    monkeypatch.setattr("state.store.PIECE_BYTES", 10)
+    return written
+
+
+def test_a_batch_in_pieces_is_whole_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RocksDisk().open(tmp_path / "p")
+    store.write({b"gone": b"1"}, META)
+    written = pieces(monkeypatch)
+    rows: dict[bytes, bytes | None] = {b"%04d" % n: b"row" for n in range(7)}
+    store.write({**rows, b"gone": None}, META, entry=(b"id", ENTRY), piecewise=True)
+    assert written == [True, True, True, False]
+    assert dict(store.items()) == rows and store.outbox() == [(b"id", ENTRY)] and store.meta() == META
+    store.write(rows, META)
+    assert len(written) == 5, "in one piece, unless it is asked for"
+    store.close()
+    again = RocksDisk().open(tmp_path / "p")
+    assert dict(again.items()) == rows
+    again.close()
+
+
+@pytest.mark.parametrize("ends_after", [0, 1, 3])
+def test_a_process_that_ends_among_the_pieces_leaves_a_corrupt_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_after: int
+) -> None:
+    store = RocksDisk().open(tmp_path / "p")
+    store.write({b"a": b"1"}, META)
+    with monkeypatch.context() as patch:
+        pieces(patch, ends_after)
+        with pytest.raises(KeyboardInterrupt):
+            store.write({b"%04d" % n: b"row" for n in range(10)}, META, piecewise=True)
+    store.close()
+    if ends_after == 0:
+        again = RocksDisk().open(tmp_path / "p")
+        assert dict(again.items()) == {b"a": b"1"}, "nothing was written"
+        again.close()
+    else:
+        with pytest.raises(StoreCorruptError, match="in the middle of a large write"):
+            RocksDisk().open(tmp_path / "p")
+
+
+def test_a_snapshot_is_of_before_or_after_the_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RocksDisk().open(tmp_path / "p")
+    store.write({}, replace(META, log_flush=1))
+    pieces(monkeypatch)
+    real, seen = RocksStore._write, []
+
+    def write(held: RocksStore, batch: WriteBatch) -> None:
+        real(held, batch)
+        reader = Thread(target=lambda: seen.append(store.snapshot()))
+        reader.start()
+        readers.append(reader)
+
+    readers: list[Thread] = []
+    monkeypatch.setattr(RocksStore, "_write", write)
+    store.write({b"%04d" % n: b"row" for n in range(10)}, META, piecewise=True)
+    for reader in readers:
+        reader.join()
+    assert len(seen) == 5
+    assert all(meta == META and len(list(rows)) == 10 for meta, rows in seen)
+    store.close()
 
 
 def test_rows_without_meta_are_corrupt(tmp_path: Path) -> None:

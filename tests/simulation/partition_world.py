@@ -306,9 +306,10 @@ class LifeStore:
         entry: tuple[bytes, OutboxEntry] | None = None,
         settled: Iterable[bytes] = (),
         owed: Iterable[bytes] = (),
+        piecewise: bool = False,
     ) -> None:
         self.life.alive()
-        self.store.write(rows, meta, entry=entry, settled=settled, owed=owed)
+        self.store.write(rows, meta, entry=entry, settled=settled, owed=owed, piecewise=piecewise)
 
     def owes_purge(self) -> bool:
         return self.store.owes_purge()
