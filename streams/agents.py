@@ -9,12 +9,11 @@ inbox; the keeper's own task takes all that is there, so that a backlog is worke
 """
 
 import asyncio
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, Final, Generic, TypeAlias, TypeVar, cast
 
 import numpy as np
 import structlog
@@ -314,14 +313,6 @@ class RowCache:
         self._deleted.clear()
 
 
-class Held(NamedTuple):
-    """A user's row, the last offsets of the source topics in it, and the partition's epoch, all of one moment."""
-
-    row: bytes | None
-    applied: Mapping[str, int]
-    epoch: int
-
-
 @dataclass(slots=True)
 class _UserWork:
     event: UserEvent
@@ -352,7 +343,6 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
         super().__init__(number, partition, topics, around)
         self.cache = RowCache(partition.get_many)
         self.shown: dict[str, int] = {}  # last offset in the rows that a read sees, which may be in mid-flush
-        self._reading = threading.Lock()  # reads come from another thread
         self.eraser = Eraser(
             number, partition, around.book, around.reach, self._working, lambda: self._settling or self._closing
         )
@@ -373,8 +363,6 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
     async def close(self) -> None:
         """As every keeper's, after the erasures' own work."""
         self._settling = self._closing = True
-        with self._reading:  # after this no read looks into a store that is being closed
-            self.report = None
         await self.eraser.close()
         await super().close()
 
@@ -417,9 +405,8 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
         with metrics.stage("user_flush"):
             downstream = [(b"%d" % self.number, message) for message in batch.messages]
             advanced = self._advanced(entries)
-            with self._reading:
-                self.cache.put_many(batch.rows)
-                self.shown = advanced
+            self.cache.put_many(batch.rows)  # with `shown`, at once: a read's rows and offsets are of one moment
+            self.shown = advanced
             await self.partition.flush(batch.rows, downstream, advanced)
             self.cache.flushed()
         now = self.around.now()
@@ -439,13 +426,9 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
                 await self.eraser.announce(erased, entry.work.record_s, place)
                 return
 
-    def read(self, user_id: str) -> Held | None:
-        """What is held of the user, as of the last fold; None: the partition closes. From any thread."""
-        with self._reading:
-            if self.report is None:
-                return None
-            (row,) = self.cache.get_many([user_id.encode()])
-            return Held(row, self.shown, self.partition.epoch)
+    def row(self, user_id: str) -> bytes | None:
+        """The user's row as of now."""
+        return self.cache.get_many([user_id.encode()])[0]
 
 
 def _learn_all(learner: ItemLearner, records: Sequence[LogRecord]) -> None:

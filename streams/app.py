@@ -5,14 +5,12 @@ What differs from Faust's defaults, and why, stands at each class; docs/decision
 """
 
 import asyncio
-import contextlib
 import gc
 import os
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 import faust
@@ -38,8 +36,7 @@ FETCH_WAIT_MS: Final = 20  # Faust fixes 1,500; the embedded broker waits it out
 STOP_MAX_S: Final = 4.5  # then the process ends as by kill -9, which loses nothing
 LEAVE_MAX_S: Final = 2.0  # for what is left when all is durable: connections
 REQUEST_TIMEOUT_S: Final = 30.0
-SWITCH_INTERVAL_S: Final = 0.0005  # what a thread waits for one that holds the interpreter
-PRECEDENCE_NICE: Final = 5
+SWITCH_INTERVAL_S: Final = 0.001  # what the loop and the consumer wait for a thread that holds the interpreter
 assert SEEK_WAIT_MAX_S < REQUEST_TIMEOUT_S, "a seek that outlasts a request reads as a stop"
 
 
@@ -165,25 +162,6 @@ def _exit_after(seconds: float, code: int) -> threading.Timer:
     return timer
 
 
-def go_first() -> None:
-    """This thread has the processor before the process's others from now on, where the system allows that.
-
-    It needs CAP_SYS_NICE (root; `LimitNICE` of systemd). Under real-time scheduling it is one priority, else a nicer
-    value.
-    """
-    if sys.platform != "linux":
-        return
-    thread = threading.get_native_id()
-    policy = os.sched_getscheduler(thread)
-    with contextlib.suppress(PermissionError):
-        if policy in (os.SCHED_FIFO, os.SCHED_RR):
-            priority = os.sched_getparam(thread).sched_priority
-            os.sched_setscheduler(thread, policy, os.sched_param(priority + 1))
-        else:
-            nice = os.getpriority(os.PRIO_PROCESS, thread)
-            os.setpriority(os.PRIO_PROCESS, thread, nice - PRECEDENCE_NICE)
-
-
 def build(settings: Settings, worker: Worker, source: FaustSource, assignor: CopartitionedAssignor) -> Any:
     """The Faust app whose three agents feed the worker."""
 
@@ -269,52 +247,6 @@ def _add_agents(app: Any, settings: Settings, worker: Worker) -> None:
     agent("learn_items", settings.internal_topic("examples"))
 
 
-class ServingThread(mode.Service):
-    """A service in a thread with a loop of its own: what it answers waits for no batch of the stream."""
-
-    def __init__(self, make: Callable[[], mode.Service], **options: Any) -> None:
-        """make: called in that loop."""
-        super().__init__(**options)
-        self._make = make
-        self._served: mode.Service | None = None
-        self._own_loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
-
-    async def call(self, work: Callable[[], None]) -> None:
-        """Does work between two turns of that loop, soon after it runs. Raises what the work raises."""
-
-        async def working() -> None:
-            work()
-
-        await self._there(working())
-
-    def _there(self, work: Coroutine[Any, Any, None]) -> asyncio.Future[None]:
-        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._own_loop))
-
-    async def on_start(self) -> None:
-        """Raises what the service's own start raises."""
-        self._thread.start()
-
-        async def starting() -> None:
-            self._served = self._make()
-            await self._served.start()
-
-        await self._there(starting())
-
-    def _run(self) -> None:
-        go_first()
-        asyncio.set_event_loop(self._own_loop)
-        self._own_loop.run_forever()
-
-    async def on_stop(self) -> None:
-        """The service's own stop, which may need the caller's loop; then the thread ends."""
-        if self._served is not None:
-            await self._there(self._served.stop())
-        if self._thread.is_alive():
-            self._own_loop.call_soon_threadsafe(self._own_loop.stop)
-            await asyncio.to_thread(self._thread.join)
-
-
 class FaustWorker(faust.Worker):
     """Faust's process runner, which leaves our logging as it is and draws nothing on the terminal."""
 
@@ -345,10 +277,8 @@ def run(settings: Settings, gate: Gate, now: Callable[[], float], encoder: Encod
     worker = Worker(settings, now, encoder, source, assignor.owner_of)
     ranker.warm_up(worker.replica)
     app = build(settings, worker, source, assignor)
-    view = View(worker)
-    audit = None if gate.is_open else Audit(view.send_audit, now, audit_key(worker.sealer))
-    http = ServingThread(partial(HttpService, view, settings, gate, audit))
-    worker.for_readers = http.call
+    audit = None if gate.is_open else Audit(worker.send_audit, now, audit_key(worker.sealer))
+    http = HttpService(View(worker), settings, gate, audit)
     worker.before_producer_stops.append(http.stop)  # requests and the audit log end while there is a producer
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.collect()

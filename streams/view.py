@@ -3,9 +3,9 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from importlib.metadata import version
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -29,18 +29,9 @@ RETRY_AFTER_S: Final = 1.0
 LOG_WAIT_S: Final = 2.0  # a request waits this long for what a log has: its end, the user's own words
 LOG_READERS_MAX: Final = 4  # consumers at a time
 
-T = TypeVar("T")
-
-
-def _restoring() -> NotReady:
-    return NotReady("the user's partition is being restored", RETRY_AFTER_S)
-
 
 class View:
-    """Reads of one worker, in the loop in which its replica changes; what needs the worker's own loop goes there.
-
-    Two threads meet here. What is read is either replaced as a whole by the other one, or read under its lock.
-    """
+    """Reads of one worker; everything but `digest` in the worker's loop."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
@@ -50,7 +41,6 @@ class View:
         self._settings_digest = settings_digest(self.encoder, worker.learner_config, self.evidence)
         self._log_readers = asyncio.Semaphore(LOG_READERS_MAX)
         self._listeners: set[asyncio.Queue[dict[str, Any]]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None  # of the listeners, once there was one
         self._status_task: asyncio.Task[None] | None = None
         worker.watchers.append(self._watch)
 
@@ -78,29 +68,20 @@ class View:
             return None
         url = self.worker.owner_of(self.worker.settings.topic("clicks"), partition)
         if not url or url == self.worker.settings.http_url():
-            raise _restoring()
+            raise NotReady("the user's partition is being restored", RETRY_AFTER_S)
         return url
 
     def _keeper(self, kind: str, partition: int) -> Keeper[Any]:
         keeper = self.worker.open_keeper(kind, partition)
         if keeper is None:
-            raise _restoring()
+            raise NotReady("the user's partition is being restored", RETRY_AFTER_S)
         return keeper
-
-    async def _in_worker(self, work: Coroutine[Any, Any, T]) -> T:
-        """What work gives, done in the worker's own loop. Raises NotReady before that runs."""
-        if self.worker.loop is None:
-            work.close()
-            raise NotReady("the worker starts", RETRY_AFTER_S)
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.worker.loop))
 
     def read(self, user_id: str) -> Read:
         """As of the last fold. Raises NotReady."""
-        held = self._users(self.partition_of(user_id)).read(user_id)
-        if held is None:
-            raise _restoring()
-        origin = Origin(held.epoch, self.worker.replica_applied, self._settings_digest)
-        return Read(held.row, dict(held.applied), origin)
+        keeper = self._users(self.partition_of(user_id))
+        origin = Origin(keeper.partition.epoch, self.worker.replica_applied, self._settings_digest)
+        return Read(keeper.row(user_id), dict(keeper.shown), origin)
 
     def _users(self, partition: int) -> UserKeeper:
         keeper = self._keeper("users", partition)
@@ -140,20 +121,12 @@ class View:
         return offset < end
 
     async def publish(self, topic: str, key: bytes, value: bytes) -> tuple[int, int]:
-        """Appends to a source topic: (partition, offset). Raises NotReady, KafkaError."""
-        return await self._in_worker(self.worker.producer.send_one(self.worker.settings.topic(topic), key, value))
+        """Appends to a source topic: (partition, offset)."""
+        return await self.worker.producer.send_one(self.worker.settings.topic(topic), key, value)
 
-    async def send_audit(self, records: list[tuple[bytes | None, bytes | None]]) -> None:
-        """Appends records to the audit topic, acknowledged. Raises NotReady, KafkaError."""
-        await self._in_worker(self.worker.send_audit(records))
-
-    async def encode(self, text: str) -> npt.NDArray[np.float32]:
-        """The text's unit vector, after what already waits for the encoder. Raises NotReady."""
-
-        async def encoded() -> npt.NDArray[np.float32]:
-            return await self.worker.encoding.submit(text)
-
-        return await self._in_worker(encoded())
+    def encode(self, text: str) -> Awaitable[npt.NDArray[np.float32]]:
+        """The text's unit vector, after what already waits for the encoder."""
+        return self.worker.encoding.submit(text)
 
     async def words(self, user_id: str, offsets: Sequence[int]) -> dict[int, str]:
         """Read from the log, which alone has them: what its retention has passed is absent, what is late too."""
@@ -194,16 +167,8 @@ class View:
         return {"url": url, "workers": sorted({url, *filter(None, owners)}), "encoder": self.encoder,
                 "partitions": found}  # fmt: skip
 
-    async def alive(self) -> None:
-        """Once that loop has turned; at once before it runs."""
-        with contextlib.suppress(NotReady):
-            await self._in_worker(asyncio.sleep(0))
-
-    async def model_info(self) -> dict[str, Any]:
-        """Versions, configuration, progress and live figures. Raises NotReady."""
-        return await self._in_worker(self._model_info())
-
-    async def _model_info(self) -> dict[str, Any]:
+    def model_info(self) -> dict[str, Any]:
+        """Versions, configuration, progress and live figures."""
         worker = self.worker
         learner = worker.open_keeper("learner", LEARNER_PARTITION)
         learning = None
@@ -238,11 +203,8 @@ class View:
             for offset in keeper.partition.durable.values()
         )
 
-    async def ready(self) -> list[str]:
-        """What is still missing before any user can be answered for. Raises NotReady."""
-        return await self._in_worker(self._ready())
-
-    async def _ready(self) -> list[str]:
+    def ready(self) -> list[str]:
+        """What is still missing before any user can be answered for."""
         worker = self.worker
         missing = []
         if not worker.keepers:
@@ -259,10 +221,9 @@ class View:
     async def subscribe(self) -> AsyncIterator[dict[str, Any]]:
         """Events as they are learnt, and a status each second."""
         queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue(LISTENER_MESSAGES_MAX)
-        self._loop = asyncio.get_running_loop()
         self._listeners.add(queue)
         if self._status_task is None or self._status_task.done():
-            self._status_task = self._loop.create_task(self._tell_status(), name="status")
+            self._status_task = asyncio.get_running_loop().create_task(self._tell_status(), name="status")
         try:
             while True:
                 yield await queue.get()
@@ -270,13 +231,10 @@ class View:
             self._listeners.discard(queue)
 
     def _watch(self, event: Click | Comment | Erasure) -> None:
-        """Called in the worker's own loop."""
-        if self._loop is None or not self._listeners:
-            return
         if isinstance(event, Erasure):
-            self._loop.call_soon_threadsafe(self._forget, event.user_id)
-        else:
-            self._loop.call_soon_threadsafe(self._tell, stream_event(event, event.ts))
+            self._forget(event.user_id)
+        elif self._listeners:
+            self._tell(stream_event(event, event.ts))
 
     def _forget(self, user_id: str) -> None:
         """What waits for listeners names the user no more."""
@@ -295,16 +253,12 @@ class View:
         before, at = self.worker.telemetry.events, self.now()
         while self._listeners:
             await asyncio.sleep(STATUS_INTERVAL_S)
-            status = await self._in_worker(self._status())
             events, now = self.worker.telemetry.events, self.now()
-            self._tell({**status, "events_per_s": (events - before) / max(now - at, 1e-9)})
+            report: Any = self.worker.telemetry.report
+            self._tell({
+                "type": "status", "events_per_s": (events - before) / max(now - at, 1e-9),
+                "lag_records": self.worker.lag_records(), "lag_s": self.worker.telemetry.event_lag_s,
+                "positives": self.worker.replica.positives, "items": self.worker.replica.active_count,
+                "hit_ratio": {name: report.get(name, {}).get("hr@10") for name in ("model", "popularity", ITEM_KNN)},
+            })  # fmt: skip
             before, at = events, now
-
-    async def _status(self) -> dict[str, Any]:
-        worker = self.worker
-        report: Any = worker.telemetry.report
-        return {
-            "type": "status", "lag_records": worker.lag_records(), "lag_s": worker.telemetry.event_lag_s,
-            "positives": worker.replica.positives, "items": worker.replica.active_count,
-            "hit_ratio": {name: report.get(name, {}).get("hr@10") for name in ("model", "popularity", ITEM_KNN)},
-        }  # fmt: skip

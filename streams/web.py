@@ -1,4 +1,4 @@
-"""The worker's HTTP: FastAPI over `streams.serving`, under uvicorn as a service of whatever loop starts it.
+"""The worker's HTTP: FastAPI over `streams.serving`, under uvicorn as a service of the worker's own loop.
 
 Any worker answers for any user: what belongs to another worker's partition is forwarded once. One id is one path
 segment, percent-encoded: paths are matched before decoding, so that ids may hold slashes. Answers are encoded by
@@ -665,7 +665,7 @@ def _worker_routes(app: FastAPI, http: Http, gate: Gate) -> None:
 
     @app.get("/v1/model", operation_id="getModel", response_model=None)
     async def model(request: Request) -> Response:
-        told = await view.model_info()
+        told = view.model_info()
         etag = _tag(view, msgspec.msgpack.encode(told))
         return _unchanged(request, etag) or _json(told, etag)
 
@@ -679,12 +679,11 @@ def _worker_routes(app: FastAPI, http: Http, gate: Gate) -> None:
 
     @app.get("/healthz", operation_id="getHealth", response_model=None)
     async def health() -> Response:
-        await view.alive()
         return _json({"status": "ok"})
 
     @app.get("/readyz", operation_id="getReadiness", response_model=None)
     async def ready() -> Response:
-        reasons = await view.ready()
+        reasons = view.ready()
         if reasons:
             raise Problem("not-ready", "; ".join(reasons), retry_after_s=RETRY_AFTER_S, reasons=reasons)
         return _json({"status": "ready"})
@@ -723,7 +722,7 @@ def _file(content: bytes, etag: str, media_type: str) -> Callable[[Request], Awa
 
 
 class HttpService(mode.Service):
-    """uvicorn in the loop that starts it. It answers before the partitions are ready: /readyz says when they are."""
+    """uvicorn in the worker's loop. It answers before the partitions are ready: /readyz says when they are."""
 
     def __init__(
         self, view: WorkerView, settings: Settings, gate: Gate | None = None, audit: Audit | None = None,

@@ -18,7 +18,7 @@ from aiokafka.errors import KafkaError
 
 from monitoring.metrics import Metrics
 from state.changelog import Reader
-from state.partition import Fenced, Partition
+from state.partition import INLINE_ROWS_MAX, Fenced, Partition
 from state.sealing import SealedPartition
 from state.store import RocksDisk, StoreError, StoreLockedError
 from streams import audit, kafka
@@ -117,8 +117,6 @@ class Worker:
         self.opening: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.watchers: list[Callable[[Click | Comment | Erasure], None]] = []
         self.before_producer_stops: list[Callable[[], Awaitable[None]]] = []
-        self.loop: asyncio.AbstractEventLoop | None = None  # while it runs
-        self.for_readers: Callable[[Callable[[], None]], Awaitable[None]] = _here  # where the replica is read
         self.replica_caught_up = False
         self.stopping = False
         self.topic_kinds = {
@@ -463,13 +461,13 @@ class Worker:
                 read = record.offset + 1
                 accepted = reader.feed(record)
                 if accepted is not None:
-                    take = self._replica.prepare(accepted.rows)
-                    await self.for_readers(partial(self._take, take, accepted.applied["examples"]))
-
-    def _take(self, take: Callable[[], None], offset: int) -> None:
-        take()
-        self.replica_applied = offset
-        self._tell_adapter()
+                    if len(accepted.rows) > INLINE_ROWS_MAX:
+                        take = await asyncio.to_thread(self._replica.prepare, accepted.rows)
+                    else:
+                        take = self._replica.prepare(accepted.rows)
+                    take()  # between two reads
+                    self.replica_applied = accepted.applied["examples"]
+                    self._tell_adapter()
 
     def _tell_adapter(self) -> None:
         adapter = self.replica.adapter
@@ -501,7 +499,6 @@ class Worker:
 
     async def start(self) -> None:
         """Before the agents: the producer, the topics' partitions checked, the tail."""
-        self.loop = asyncio.get_running_loop()
         await self.producer.start()
         await self.item_producer.start()
         await self._check_partitions()
@@ -570,10 +567,6 @@ class Worker:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-async def _here(work: Callable[[], None]) -> None:
-    work()
 
 
 def crash_at(told: str) -> Callable[[str], None]:

@@ -156,17 +156,14 @@ class World:
     def digest(self) -> dict[str, Any]:
         return {"partitions": {str(p): {"applied": self.applied(p)} for p in range(self.partitions)}}
 
-    async def alive(self) -> None:
-        pass
-
-    async def model_info(self) -> dict[str, Any]:
+    def model_info(self) -> dict[str, Any]:
         return {
             "model_version": self.model_version, "learner": {"applied": {"examples": self._examples_end - 1}},
             "encoder": {"name": self.encoder, "dim": TEXT_DIM, "adapter": None},
             "replica": {"items": len(self._replica), "active": self._replica.active_count},
         }  # fmt: skip
 
-    async def ready(self) -> list[str]:
+    def ready(self) -> list[str]:
         return self.waits_for
 
     async def subscribe(self) -> AsyncIterator[dict[str, Any]]:

@@ -3,12 +3,9 @@
 import asyncio
 import contextlib
 import json
-import os
 import re
 import socket
-import threading
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,7 +16,6 @@ import msgspec
 import pytest
 
 from streams import serving, tokens
-from streams.app import ServingThread, go_first
 from streams.broker import free_port
 from streams.events import ID_CHARS_MAX, Item
 from streams.problems import KINDS
@@ -400,7 +396,7 @@ async def test_health_readiness_digest_model_metrics(api: httpx.AsyncClient, wor
     world.waits_for = ["users-3 opens"]
     assert assert_problem(await api.get("/readyz"), "not-ready")["reasons"] == ["users-3 opens"]
     assert (await api.get("/v1/digest")).json() == world.digest()
-    assert (await api.get("/v1/model")).json() == await world.model_info()
+    assert (await api.get("/v1/model")).json() == world.model_info()
     await api.get(f"/v1/users/{FAN}/recommendations")
     metrics = await api.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")
@@ -630,40 +626,6 @@ def assert_refused(answer: bytes, slug: str) -> None:
     assert head.startswith(b"HTTP/1.1 %d " % KINDS[slug].status) and b"application/problem+json" in head, answer
     assert json.loads(body)["type"] == f"/docs#problem-{slug}" and b"onnection: close" in head
     assert (b"Retry-After: 1" in head) == (KINDS[slug].status == 503)
-
-
-def asked(port: int) -> httpx.Response:
-    """The event loop of who calls this stands still meanwhile."""
-    return httpx.get(f"http://127.0.0.1:{port}/v1/users/u/recommendations", trust_env=False)
-
-
-async def test_requests_in_a_thread_of_their_own_wait_for_no_other_loop(world: World) -> None:
-    port = free_port()
-    service = ServingThread(partial(HttpService, world, Settings(http_port=port)))
-    await service.start()
-    try:
-        assert asked(port).status_code == 200
-        did: list[str] = []
-        await service.call(lambda: did.append(threading.current_thread().name))
-        assert did == ["http"]
-        with pytest.raises(ZeroDivisionError):
-            await service.call(lambda: did.append(str(1 / 0)))
-    finally:
-        await service.stop()
-    with pytest.raises(httpx.ConnectError):
-        asked(port)
-    assert "http" not in {thread.name for thread in threading.enumerate()}
-
-
-async def test_a_thread_without_leave_to_go_first_goes_on_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError
-
-    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    monkeypatch.setattr(os, "setpriority", refuse)
-    monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    go_first()
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
 async def test_a_taken_port_says_what_to_do(world: World) -> None:
