@@ -910,7 +910,8 @@ def _gather(m, w, count):
 
 @nb.njit(**INNER)
 def _user_side(m, w, x, steps, entry_row, entry_at, entries):
-    """The users' vectors, example by example; items that enter inside the message get their start on the way."""
+    """The users' vectors, example by example; items that enter inside the message get their start on the way. Returns
+    the examples that give a gradient: the matrix products are of these alone."""
     done = 0
     dim = m.phi.shape[1]
     coefficient = np.empty((2, x.history_item.shape[1]), np.float32)
@@ -949,13 +950,20 @@ def _user_side(m, w, x, steps, entry_row, entry_at, entries):
             a = w.coefficient[b, T_TEXT + h]
             for d in range(m.e.shape[1]):
                 w.words[b, d] += a * w.text[b, h, d]
-    w.user[: x.count, dim:] = adapted(m, w.words[: x.count])
     while done < entries:
         start_row(m, entry_row[done], steps.start)
         m.flags[entry_row[done]] |= STARTING
         done += 1
-    n = x.count
-    map_user(m, w.z[:n], w.text[:n], w.unit, w.user[:n, dim:])
+    at = np.flatnonzero(w.go[: x.count])
+    if len(at) == 0:
+        return at
+    unit = np.zeros((len(at), w.unit.shape[1]), np.float32)
+    text = adapted(m, w.words[at])
+    map_user(m, w.z[at], w.text[at], unit, text)
+    for a in range(len(at)):
+        w.unit[at[a]] = unit[a]
+        w.user[at[a], dim:] = text[a]
+    return at
 
 
 @nb.njit(**INNER)
@@ -1237,19 +1245,17 @@ def _close(w, row, g, logit):
 
 
 @nb.njit(**INNER)
-def _loss(m, w, x, steps, count, named, score, weight, entry_row, entry_at):
-    """Softmax cross-entropy: turns the scores (B, count) of the candidates into g_j, fills w.grad_i.
+def _loss(m, w, x, at, steps, count, named, score, weight, entry_row, entry_at):
+    """Softmax cross-entropy: turns the scores (n, count) of the candidates, for the examples `at`, into g_j, fills
+    w.grad_i.
 
     weight: n / K of each candidate but the first `named`, which weigh 1. The target, the carried history and items
     that enter later are no negatives.
     """
-    for b in range(x.count):
-        g = score[b]
+    for a in range(len(at)):
+        b = at[a]
+        g = score[a]
         logit = w.logit[b]
-        if not w.go[b]:
-            g[:] = 0
-            w.grad_i[b] = 0
-            continue
         cooc = w.cooc[b]
         bias = w.bias
         bias[:count] = w.beta[:count]
@@ -1331,18 +1337,18 @@ def _history_gradients(m, w, x, b, steps, count, g, dz, touched):
 
 
 @nb.njit(**INNER)
-def _map_gradients(m, w, x, steps, users):
-    """Steps M; completes the users' gradients in users (B, D + T), sum_j g_j phi_j | sum_j g_j e_j: by the targets' e,
-    for zC by what reaches it through M, for the texts by the metric."""
-    n = x.count
+def _map_gradients(m, w, at, steps, users):
+    """Steps M; completes the gradients of the users of the examples `at` in users (n, D + T), sum_j g_j phi_j | sum_j
+    g_j e_j: by the targets' e, for zC by what reaches it through M, for the texts by the metric."""
     dim = m.phi.shape[1]
-    for b in range(n):
+    for a in range(len(at)):
+        b = at[a]
         for d in range(m.e.shape[1]):
-            users[b, dim + d] += w.grad_i[b] * m.e[w.target[b], d]
+            users[a, dim + d] += w.grad_i[b] * m.e[w.target[b], d]
     texts = np.ascontiguousarray(users[:, dim:])
     users[:, :dim] += np.dot(texts, m.map[:dim].T)
     users[:, dim:] = adapted(m, texts)
-    step = np.dot(w.unit[:n].T, texts)
+    step = np.dot(w.unit[at].T, texts)
     for u in range(len(step)):
         total = f4(0)
         for d in range(step.shape[1]):
@@ -1378,26 +1384,26 @@ def _coefficient_gradients(m, w, x, b, steps, count, g, text):
 
 
 @nb.njit(**INNER)
-def _gradients(m, w, x, steps, count, g):
-    """Sums the message's gradients, and steps M; g (B, count). Returns (rows of step_phi, rows of step_y)."""
+def _gradients(m, w, x, at, steps, count, g):
+    """Sums the message's gradients, and steps M; g (n, count) of the examples `at`. Returns (rows of step_phi, rows of
+    step_y)."""
     dim = m.phi.shape[1]
     users = np.dot(g, w.item[:count])
-    items = np.dot(g.T, w.z[: x.count])  # (count, D)
+    items = np.dot(g.T, w.z[at])  # (count, D)
     w.theta[:] = 0
     w.step_beta[:count] = 0
     w.step_context[:] = 0
-    for b in range(x.count):
+    for a in range(len(at)):
         for c in range(count):
-            w.step_beta[c] += g[b, c]
+            w.step_beta[c] += g[a, c]
     for c in range(count):
         w.row_phi[c] = w.cand[c]
         w.step_phi[c] = items[c]
     touched = count
     touched_y = 0
-    _map_gradients(m, w, x, steps, users)
-    for b in range(x.count):
-        if not w.go[b]:
-            continue
+    _map_gradients(m, w, at, steps, users)
+    for a in range(len(at)):
+        b = at[a]
         target = w.target[b]
         g_i = w.grad_i[b]
         if w.slot[target] == 0:
@@ -1406,16 +1412,16 @@ def _gradients(m, w, x, steps, count, g):
             w.step_beta[touched] = 0
             touched += 1
             w.slot[target] = touched
-        at = w.slot[target] - 1
-        w.step_beta[at] += g_i
-        dz = users[b, :dim]
+        own = w.slot[target] - 1
+        w.step_beta[own] += g_i
+        dz = users[a, :dim]
         for d in range(dim):
-            w.step_phi[at, d] += g_i * w.z[b, d]
+            w.step_phi[own, d] += g_i * w.z[b, d]
             dz[d] += g_i * m.phi[target, d]
             w.step_context[w.since[b], d] += dz[d]
             w.step_context[SINCES + w.length[b], d] += dz[d]
-        touched_y = _history_gradients(m, w, x, b, steps, count, g[b], dz, touched_y)
-        _coefficient_gradients(m, w, x, b, steps, count, g[b], users[b, dim:])
+        touched_y = _history_gradients(m, w, x, b, steps, count, g[a], dz, touched_y)
+        _coefficient_gradients(m, w, x, b, steps, count, g[a], users[a, dim:])
     return touched, touched_y
 
 
@@ -1501,19 +1507,17 @@ def learn_message(m, w, x, o, steps, entry_row, entry_at, entry_ts, position, re
         m.flags[entry_row[q]] |= ENTERING
     candidates = m.scalar[ACTIVES] + entries
     count, named = _draw(m, w, x, steps, rows, candidates, position)
-    _user_side(m, w, x, steps, entry_row, entry_at, entries)
+    at = _user_side(m, w, x, steps, entry_row, entry_at, entries)
     _gather(m, w, count)
     _choose_ranked(m, w, x, steps)
     slope = _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts, entries, record_bytes)
-    learnt = 0
-    for b in range(x.count):
-        learnt += w.go[b]
+    learnt = len(at)
     touched = count
     weight = f4((candidates - named) / max(1, count - named))
     if learnt > 0 and count > 0:
-        score = np.dot(w.user[: x.count], w.item[:count].T)
-        _loss(m, w, x, steps, count, named, score, weight, entry_row, entry_at)
-        touched, touched_y = _gradients(m, w, x, steps, count, score)
+        score = np.dot(w.user[at], w.item[:count].T)
+        _loss(m, w, x, at, steps, count, named, score, weight, entry_row, entry_at)
+        touched, touched_y = _gradients(m, w, x, at, steps, count, score)
         _step_rows(m, w, steps, touched, touched_y, record_bytes)
         _step_scalars(m, w, steps)
     else:

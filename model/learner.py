@@ -33,7 +33,7 @@ class LearnerConfig:
     negatives: int = 512  # K candidates drawn a message, shared by its examples
     neighbours_max: int = 512  # M co-occurring items kept an item, 8 B each
     history_max: int = 100  # L history entries an example
-    cooccurrence_history: int = 32  # of these in the co-occurrence block
+    cooccurrence_history: int = 24  # of these in the co-occurrence block
     y_history: int = 32  # of these whose y gets a gradient
     message_examples_max: int = 64  # B
     rank_items: int = 30  # item scores an example that ranking in full may cost on average; 0: no limit

@@ -15,7 +15,7 @@ from model.items import ItemMatrix
 
 Array = npt.NDArray[Any]
 
-COOCCURRENCE_HISTORY = 32  # entries in the co-occurrence block; LearnerConfig.cooccurrence_history has the same default
+COOCCURRENCE_HISTORY = 24  # entries in the co-occurrence block; LearnerConfig.cooccurrence_history has the same default
 
 
 def _none(dtype: type) -> Array:

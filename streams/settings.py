@@ -245,7 +245,7 @@ class Settings(BaseSettings):
         512, "items", "Co-occurring items kept an item, 8 bytes each.", ge=1, le=4096
     )
     learner_cooccurrence_history: int = _setting(
-        32, "events", "Newest of a user's history that the co-occurrence block reads.", ge=1, le=100
+        24, "events", "Newest of a user's history that the co-occurrence block reads.", ge=1, le=100
     )
     learner_y_history: int = _setting(32, "events", "Newest of a user's history whose y is trained.", ge=1, le=100)
     learner_rank_items: int = _setting(
