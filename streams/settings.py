@@ -274,12 +274,9 @@ class Settings(BaseSettings):
         0.025, "step", "AdaGrad step of what a history's length and the pause after it add.", gt=0, le=10
     )
     learner_backward: float = _setting(
-        0.85,
-        "share",
-        "What an item counts as the neighbour of one that came after it; of one before it: 1.",
-        ge=0,
+        0.85, "share", "What an item counts as the neighbour of one that came after it; of one before it: 1.", ge=0,
         le=1,
-    )
+    )  # fmt: skip
     learner_lr_sharp: float = _setting(0.1, "step", "AdaGrad step of the probabilities' sharpness.", gt=0, le=10)
 
     @field_validator("topic_prefix", "app_id")
