@@ -382,7 +382,8 @@ def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
     near = min(length, config.cooccurrence_history)
     blocks = -(-b // config.refresh_examples)
     coefficients = kernels.COEFFICIENTS
-    links = b * near * config.neighbours_max + config.neighbours_max
+    links = b * near * config.neighbours_max + 1
+    changes = 4 * b * kernels.COUNTED
 
     def f(*shape: int) -> Array:
         return np.zeros(shape, np.float32)
@@ -399,12 +400,15 @@ def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
         slot=np.zeros(capacity, np.int16), cand=i(k), item=f(k, d + t),
         column=f(kernels.COLUMNS, k), feature=f(blocks, kernels.FEATURES, k), beta=f(k), bias=f(k),
         feature_i=f(b, kernels.FEATURES, 1), score_i=f(b),
-        cooc=f(b, k + 2), cooc_i=f(b),
-        damping_i=f(b), link_slot=i(links), link_value=f(links), link_start=i(b, near + 1),
+        cooc=f(b, k), cooc_i=f(b), damping=f(k), damping_i=f(b), near_i=f(b, near), place=i(length),
+        linked=i(capacity), link_row=i(b * near), link_start=i(b * near + 1),
+        link_slot=np.zeros(links, np.uint16), link_value=f(links), change_first=i(b * near),
+        change_next=i(changes), change_slot=np.zeros(changes, np.uint16), change_value=f(changes),
+        changes=np.zeros(1, np.int64),
         grad_i=f(b), step_phi=f(k + b, d), step_beta=f(k + b), row_phi=i(k + b), slot_y=i(capacity),
         step_y=f(b * config.y_history, d), row_y=i(b * config.y_history), step_context=f(kernels.CONTEXTS, d),
         theta=f(kernels.THETA),
-        weight_c=f(k + 2), score=f(capacity), dense=f(max(DENSE_FLOATS_MAX, capacity)),
+        weight_c=f(k), score=f(capacity), dense=f(max(DENSE_FLOATS_MAX, capacity)),
         rival=f(capacity), rival_history=f(length), ranked=np.zeros(b, np.bool_),
         skip=np.zeros(capacity, np.uint8), bias_j=f(capacity), popularity=f(kernels.POPULARITIES, capacity),
     )  # fmt: skip
