@@ -186,9 +186,12 @@ class Matrix(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Scratch of the learner; B examples, K candidates, L history entries, R rows ranked at a time."""
+    """Scratch of the learner; B examples, K candidates, L history entries, R rows ranked, C messages at a time."""
 
-    target: Array  # (B,) int32 row
+    targets: Array  # (C, B) int32 rows
+    histories: Array  # (C, B, L) int32 rows
+    unknown: Array  # (B + B L,) int64 keys without a row
+    target: Array  # (B,) int32 rows, of the message at hand
     history: Array  # (B, L) int32 rows
     go: Array  # (B,) bool: gives a gradient
     wt: Array  # (B, L) float32 n om ta tw
@@ -714,8 +717,7 @@ def adapted(m, vectors):
 
 @nb.njit(**OPTIONS)
 def map_user(m, z, text, unit, user_text):
-    """u of n users into unit (n, 4 D + 1), and user_text (n, T) += u M. z: (n, D); text: (n, 3, T) zT_h, zX.
-"""
+    """u of n users into unit (n, 4 D + 1), and user_text (n, T) += u M. z: (n, D); text: (n, 3, T) zT_h, zX."""
     n = len(z)
     dim = m.project.shape[0]
     scale = f4(np.sqrt(m.project.shape[1] / dim))
@@ -1561,8 +1563,8 @@ def _step_scalars(m, w, steps):
             m.theta[q] += f4(steps.lr_setting) * step
 
 
-@nb.njit(**RELEASING)
-def learn_message(m, w, x, o, steps, entry_row, entry_at, entry_ts, position, record_bytes):
+@nb.njit(**INNER)
+def _learn_message(m, w, x, o, steps, entry_row, entry_at, entry_ts, position, record_bytes):
     """One micro-batch. w.target and w.history hold rows; entries are rows that become candidates inside the message,
     before example b (entry_at 2 b) or right after it (2 b + 1), in order.
 
@@ -1602,6 +1604,23 @@ def learn_message(m, w, x, o, steps, entry_row, entry_at, entry_ts, position, re
         m.scalar[SHARP] += steps.lr_sharp * slope / np.sqrt(m.scalar[SHARP_SQUARE])
         m.scalar[SHARP] = max(0.05, m.scalar[SHARP])
     return learnt, count, weight
+
+
+@nb.njit(**RELEASING)
+def learn_messages(m, w, xs, outcomes, steps, count, positions, entry_row, entry_at, entry_ts, record_bytes):
+    """The first `count` of the messages xs, one after another; the entries are of the first. w.targets and w.histories
+    hold rows. Returns what `_learn_message` does of the last one."""
+    drawn = (0, 0, f4(0))
+    for n in range(count):
+        if xs[n].count == 0:
+            continue
+        w.target[:] = w.targets[n]
+        w.history[:] = w.histories[n]
+        drawn = _learn_message(
+            m, w, xs[n], outcomes[n], steps, entry_row, entry_at, entry_ts, positions[n], record_bytes
+        )
+        entry_row = entry_row[:0]
+    return drawn
 
 
 # --- replicas -----------------------------------------------------------------------------------------------------

@@ -483,10 +483,10 @@ def test_an_empty_message_changes_nothing() -> None:
 
 def test_warm_up_leaves_nothing_to_compile() -> None:
     warm_up(SMALL)
-    compiled = [len(kernel.signatures) for kernel in (kernels.learn_message, kernels.find_examples, kernels.mark)]
+    compiled = [len(kernel.signatures) for kernel in (kernels.learn_messages, kernels.find_examples, kernels.mark)]
     trained(5)
     assert [
-        len(kernel.signatures) for kernel in (kernels.learn_message, kernels.find_examples, kernels.mark)
+        len(kernel.signatures) for kernel in (kernels.learn_messages, kernels.find_examples, kernels.mark)
     ] == compiled
 
 
