@@ -47,7 +47,8 @@ SKEW_S: Final = 0.02  # an event of one topic reaches its log this much later th
 START_S: Final = 1.7e9
 TEXT_DIM: Final = 8
 EVENTS: Final = (10, 50)
-LEFT_S: Final = 12.0  # two looks of a worker at the folders that it has left
+OBSERVE_S: Final = 2.0
+LEFT_S: Final = 2.5 * OBSERVE_S  # two looks of a worker at the folders that it has left
 CAUGHT_UP_S_MAX: Final = 60.0  # of simulated time
 TURNS_MAX: Final = 50_000  # of the loop, a world; some 700 are usual
 LAG_MARKERS: Final = 8  # compaction leaves the last ones alone; more than repairs may take
@@ -404,7 +405,7 @@ class SimKafka:
             elif stop is not None:
                 return
             at = batch[-1].offset + 1 if batch else at
-            await asyncio.sleep(0 if batch else 0.3)
+            await asyncio.sleep(0 if batch else 0.5)
 
     async def log_end(self, options: Any, topic: str, partition: int) -> int:
         return self.world.logs[TP(topic, partition)].end
@@ -1156,7 +1157,8 @@ def run_seed(seed: int, make: MakePartition = Partition, story: Story | None = N
         for target, told in (
             ("streams.worker", {
                 "kafka": SimKafka(world), "Metrics": _metrics, "RocksDisk": lambda **_: LifeDisk(LIFE.get()),
-                "Partition": world.make_partition, "os": _System, "log": _Silent(), "RESUME_INTERVAL_S": 0.2,
+                "Partition": world.make_partition, "os": _System, "log": _Silent(), "RESUME_INTERVAL_S": 0.5,
+                "OBSERVE_INTERVAL_S": OBSERVE_S,
             }),
             ("streams.agents", {"INBOX_RECORDS_MAX": chance.choice((6, 20_000)), "INBOX_RECORDS_LOW": 3,
                                 "BATCH_EVENTS_MAX": chance.choice((3, 1000)), "SWEEP_IDLE_S": 0.2, "log": _Silent()}),

@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from model.examples import Examples, new_examples
 from model.items import PENDING, TEXT_CHARS_MAX, ItemMatrix, PendingItem, half, row_key
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 HALF_LIVES_POSITIVES: Final = (10, 100, 1000, None)  # of the running popularities; None: all-time
 DENSE_FLOATS_MAX: Final = 4_000_000  # scores of ranked examples held at once
@@ -117,7 +118,7 @@ class Learner:
         self._dirty_adapter = False
         self._drawn = (0, 0, 0.0)  # of the last message: examples (0: no gradient), candidates, what each weighs
         self._work = _new_work(config, self._capacity)
-        self._outcomes = tuple(_new_outcomes(config.message_examples_max) for _ in range(MESSAGES_MAX))
+        self._outcomes = [_new_outcomes(config.message_examples_max)]  # of as many messages as came at once
 
     @property
     def _capacity(self) -> int:
@@ -243,10 +244,12 @@ class Learner:
             targets, histories = self._work.targets, self._work.histories
             self._work = _new_work(self.config, self._capacity)._replace(targets=targets, histories=histories)
         for n, examples in enumerate(messages[:count]):
+            if n == len(self._outcomes):
+                self._outcomes.append(_new_outcomes(self.config.message_examples_max))
             self._outcomes[n].candidates[: examples.count] = 0
         learnt, drawn, weight = kernels.learn_messages(
-            self.matrix.arrays, self._work, tuple(messages[min(n, count - 1)] for n in range(MESSAGES_MAX)),
-            self._outcomes, self._steps, count, np.array(positions[:count]), *entries, self.matrix.record_bytes,
+            self.matrix.arrays, self._work, _filled(messages[:count]), _filled(self._outcomes[:count]), self._steps,
+            count, np.array(positions[:count]), *entries, self.matrix.record_bytes,
         )  # fmt: skip
         self._drawn = (messages[count - 1].count if learnt else 0, drawn, float(weight))
         self.matrix.version += 1
@@ -444,6 +447,11 @@ def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
         rival=f(capacity), rival_history=f(length), ranked=np.zeros(b, np.bool_),
         skip=np.zeros(capacity, np.uint8), bias_j=f(capacity), popularity=f(kernels.POPULARITIES, capacity),
     )  # fmt: skip
+
+
+def _filled(some: Sequence[T]) -> tuple[T, ...]:
+    """MESSAGES_MAX of them, for the kernel is compiled for that many."""
+    return (*some, *(some[0] for _ in range(MESSAGES_MAX - len(some))))
 
 
 def _new_outcomes(examples_max: int) -> kernels.Outcomes:

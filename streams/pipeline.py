@@ -322,9 +322,7 @@ class ItemLearner:
         self.left_out = np.zeros(1, np.int64)  # examples that were left out since this learner began
         self.asked: list[tuple[int, int]] = []  # (partition, offset) of erasures that wait for the replay
         self.owes_replay = False
-        self._buffers = [
-            new_examples(config, seen_max=examples.MESSAGE_EXAMPLES_MAX * rows.SEEN_MAX) for _ in range(MESSAGES_MAX)
-        ]
+        self._buffers: list[Examples] = []  # up to MESSAGES_MAX, as they are needed
 
     def again(self) -> "ItemLearner":
         """An empty learner that leaves out what this one was told to, for the log from its beginning."""
@@ -354,15 +352,21 @@ class ItemLearner:
         for offset, message in messages:
             kind, partition, _ = examples.read_header(message)
             if kind == examples.KIND_EXAMPLES:
-                if len(waiting) == len(self._buffers):
+                if len(waiting) == MESSAGES_MAX:
                     learnt += self._learn(waiting)
-                waiting.append((offset, partition, self._unpack(partition, message, self._buffers[len(waiting)])))
+                waiting.append((offset, partition, self._unpack(partition, message, self._buffer(len(waiting)))))
                 continue
             learnt += self._learn(waiting)
             learnt.append(self._apply(offset, kind, partition, message))
             if learnt[-1].ends_removal:
                 break
         return learnt + self._learn(waiting)
+
+    def _buffer(self, number: int) -> Examples:
+        if number == len(self._buffers):
+            seen_max = examples.MESSAGE_EXAMPLES_MAX * rows.SEEN_MAX
+            self._buffers.append(new_examples(self.learner.config, seen_max))
+        return self._buffers[number]
 
     def _unpack(self, partition: int, message: bytes, buffer: Examples) -> Examples:
         return examples.unpack_examples(
