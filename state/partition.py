@@ -360,7 +360,11 @@ class Partition:
             raise
         await self._check_head(self._meta.position)
         opened = _Opened("same", self._meta, [], epoch, offset + 1, reader, 0)
-        await self._adopt(opened, "", "")
+        try:
+            await self._adopt(opened, "", "")
+        except BaseException as failure:  # a sweep or a flush under an epoch that was not adopted would lose rows
+            self._failure = failure
+            raise
 
     @property
     def is_swept(self) -> bool:

@@ -1003,6 +1003,39 @@ async def test_after_a_renewed_epoch_is_swept_the_head_may_go_and_nothing_names_
     await restored.close()
 
 
+async def test_a_renewal_that_is_not_acknowledged_is_the_end_of_its_partition(monkeypatch: pytest.MonkeyPatch) -> None:
+    around = Surroundings()
+    partition = await around.opened()
+    await add_all(partition, range(5))
+    await partition.sweep(1)  # the sweep of the epoch before is under way
+    real = around.log.append
+
+    async def refuse(records: Sequence[tuple[bytes, bytes | None]]) -> int:
+        if isinstance(parse(LogRecord(0, *records[-1])), Marker):
+            raise TimeoutError("no acknowledgement")
+        return await real(records)
+
+    monkeypatch.setattr(around.log, "append", refuse)
+    with pytest.raises(TimeoutError):
+        await partition.renew()
+    monkeypatch.undo()
+    with pytest.raises(PartitionFailedError, match="no acknowledgement"):
+        await partition.sweep(100)
+    with pytest.raises(PartitionFailedError, match="no acknowledgement"):
+        await partition.flush(*add(5))
+    await partition.close()
+    again = await around.opened()
+    while not again.is_swept:
+        await again.sweep(1)
+    await again.drain()
+    assert again.truncatable_to is not None
+    around.log.delete_before(again.truncatable_to)
+    await again.close()
+    restored = await around.opened("elsewhere")
+    assert restored.digest() == digest_after(4)
+    await restored.close()
+
+
 async def test_a_claimant_that_was_overtaken_does_not_renew() -> None:
     around = Surroundings()
     zombie = await around.opened()
