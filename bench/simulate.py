@@ -18,7 +18,7 @@ from state.partition import Partition
 from streams.progress import Bars
 
 CHUNK_SEEDS: Final = 20  # a task of a process
-CANARY_SEEDS_MAX: Final = 400  # within which every planted fault must be found
+CANARY_SEEDS_MAX: Final = 200  # within which every planted fault must be found
 FAILURES_TOLD_MAX: Final = 20
 PROCESSES: Final = 2
 

@@ -851,7 +851,7 @@ async def _story(world: World) -> None:
     await caught_up(world, last)
     world.maintain()
     await check(world, last)
-    if next(world.erasures(), None) is not None and chance.random() < 0.5:
+    if next(world.erasures(), None) is not None and chance.random() < 0.8:
         await _afterwards(world, last)
     for life in list(world.members):
         await life.do(life.worker.stop())
