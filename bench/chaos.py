@@ -49,6 +49,7 @@ STEP_S_MAX: Final = 20.0  # for a step to come at which a worker is to end; then
 TAKEOVER_S_MAX: Final = 120.0
 BROKER_DOWN_S_MAX: Final = 12.0
 CUT_S_MAX: Final = 9.0
+FREEZES_MAX: Final = 8
 ENDED_TAIL_BYTES: Final = 3000
 
 # Steps at which a worker is told to end, and up to which of them: as often as they surely come within STEP_S_MAX.
@@ -362,7 +363,7 @@ class Chaos:
             self.faults["leaders moved"] += 1
 
     def freeze(self) -> None:
-        """SIGSTOP for longer than the session, while another takes over; then the zombie wakes and must be fenced."""
+        """SIGSTOP for longer than the session, while another takes over; then the zombie wakes: fenced, if it writes."""
         name = self.rng.choice([n for n in self.names if n not in self.armed] or self.names)
         if name in self.armed:
             return
@@ -384,6 +385,12 @@ class Chaos:
         if alone:
             self.exits.append(others[0].stop()[0])
             self.takeover([zombie])
+
+    def fence(self) -> None:
+        """Freezes until a worker was fenced: one with nothing under way may hear of its loss first, and writes nothing."""
+        for _ in range(FREEZES_MAX):
+            if _fenced(self.deployment) == 0:
+                self.freeze()
 
     def restart_all(self) -> None:
         """A rolling restart."""

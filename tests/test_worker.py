@@ -182,10 +182,10 @@ def test_a_killed_worker_goes_on_where_it_was(broker: str, tmp_path: Path) -> No
 def test_a_zombie_is_fenced_and_a_cut_network_heals(tmp_path: Path) -> None:
     """One of two workers sleeps through a takeover of its partitions and wakes; then both are cut off for a while."""
     with chaos.site_of("embedded", tmp_path) as site:
-        found = chaos.disturb(site, tmp_path, kills=0, workers=2, seed=1, prefix="zombie-", surely=["freeze", "cut"])
+        found = chaos.disturb(site, tmp_path, kills=0, workers=2, seed=1, prefix="zombie-", surely=["fence", "cut"])
     assert nothing_differs(found)
-    assert found["fenced"] >= 1
-    assert found["faults"]["network cut"] == found["faults"]["frozen beyond the session"] == 1
+    assert found["fenced"] >= 1 and found["faults"]["frozen beyond the session"] >= 1
+    assert found["faults"]["network cut"] == 1
 
 
 def test_two_workers_share_users_and_answer_for_each_other(deployment: Deployment, outside: Outside) -> None:
