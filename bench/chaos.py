@@ -363,7 +363,7 @@ class Chaos:
             self.faults["leaders moved"] += 1
 
     def freeze(self) -> None:
-        """SIGSTOP for longer than the session, while another takes over; then the zombie wakes: fenced, if it writes."""
+        """SIGSTOP for longer than the session; another takes over; the zombie that wakes is fenced if it writes."""
         name = self.rng.choice([n for n in self.names if n not in self.armed] or self.names)
         if name in self.armed:
             return
@@ -387,7 +387,7 @@ class Chaos:
             self.takeover([zombie])
 
     def fence(self) -> None:
-        """Freezes until a worker was fenced: one with nothing under way may hear of its loss first, and writes nothing."""
+        """Freezes until a worker is fenced: one with nothing under way may hear of its loss first and write nothing."""
         for _ in range(FREEZES_MAX):
             if _fenced(self.deployment) == 0:
                 self.freeze()
