@@ -6,7 +6,6 @@ and one JSON line when the events behind those are learnt.
 """
 
 import asyncio
-import gc
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import uvloop
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from bench import load
@@ -192,13 +192,14 @@ async def measure(worker: Worker, events: int, items: int, known: int) -> None:
 def main(via: str, events: int, items: int, known: int) -> None:
     """Runs the worker `via` "faust" or "plain"."""
     log.set_up("warning")
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     settings = Settings()
     vectors = PlainVectors()
     warm_up(settings.learner_config(vectors.dim))
     if via == "plain":
         plain = PlainSource(settings)
         worker = Worker(settings, time.time, vectors, plain, lambda topic, partition: None)
-        _quiet_gc()
+        faust_app.tune_interpreter()
 
         async def both() -> None:
             await asyncio.gather(plain.run(worker), measure(worker, events, items, known))
@@ -214,14 +215,8 @@ def main(via: str, events: int, items: int, known: int) -> None:
     async def measuring() -> None:
         await measure(worker, events, items, known)
 
-    _quiet_gc()
+    faust_app.tune_interpreter()
     faust_app.FaustWorker(app).execute_from_commandline()
-
-
-def _quiet_gc() -> None:
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 1000)
 
 
 if __name__ == "__main__":

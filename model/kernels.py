@@ -26,6 +26,11 @@ call of some microseconds.
 A kernel that is called by another is inlined into it, always. Left to the compiler, a function has a copy in every
 caller, optimised again, with its sums in another order; which copy runs depends on what the process compiled and what
 it took from the cache, so that two processes differ in the last bits.
+
+A loop that writes an array sums no floats. The compiler makes two of one that writes: lanes side by side, which is for
+arrays that lie apart, and one by one; small arrays lie close together or not, as the heap is. A sum then comes in
+another order; all else is the same bits both ways, because quotients and roots are exact here (no `arcp`, no `afn`:
+lanes would take estimates of them). `python -m bench loops` looks for such sums in what was compiled.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -119,7 +124,7 @@ GAIN_MIN: Final = 0.25
 GAIN_MAX: Final = 16.0
 COURSE_DECAY: Final = 0.9  # a message, of the mean of steps that a gradient is held against
 COUNT_DECAY: Final = 0.9  # co-occurrence weight per step back in the history
-COUNT_MIN: Final = 0.1  # the least of it that is counted
+COUNTED: Final = 22  # entries that are counted, down to a weight of .1
 ACT_WEIGHT: Final = 2.0  # what a pair within one act (gap bucket 0) counts; any other: 1
 AGE_MIDS: Final = (0.0, 1.0, 2.0, 3.0, 4.5, 7.0, 10.5, 16.5, 28.0, 48.0, 80.0)
 POPULARITIES: Final = 4  # running popularity: half-lives of 10, 100, 1000 positives, all-time
@@ -141,7 +146,7 @@ SEED_STRIDE: Final = np.uint64(0xD1B54A32D192ED03)
 
 OPTIONS: Final = {
     "cache": True,
-    "fastmath": True,
+    "fastmath": {"nnan", "ninf", "nsz", "reassoc", "contract"},
     "error_model": "numpy",
     "boundscheck": False,
     "forceinline": True,
@@ -150,6 +155,7 @@ OPTIONS: Final = {
 RELEASING: Final = {**OPTIONS, "nogil": True}
 INNER: Final = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from kernels alone
 f4 = np.float32
+u8 = np.uint64  # of an index that is loaded: each use of a signed one asks whether it is negative
 
 
 class Matrix(NamedTuple):
@@ -185,9 +191,12 @@ class Matrix(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Scratch of the learner; B examples, K candidates, L history entries, R rows ranked at a time."""
+    """Scratch of the learner; B examples, K candidates, L history entries, R rows ranked, C messages at a time."""
 
-    target: Array  # (B,) int32 row
+    targets: Array  # (C, B) int32 rows
+    histories: Array  # (C, B, L) int32 rows
+    unknown: Array  # (B + B L,) int64 keys without a row
+    target: Array  # (B,) int32 rows, of the message at hand
     history: Array  # (B, L) int32 rows
     go: Array  # (B,) bool: gives a gradient
     wt: Array  # (B, L) float32 n om ta tw
@@ -201,7 +210,7 @@ class Work(NamedTuple):
     text: Array  # (B, 3, T) float32 zT_h, zX
     words: Array  # (B, T) float32: sum_h a_h zT_h, before the metric
     logit: Array  # (B, K) float32: s in the loss, as if all weighed alike; CLOSED: no negative
-    unit: Array  # (B, 4 D + 1) float32 u
+    unit: Array  # (B, 4 D + 1) float32 u of the examples with a gradient, side by side
     since: Array  # (B,) int32: 1 + gap bucket of the newest entry
     length: Array  # (B,) int32 bucket of the history's length
     coefficient: Array  # (B, COEFFICIENTS) float32
@@ -215,12 +224,22 @@ class Work(NamedTuple):
     bias: Array  # (K,) float32
     feature_i: Array  # (B, FEATURES, 1) float32 of the targets
     score_i: Array  # (B,) float32
-    cooc: Array  # (B, K + 2) float32
+    cooc: Array  # (B, K) float32 sum_k ck S_kj
     cooc_i: Array  # (B,) float32
+    damping: Array  # (K,) float32 (c_j + 1)^-.2 of the candidates
     damping_i: Array  # (B,) float32 of the targets, before their events are counted
-    link_slot: Array  # (links,) int32: candidate number + 1 of each neighbour that is a candidate
-    link_value: Array  # (links,) float32 sqrt(C)
-    link_start: Array  # (B, LK + 1) int32
+    near_i: Array  # (B, LK) float32 sqrt(C_ki) of the targets, before their events are counted
+    place: Array  # (L,) int32 of a target among the neighbours of its history's entries; -1: it is none
+    linked: Array  # (N,) int32: 1 + number of an item that has links
+    link_row: Array  # (B LK,) int32 the items that have
+    link_start: Array  # (B LK + 1,) int32
+    link_slot: Array  # (links,) uint16: number of a neighbour that is a candidate
+    link_value: Array  # (links,) float32 sqrt(C) at the message's start
+    change_first: Array  # (B LK,) int32: the newest of what has changed for an item since then; -1: nothing
+    change_next: Array  # (changes,) int32: the one before it; -1: none
+    change_slot: Array  # (changes,) uint16
+    change_value: Array  # (changes,) float32, to be added
+    changes: Array  # (1,) int64 how many there are
     grad_i: Array  # (B,) float32
     step_phi: Array  # (K + B, D) float32 summed gradients
     step_beta: Array  # (K + B,) float32
@@ -230,7 +249,7 @@ class Work(NamedTuple):
     row_y: Array  # (B LY,) int32
     step_context: Array  # (CONTEXTS, D) float32
     theta: Array  # (THETA,) float32 gradient
-    weight_c: Array  # (K + 2,) float32
+    weight_c: Array  # (K,) float32
     score: Array  # (N,) float32
     dense: Array  # (R N,) float32
     rival: Array  # (N,) float32
@@ -679,12 +698,14 @@ def history_texts(m, rows, tw, out, coefficient):
         return
     near_n = np.sqrt(min(near_total, f4(TEXT_WEIGHT_MAX)))
     far_n = np.sqrt(min(far_total, f4(TEXT_WEIGHT_MAX)))
+    near_share = near_n / near_total
+    far_share = far_n / far_total
     for d in range(out.shape[1]):
-        out[0, d] = (out[0, d] / near_total - m.mu[d]) * near_n
-        out[1, d] = (out[1, d] / far_total - m.mu[d]) * far_n
+        out[0, d] = out[0, d] * near_share - m.mu[d] * near_n
+        out[1, d] = out[1, d] * far_share - m.mu[d] * far_n
     for q in range(min(len(rows), TEXT_HISTORY)):
-        coefficient[0, q] *= near_n / near_total
-        coefficient[1, q] *= far_n / far_total
+        coefficient[0, q] *= near_share
+        coefficient[1, q] *= far_share
 
 
 @nb.njit(**OPTIONS)
@@ -708,13 +729,16 @@ def map_user(m, z, text, unit, user_text):
     dim = m.project.shape[0]
     scale = f4(np.sqrt(m.project.shape[1] / dim))
     unit[:n, :dim] = z
-    for h in range(TEXT_HEADS):
+    unit[:n, dim : 4 * dim] = 0
+    heads = TEXT_HEADS if np.any(text[:, TEXT_HEADS - 1]) else TEXT_HEADS - 1
+    for h in range(heads):
         part = np.dot(np.ascontiguousarray(text[:, h]), m.project.T)
         for b in range(n):
             for d in range(dim):
                 unit[b, dim * (h + 1) + d] = scale * part[b, d]
     unit[:n, 4 * dim] = 1
-    user_text += np.dot(unit[:n], m.map)
+    used = (1 + heads) * dim
+    user_text += np.dot(np.ascontiguousarray(unit[:n, :used]), m.map[:used]) + m.map[4 * dim]
 
 
 # --- entering -----------------------------------------------------------------------------------------------------
@@ -763,70 +787,110 @@ def activate(m, row, ts):
 
 
 @nb.njit(**INNER)
-def _count_pair(m, k, j, amount):
-    """C_kj += amount in row k. A full row's newcomer evicts the lowest count and starts at its own weight.
+def _fetch(address, size):
+    """Asks for memory that is read soon."""
+    for at in range(0, size, 64):
+        _prefetch(address + at)
 
-    Returns 1 where the row grew.
-    """
-    limit = m.neighbour.shape[1]
-    row = m.neighbour[k]
-    weight = m.weight[k]
-    used = m.length[k]
+
+@nb.njit(**INNER)
+def _place(neighbours, j):
+    """Where j is among an item's neighbours; -1: nowhere."""
     place = -1
-    for r in range(used):
-        place = max(place, r if row[r] == j else -1)
-    if place >= 0:
-        weight[place] += amount
-        return 0
-    if used < limit:
-        row[used] = j
-        weight[used] = amount
-        m.length[k] = used + 1
-        return 1
-    least = f4(1e30)
-    for r in range(limit):
-        least = min(least, weight[r])
-    for r in range(limit - 1, -1, -1):
-        if weight[r] == least:
-            place = r
-    row[place] = j
-    weight[place] = amount
-    return 0
+    for r in range(len(neighbours)):
+        place = max(place, r if neighbours[r] == j else -1)
+    return place
 
 
-@nb.njit(**OPTIONS)
-def count_event(m, row, positive, ts, history, history_ts, backward, record_bytes):
+@nb.njit(**INNER)
+def _least(weight):
+    """Where the lowest count is, the first of equals. The bits of floats that are not negative order as they do."""
+    least = np.int64(1) << np.int64(62)
+    for r in range(len(weight)):
+        ordered = (np.int64(_bits_of(weight[r])) << np.int64(16)) | np.int64(r)
+        least = ordered if ordered < least else least
+    return least & np.int64(0xFFFF)
+
+
+@nb.njit(**INNER)
+def _find_target(m, w, target, history):
+    """Where the target is among the neighbours of each entry of its history, into w.place."""
+    row_bytes = np.int64(m.neighbour.shape[1]) * 4
+    for q in range(len(history)):
+        if q + 2 < len(history):
+            ahead = np.int64(history[q + 2])
+            _fetch(np.int64(m.neighbour.ctypes.data) + ahead * row_bytes, m.length[ahead] * 4)
+            _fetch(np.int64(m.weight.ctypes.data) + ahead * row_bytes, m.length[ahead] * 4)
+        k = history[q]
+        w.place[q] = _place(m.neighbour[k, : m.length[k]], target)
+
+
+@nb.njit(**INNER)
+def _count_event(m, w, row, positive, ts, history, history_ts, backward, record_bytes):
     """One event's evidence: C_ki += .9^q for the q-th entry k of the history (rows), C_ik += backward .9^q: what came
-    after tells more; both ACT_WEIGHT times that within one act. Counters, recency.
+    after tells more; both ACT_WEIGHT times that within one act. A full row's newcomer evicts the lowest count and
+    starts at its own weight.
 
-    A low rating counts here as any other event: what is met together is. It is no positive.
+    A low rating counts here as any other event: what is met together is. It is no positive. Both sides of a pair in one
+    body, for each call with tuples of arrays costs as much as a pair.
     """
     amount = f4(1)
-    least = f4(COUNT_MIN)
-    span = np.int64(m.neighbour.ctypes.data)
-    span_w = np.int64(m.weight.ctypes.data)
-    row_bytes = np.int64(m.neighbour.shape[1]) * 4
+    limit = m.neighbour.shape[1]
+    changes = w.changes[0]
     mark(m, row, DIRTY_DENSE, record_bytes)
-    for q in range(len(history)):
-        if amount < least:
-            break
-        if q + 2 < len(history):
-            for step in range(0, m.length[history[q + 2]] * 4, 64):
-                _prefetch(span + history[q + 2] * row_bytes + step)
-                _prefetch(span_w + history[q + 2] * row_bytes + step)
-        k = history[q]
-        if k != row:
-            mark(m, k, DIRTY_NEIGHBOURS, record_bytes)
-            mark(m, row, DIRTY_NEIGHBOURS, record_bytes)
-            one_act = gap_bucket(ts - history_ts[q]) == 0
-            weight = amount * f4(ACT_WEIGHT) if one_act else amount
-            m.dirty_total[1] += record_bytes[2] * (
-                _count_pair(m, k, row, weight) + _count_pair(m, row, k, weight * f4(backward))
-            )
+    for q in range(min(len(history), COUNTED)):
+        one_act = gap_bucket(ts - history_ts[q]) == 0
+        weight = amount * f4(ACT_WEIGHT) if one_act else amount
         amount *= f4(COUNT_DECAY)
+        if history[q] == row:
+            continue
+        for side in range(2):
+            k = history[q] if side == 0 else row
+            j = row if side == 0 else history[q]
+            more = weight if side == 0 else weight * f4(backward)
+            if m.dirty[k] & DIRTY_NEIGHBOURS == 0:
+                mark(m, k, DIRTY_NEIGHBOURS, record_bytes)
+            used = m.length[k]
+            place = w.place[q] if side == 0 else -1
+            if place < 0:  # looked for again: an entry may be in the history twice
+                place = _place(m.neighbour[k, :used], j)
+            told = w.linked[k] - 1
+            before = f4(0)
+            if place >= 0:
+                before = m.weight[k, place]
+            elif used < limit:
+                place = used
+                m.length[k] = used + 1
+                m.dirty_total[1] += record_bytes[2]
+            else:
+                place = _least(m.weight[k])
+                evicted = w.slot[m.neighbour[k, place]]
+                if told >= 0 and evicted > 0:
+                    w.change_slot[changes] = evicted - 1
+                    w.change_value[changes] = -np.sqrt(m.weight[k, place])
+                    w.change_next[changes] = w.change_first[told]
+                    w.change_first[told] = changes
+                    changes += 1
+            m.neighbour[k, place] = j
+            m.weight[k, place] = before + more
+            if told >= 0 and w.slot[j] > 0:
+                w.change_slot[changes] = w.slot[j] - 1
+                w.change_value[changes] = np.sqrt(before + more) - np.sqrt(before)
+                w.change_next[changes] = w.change_first[told]
+                w.change_first[told] = changes
+                changes += 1
+    w.changes[0] = changes
+    _count_item(m, w, row, positive, ts)
+
+
+@nb.njit(**INNER)
+def _count_item(m, w, row, positive, ts):
+    """What an event is for its item alone: evidence, counters, recency."""
     r = m.rec[row]
     r.evidence += f4(1) if positive else f4(0.5)
     r.damping = _exp2(f4(-0.2 * 1.44269504) * _log(r.evidence + f4(1)))
+    if w.slot[row] > 0:
+        w.damping[w.slot[row] - 1] = r.damping
     if positive:
         m.scalar[STEP] += 1
         step = np.int64(m.scalar[STEP])
@@ -851,7 +915,7 @@ def neighbour_scores(m, history, ck, out):
         k = history[q]
         x = ck[q]
         for r in range(m.length[k]):
-            out[m.neighbour[k, r]] += x * np.sqrt(m.weight[k, r])
+            out[u8(m.neighbour[k, r])] += x * np.sqrt(m.weight[k, r])
 
 
 # --- one message --------------------------------------------------------------------------------------------------
@@ -893,19 +957,18 @@ def _draw(m, w, x, steps, rows, candidates, position):
 
 @nb.njit(**INNER)
 def _gather(m, w, count):
-    """The vectors of the candidates side by side: (count, D + T); their beta."""
+    """The vectors of the candidates side by side: (count, D + T); their beta and damping."""
     dim = m.phi.shape[1]
     for c in range(count):
         if c + 4 < count:
             ahead = np.int64(w.cand[c + 4])
-            for place in range(0, m.e.shape[1] * 4, 64):
-                _prefetch(np.int64(m.e.ctypes.data) + ahead * (m.e.shape[1] * 4) + place)
-            for place in range(0, dim * 4, 64):
-                _prefetch(np.int64(m.phi.ctypes.data) + ahead * (dim * 4) + place)
+            _fetch(np.int64(m.e.ctypes.data) + ahead * (m.e.shape[1] * 4), m.e.shape[1] * 4)
+            _fetch(np.int64(m.phi.ctypes.data) + ahead * (dim * 4), dim * 4)
         row = w.cand[c]
         w.item[c, :dim] = m.phi[row]
         w.item[c, dim:] = m.e[row]
         w.beta[c] = m.rec[row].beta
+        w.damping[c] = m.rec[row].damping
 
 
 @nb.njit(**INNER)
@@ -929,11 +992,11 @@ def _user_side(m, w, x, steps, entry_row, entry_at, entries):
             continue
         used = x.history_count[b]
         rows = w.history[b, :used]
-        span = np.int64(m.y.ctypes.data)
         for q in range(used):
             _prefetch(np.int64(m.rec.ctypes.data) + np.int64(rows[q]) * 64)
-            for place in range(0, dim * 4, 64):
-                _prefetch(span + np.int64(rows[q]) * (dim * 4) + place)
+            _fetch(np.int64(m.y.ctypes.data) + np.int64(rows[q]) * (dim * 4), dim * 4)
+            if q < TEXT_HISTORY:
+                _fetch(np.int64(m.e.ctypes.data) + np.int64(rows[q]) * (m.e.shape[1] * 4), m.e.shape[1] * 4)
         tw = x.history_weight[b, :used]
         w.norm[b], w.norm_k[b] = behaviour_vector(
             m, x.ts[b], rows, x.history_ts[b, :used], tw, steps.cooccurrence_history,
@@ -957,57 +1020,74 @@ def _user_side(m, w, x, steps, entry_row, entry_at, entries):
     at = np.flatnonzero(w.go[: x.count])
     if len(at) == 0:
         return at
-    unit = np.zeros((len(at), w.unit.shape[1]), np.float32)
     text = adapted(m, w.words[at])
-    map_user(m, w.z[at], w.text[at], unit, text)
+    map_user(m, w.z[at], w.text[at], w.unit, text)
     for a in range(len(at)):
-        w.unit[at[a]] = unit[a]
         w.user[at[a], dim:] = text[a]
     return at
 
 
 @nb.njit(**INNER)
-def _neighbours(m, w, x, b, steps, count, used):
-    """The co-occurrence block of the candidates and of the target (w.cooc, w.cooc_i), and the links that made it.
-
-    `used`: links before this example; returns links after it. A branch-free compaction: slot 0 is nobody.
-    """
-    target = w.target[b]
-    history = w.history[b]
-    score = w.cooc[b]
-    score[: count + 2] = 0
-    kept = min(x.history_count[b], steps.cooccurrence_history)
-    before = w.slot[target]
-    w.slot[target] = count + 1
-    span = np.int64(m.neighbour.ctypes.data)
+def _link(m, w, x, at, steps):
+    """Links each item in the co-occurrence blocks of the examples `at` to those of its neighbours that are candidates:
+    once a message, however many histories it is in. Returns how many items these are."""
+    items = 0
+    for a in range(len(at)):
+        b = at[a]
+        for q in range(min(x.history_count[b], steps.cooccurrence_history)):
+            k = w.history[b, q]
+            if w.linked[k] == 0:
+                w.link_row[items] = k
+                w.change_first[items] = -1
+                items += 1
+                w.linked[k] = items
+    w.changes[0] = 0
+    slot = w.slot
+    link_slot = w.link_slot
+    link_value = w.link_value
     row_bytes = np.int64(m.neighbour.shape[1]) * 4
-    for q in range(kept):
-        if q + 2 < kept:
-            for place in range(0, m.length[history[q + 2]] * 4, 64):
-                _prefetch(span + history[q + 2] * row_bytes + place)
-        k = history[q]
+    end = u8(0)
+    for n in range(items):
+        if n + 2 < items:
+            ahead = np.int64(w.link_row[n + 2])
+            _fetch(np.int64(m.neighbour.ctypes.data) + ahead * row_bytes, m.length[ahead] * 4)
+        k = w.link_row[n]
         neighbour = m.neighbour[k]
         weight = m.weight[k]
-        w.link_start[b, q] = used
-        end = used
-        for r in range(m.length[k]):
-            slot = w.slot[neighbour[r]]
-            w.link_slot[end] = slot
-            w.link_value[end] = weight[r]
-            end += 1 if slot != 0 else 0
+        start = end
+        for r in range(u8(m.length[k])):  # free of branches: the place of what is no candidate is written over
+            link_slot[end] = r
+            end += u8(slot[u8(neighbour[r])] != 0)
+        for r in range(start, end):
+            place = u8(link_slot[r])
+            link_slot[r] = slot[u8(neighbour[place])] - 1
+            link_value[r] = np.sqrt(weight[place])
+        w.link_start[n + 1] = end
+    return items
+
+
+@nb.njit(**INNER)
+def _neighbours(m, w, x, b, steps, count):
+    """The co-occurrence block of the candidates and of the target (w.cooc, w.cooc_i), as counted so far."""
+    score = w.cooc[b]
+    score[:count] = 0
+    total = f4(0)
+    for q in range(min(x.history_count[b], steps.cooccurrence_history)):
+        k = w.history[b, q]
+        n = w.linked[k] - 1
         x_k = w.ck[b, q]
-        for r in range(used, end):
-            w.link_value[r] = np.sqrt(w.link_value[r])
-        for r in range(used, end):
+        for r in range(u8(w.link_start[n]), u8(w.link_start[n + 1])):
             score[w.link_slot[r]] += x_k * w.link_value[r]
-        used = end
-    w.link_start[b, kept] = used
-    w.slot[target] = before
-    w.damping_i[b] = m.rec[target].damping
-    w.cooc_i[b] = score[count + 1] * w.damping_i[b]
+        change = w.change_first[n]
+        while change >= 0:
+            score[w.change_slot[change]] += x_k * w.change_value[change]
+            change = w.change_next[change]
+        w.near_i[b, q] = np.sqrt(m.weight[k, w.place[q]]) if w.place[q] >= 0 else f4(0)
+        total += x_k * w.near_i[b, q]
+    w.damping_i[b] = m.rec[w.target[b]].damping
+    w.cooc_i[b] = total * w.damping_i[b]
     for c in range(count):
-        score[c] = score[c + 1] * m.rec[w.cand[c]].damping
-    return used
+        score[c] *= w.damping[c]
 
 
 @nb.njit(**INNER)
@@ -1041,7 +1121,7 @@ def _rank(m, w, x, b, dense, rows, o):
             w.skip[row] = 1
     slope = 0.0
     if w.skip[target] == 0 and m.flags[target] & ACTIVE:
-        kept = min(used, w.link_start.shape[1] - 1)
+        kept = min(used, w.near_i.shape[1])
         neighbour_scores(m, w.history[b, :kept], w.ck[b, :kept], w.score[:rows])
         weight = f4(1)
         for q in range(kept):
@@ -1198,7 +1278,6 @@ def _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts,
     """Example by example, never stale: entries, ranking, the target's score, counters. Returns the slope of ln p."""
     feature = np.empty((FEATURES, 1), np.float32)
     done = 0
-    links = 0
     ready = 0
     taken = 0
     slope = 0.0
@@ -1216,6 +1295,7 @@ def _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts,
                 w.feature[block, :, w.slot[row] - 1] = feature[:, 0]
             done += 1
         used = x.history_count[b]
+        _find_target(m, w, w.target[b], w.history[b, : min(used, max(COUNTED, steps.cooccurrence_history))])
         if w.go[b]:
             if w.ranked[b]:
                 if taken == ready:
@@ -1223,10 +1303,10 @@ def _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts,
                     taken = 0
                 slope += _rank(m, w, x, b, w.dense[taken * rows : (taken + 1) * rows], rows, o)
                 taken += 1
-            links = _neighbours(m, w, x, b, steps, count, links)
+            _neighbours(m, w, x, b, steps, count)
             w.score_i[b] = _target_score(m, w, x, b)
-        count_event(
-            m, w.target[b], x.label[b] == 1, x.ts[b], w.history[b, :used], x.history_ts[b, :used], steps.backward,
+        _count_event(
+            m, w, w.target[b], x.label[b] == 1, x.ts[b], w.history[b, :used], x.history_ts[b, :used], steps.backward,
             record_bytes,
         )  # fmt: skip
     while done < entries:
@@ -1299,13 +1379,14 @@ def _history_gradients(m, w, x, b, steps, count, g, dz, touched):
     total = g_i * w.cooc_i[b]
     for c in range(count):
         total += g[c] * w.cooc[b, c]
-        w.weight_c[c + 1] = g[c] * m.rec[w.cand[c]].damping
-    w.weight_c[count + 1] = g_i * w.damping_i[b]
+    for c in range(count):
+        w.weight_c[c] = g[c] * w.damping[c]
     w.slope[b, T_NEIGHBOUR] = total
     for q in range(min(used, steps.cooccurrence_history)):
         k = w.history[b, q]
-        slope = f4(0)
-        for r in range(w.link_start[b, q], w.link_start[b, q + 1]):
+        slope = g_i * w.damping_i[b] * w.near_i[b, q]
+        n = w.linked[k] - 1
+        for r in range(u8(w.link_start[n]), u8(w.link_start[n + 1])):
             slope += w.weight_c[w.link_slot[r]] * w.link_value[r]
         slope *= m.rec[k].damping * w.norm_k[b] * x.history_weight[b, q] * a_k
         a = w.age[b, q]
@@ -1348,17 +1429,22 @@ def _map_gradients(m, w, at, steps, users):
     texts = np.ascontiguousarray(users[:, dim:])
     users[:, :dim] += np.dot(texts, m.map[:dim].T)
     users[:, dim:] = adapted(m, texts)
-    step = np.dot(w.unit[at].T, texts)
-    for u in range(len(step)):
+    unit = w.unit[: len(at)]
+    used = 4 * dim if np.any(unit[:, 3 * dim : 4 * dim]) else 3 * dim
+    step = np.empty((used + 1, m.e.shape[1]), np.float32)
+    np.dot(np.ascontiguousarray(unit[:, :used]).T, texts, step[:used])
+    step[used] = texts.sum(axis=0)
+    for r in range(used + 1):
+        u = r if r < used else 4 * dim
         total = f4(0)
         for d in range(step.shape[1]):
-            total += step[u, d] * step[u, d]
+            total += step[r, d] * step[r, d]
         if total == 0:
             continue
         m.map_square[u] += total / f4(step.shape[1])
         rate = f4(steps.lr_map) / np.sqrt(m.map_square[u])
         for d in range(step.shape[1]):
-            m.map[u, d] += rate * step[u, d]
+            m.map[u, d] += rate * step[r, d]
         m.map_dirty[u // dim] = 1
 
 
@@ -1491,8 +1577,8 @@ def _step_scalars(m, w, steps):
             m.theta[q] += f4(steps.lr_setting) * step
 
 
-@nb.njit(**RELEASING)
-def learn_message(m, w, x, o, steps, entry_row, entry_at, entry_ts, position, record_bytes):
+@nb.njit(**INNER)
+def _learn_message(m, w, x, o, steps, entry_row, entry_at, entry_ts, position, record_bytes):
     """One micro-batch. w.target and w.history hold rows; entries are rows that become candidates inside the message,
     before example b (entry_at 2 b) or right after it (2 b + 1), in order.
 
@@ -1509,6 +1595,7 @@ def learn_message(m, w, x, o, steps, entry_row, entry_at, entry_ts, position, re
     count, named = _draw(m, w, x, steps, rows, candidates, position)
     at = _user_side(m, w, x, steps, entry_row, entry_at, entries)
     _gather(m, w, count)
+    linked = _link(m, w, x, at, steps)
     _choose_ranked(m, w, x, steps)
     slope = _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts, entries, record_bytes)
     learnt = len(at)
@@ -1524,11 +1611,30 @@ def learn_message(m, w, x, o, steps, entry_row, entry_at, entry_ts, position, re
         w.row_phi[:count] = w.cand[:count]
     for slot in range(touched):
         w.slot[w.row_phi[slot]] = 0
+    for n in range(linked):
+        w.linked[w.link_row[n]] = 0
     if slope != 0:
         m.scalar[SHARP_SQUARE] += slope * slope
         m.scalar[SHARP] += steps.lr_sharp * slope / np.sqrt(m.scalar[SHARP_SQUARE])
         m.scalar[SHARP] = max(0.05, m.scalar[SHARP])
     return learnt, count, weight
+
+
+@nb.njit(**RELEASING)
+def learn_messages(m, w, xs, outcomes, steps, count, positions, entry_row, entry_at, entry_ts, record_bytes):
+    """The first `count` of the messages xs, one after another; the entries are of the first. w.targets and w.histories
+    hold rows. Returns what `_learn_message` does of the last one."""
+    drawn = (0, 0, f4(0))
+    for n in range(count):
+        if xs[n].count == 0:
+            continue
+        w.target[:] = w.targets[n]
+        w.history[:] = w.histories[n]
+        drawn = _learn_message(
+            m, w, xs[n], outcomes[n], steps, entry_row, entry_at, entry_ts, positions[n], record_bytes
+        )
+        entry_row = entry_row[:0]
+    return drawn
 
 
 # --- replicas -----------------------------------------------------------------------------------------------------

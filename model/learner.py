@@ -5,10 +5,10 @@ loaded again at any message boundary in between, and whenever `take_dirty` was c
 """
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,12 @@ from model.examples import Examples, new_examples
 from model.items import PENDING, TEXT_CHARS_MAX, ItemMatrix, PendingItem, half, row_key
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 HALF_LIVES_POSITIVES: Final = (10, 100, 1000, None)  # of the running popularities; None: all-time
 DENSE_FLOATS_MAX: Final = 4_000_000  # scores of ranked examples held at once
+MESSAGES_MAX: Final = 8  # learnt by one call of the kernel
+NO_ENTRIES: Final = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float64))
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Learner:
         self._dirty_adapter = False
         self._drawn = (0, 0, 0.0)  # of the last message: examples (0: no gradient), candidates, what each weighs
         self._work = _new_work(config, self._capacity)
-        self._outcomes = _new_outcomes(config.message_examples_max)
+        self._outcomes = [_new_outcomes(config.message_examples_max)]  # of as many messages as came at once
 
     @property
     def _capacity(self) -> int:
@@ -211,22 +214,55 @@ class Learner:
         An example of a pending or unknown target is its creating event: counters and co-occurrence, no gradient,
         and the item has a row afterwards (a pending one is a candidate from the next example on).
         """
-        n = examples.count
-        if n > self.config.message_examples_max:
-            raise ValueError(f"message of {n} examples, at most {self.config.message_examples_max} are learnt at once")
-        if n:
-            self._outcomes.candidates[:n] = 0
-            rows, times, stamps = self._schedule(examples)
-            if len(self._work.slot) != self._capacity:
-                target, history = self._work.target, self._work.history
-                self._work = _new_work(self.config, self._capacity)._replace(target=target, history=history)
-            learnt, count, weight = kernels.learn_message(
-                self.matrix.arrays, self._work, examples, self._outcomes, self._steps,
-                rows, times, stamps, position, self.matrix.record_bytes,
-            )  # fmt: skip
-            self._drawn = (n if learnt else 0, count, float(weight))
-            self.matrix.version += 1
-        return self._outcome(n)
+        return self.learn_many([examples], [position])[0]
+
+    def learn_many(self, messages: Sequence[Examples], positions: Sequence[int]) -> list[Outcome]:
+        """`learn` of each message in turn. Up to MESSAGES_MAX of them, whose items are all known, are one call of the
+        kernel: to have the interpreter back after a call costs the thread a millisecond or more beside a busy loop.
+        """
+        for examples in messages:
+            if examples.count > self.config.message_examples_max:
+                most = self.config.message_examples_max
+                raise ValueError(f"message of {examples.count} examples, at most {most} are learnt at once")
+        outcomes: list[Outcome] = []
+        while len(outcomes) < len(messages):
+            at = len(outcomes)
+            outcomes += self._learn_next(messages[at : at + MESSAGES_MAX], positions[at : at + MESSAGES_MAX])
+        return outcomes
+
+    def _learn_next(self, messages: Sequence[Examples], positions: Sequence[int]) -> list[Outcome]:
+        """Learns the first messages, at least one. Returns an outcome for each of them."""
+        if not messages[0].count:
+            return [_unranked(0)]
+        count = 0
+        while not self.pending and count < len(messages) and not self._find(count, messages[count]):
+            count += 1
+        entries = NO_ENTRIES
+        if not count:
+            count, entries = 1, self._schedule(messages[0])
+        if len(self._work.slot) != self._capacity:
+            targets, histories = self._work.targets, self._work.histories
+            self._work = _new_work(self.config, self._capacity)._replace(targets=targets, histories=histories)
+        for n, examples in enumerate(messages[:count]):
+            if n == len(self._outcomes):
+                self._outcomes.append(_new_outcomes(self.config.message_examples_max))
+            self._outcomes[n].candidates[: examples.count] = 0
+        learnt, drawn, weight = kernels.learn_messages(
+            self.matrix.arrays, self._work, _filled(messages[:count]), _filled(self._outcomes[:count]), self._steps,
+            count, np.array(positions[:count]), *entries, self.matrix.record_bytes,
+        )  # fmt: skip
+        self._drawn = (messages[count - 1].count if learnt else 0, drawn, float(weight))
+        self.matrix.version += 1
+        return [self._outcome(n, examples.count) for n, examples in enumerate(messages[:count])]
+
+    def _find(self, number: int, examples: Examples) -> int:
+        """Rows of targets and histories into the scratch, of message `number` of a call. Returns how many keys have
+        none; they are in w.unknown."""
+        m, w = self.matrix.arrays, self._work
+        missing: int = kernels.find_examples(
+            m.table_key, m.table_row, examples, w.targets[number], w.histories[number], w.unknown
+        )
+        return missing
 
     def problem(self) -> Problem | None:
         """What the loss of the last message was made of; None where it had none, or no text."""
@@ -261,7 +297,7 @@ class Learner:
                 entries.append((moment, self._take_pending(item), ts))
         created = self._find_rows(examples)
         if entries or created:
-            targets = self._work.target[:n]
+            targets = self._work.targets[0, :n]
             entries += [(2 * n, row, 0.0) for row in created]
             for at, (moment, row, _) in enumerate(entries):
                 named = np.flatnonzero(targets == row)
@@ -282,28 +318,26 @@ class Learner:
     def _find_rows(self, examples: Examples) -> list[int]:
         """Rows of targets and histories into the scratch; stubs for unknown keys. Returns rows of pending targets."""
         w, created = self._work, []
-        unknown = np.empty(examples.count * (1 + examples.history_item.shape[1]), np.int64)
-        m = self.matrix.arrays
-        missing = kernels.find_examples(m.table_key, m.table_row, examples, w.target, w.history, unknown)
+        missing = self._find(0, examples)
         if missing:
             targets = set(examples.item[: examples.count].tolist())
-            for key in dict.fromkeys(unknown[:missing].tolist()):
+            for key in dict.fromkeys(w.unknown[:missing].tolist()):
                 item = self.pending.get(key) if key in targets else None
                 if item is not None:
                     created.append(self._take_pending(item))
                 else:
                     self.matrix.add_row(key)
-            m = self.matrix.arrays
-            kernels.find_examples(m.table_key, m.table_row, examples, w.target, w.history, unknown)
+            self._find(0, examples)
+        m = self.matrix.arrays
         if self.pending:  # a stub or withdrawn item that is entered again by its event
-            for row in np.unique(w.target[: examples.count]).tolist():
+            for row in np.unique(w.targets[0, : examples.count]).tolist():
                 item = self.pending.get(int(m.key[row]))
                 if item is not None:
                     created.append(self._take_pending(item))
         return created
 
-    def _outcome(self, n: int) -> Outcome:
-        o = self._outcomes
+    def _outcome(self, number: int, n: int) -> Outcome:
+        o = self._outcomes[number]
         ranked = o.candidates[:n] > 0
         if not ranked.any():
             return _unranked(n)
@@ -382,7 +416,8 @@ def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
     near = min(length, config.cooccurrence_history)
     blocks = -(-b // config.refresh_examples)
     coefficients = kernels.COEFFICIENTS
-    links = b * near * config.neighbours_max + config.neighbours_max
+    links = b * near * config.neighbours_max + 1
+    changes = 4 * b * kernels.COUNTED
 
     def f(*shape: int) -> Array:
         return np.zeros(shape, np.float32)
@@ -391,6 +426,7 @@ def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
         return np.zeros(shape, np.int32)
 
     return kernels.Work(
+        targets=i(MESSAGES_MAX, b), histories=i(MESSAGES_MAX, b, length), unknown=np.zeros(b * (1 + length), np.int64),
         target=i(b), history=i(b, length), go=np.zeros(b, np.bool_), wt=f(b, length), ck=f(b, length),
         age=i(b, length), gap=i(b, length), norm=f(b), norm_k=f(b), z=f(b, d), user=f(b, d + t),
         text=f(b, kernels.TEXT_HEADS, t), words=f(b, t), logit=f(b, k), unit=f(b, 4 * d + 1),
@@ -399,15 +435,23 @@ def _new_work(config: LearnerConfig, capacity: int) -> kernels.Work:
         slot=np.zeros(capacity, np.int16), cand=i(k), item=f(k, d + t),
         column=f(kernels.COLUMNS, k), feature=f(blocks, kernels.FEATURES, k), beta=f(k), bias=f(k),
         feature_i=f(b, kernels.FEATURES, 1), score_i=f(b),
-        cooc=f(b, k + 2), cooc_i=f(b),
-        damping_i=f(b), link_slot=i(links), link_value=f(links), link_start=i(b, near + 1),
+        cooc=f(b, k), cooc_i=f(b), damping=f(k), damping_i=f(b), near_i=f(b, near), place=i(length),
+        linked=i(capacity), link_row=i(b * near), link_start=i(b * near + 1),
+        link_slot=np.zeros(links, np.uint16), link_value=f(links), change_first=i(b * near),
+        change_next=i(changes), change_slot=np.zeros(changes, np.uint16), change_value=f(changes),
+        changes=np.zeros(1, np.int64),
         grad_i=f(b), step_phi=f(k + b, d), step_beta=f(k + b), row_phi=i(k + b), slot_y=i(capacity),
         step_y=f(b * config.y_history, d), row_y=i(b * config.y_history), step_context=f(kernels.CONTEXTS, d),
         theta=f(kernels.THETA),
-        weight_c=f(k + 2), score=f(capacity), dense=f(max(DENSE_FLOATS_MAX, capacity)),
+        weight_c=f(k), score=f(capacity), dense=f(max(DENSE_FLOATS_MAX, capacity)),
         rival=f(capacity), rival_history=f(length), ranked=np.zeros(b, np.bool_),
         skip=np.zeros(capacity, np.uint8), bias_j=f(capacity), popularity=f(kernels.POPULARITIES, capacity),
     )  # fmt: skip
+
+
+def _filled(some: Sequence[T]) -> tuple[T, ...]:
+    """MESSAGES_MAX of them, for the kernel is compiled for that many."""
+    return (*some, *(some[0] for _ in range(MESSAGES_MAX - len(some))))
 
 
 def _new_outcomes(examples_max: int) -> kernels.Outcomes:

@@ -432,9 +432,9 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
 
 
 def _learn_all(learner: ItemLearner, records: Sequence[LogRecord]) -> None:
-    for record in records:
-        if record.value:
-            learner.learn(record.offset, record.value)
+    messages = [(record.offset, record.value) for record in records if record.value]
+    while messages:
+        messages = messages[len(learner.learn_many(messages)) :]
 
 
 @dataclass(slots=True)
@@ -527,7 +527,7 @@ class LearnerKeeper(Keeper[bytes]):
         messages = [(entry.offset, entry.work) for _, entry in entries if entry.work]
         while messages:
             with self.around.metrics.stage("learn"):
-                learnt = await loop.run_in_executor(self._executor, self._learn, messages)
+                learnt = await loop.run_in_executor(self._executor, self.learner.learn_many, messages)
             self._observe(learnt)
             last, messages = messages[len(learnt) - 1][0], messages[len(learnt) :]
             if learnt[-1].ends_removal and not await self._unlearn(last):
@@ -536,15 +536,6 @@ class LearnerKeeper(Keeper[bytes]):
         self.offset = entries[-1][1].offset
         if self.is_flush_due():
             await self.flush()
-
-    def _learn(self, messages: list[tuple[int, bytes]]) -> list[Learnt]:
-        """Messages up to the first that ends a removal."""
-        learnt: list[Learnt] = []
-        for offset, message in messages:
-            learnt.append(self.learner.learn(offset, message))
-            if learnt[-1].ends_removal:
-                break
-        return learnt
 
     async def _unlearn(self, offset: int) -> bool:
         """The removals up to the message at `offset` take effect: all at once, in the flush of that offset.

@@ -31,6 +31,7 @@ from streams.settings import Settings
 from streams.worker import SEEK_WAIT_MAX_S, TP, Worker
 
 SLICE_RECORDS_MAX: Final = 1000  # records handed to an agent at once
+POLL_RECORDS_MAX: Final = 2000  # taken of a partition before the next one has its turn
 STREAM_SLICES_MAX: Final = 64  # slices that wait between the consumer and an agent
 FETCH_WAIT_MS: Final = 20  # Faust fixes 1,500; the embedded broker waits it out
 STOP_MAX_S: Final = 4.5  # then the process ends as by kill -9, which loses nothing
@@ -162,11 +163,11 @@ def _exit_after(seconds: float, code: int) -> threading.Timer:
     return timer
 
 
-def build(settings: Settings, worker: Worker, source: FaustSource, assignor: CopartitionedAssignor) -> Any:
-    """The Faust app whose three agents feed the worker."""
-
+def _consumer_thread(assignor: CopartitionedAssignor) -> type[AIOKafkaConsumerThread]:
     class ConsumerThread(AIOKafkaConsumerThread):
-        """Reads committed records only, waits FETCH_WAIT_MS for a fetch, and shares partitions by our assignor."""
+        """Reads committed records only, waits FETCH_WAIT_MS for a fetch, shares partitions by our assignor, and takes
+        from all of them by turns: else a backlog of clicks, 150,000 of which fit a fetch, keeps the examples waiting.
+        """
 
         def _create_worker_consumer(self, transport: Any) -> Any:
             consumer = super()._create_worker_consumer(transport)
@@ -175,11 +176,27 @@ def build(settings: Settings, worker: Worker, source: FaustSource, assignor: Cop
             consumer._partition_assignment_strategy = [assignor]
             return consumer
 
+        async def _fetch_records(
+            self, consumer: Any, active_partitions: set[TP], **options: Any
+        ) -> dict[TP, list[Any]]:  # fmt: skip
+            options["max_records"] = POLL_RECORDS_MAX
+            fetch, records = super()._fetch_records, {}
+            for tp in [tp for tp in consumer._fetcher._records if tp in active_partitions]:
+                records.update(await fetch(consumer, {tp}, **{**options, "timeout": 0}))
+            return records or await fetch(consumer, active_partitions, **options)
+
+    return ConsumerThread
+
+
+def build(settings: Settings, worker: Worker, source: FaustSource, assignor: CopartitionedAssignor) -> Any:
+    """The Faust app whose three agents feed the worker."""
+    consumer_thread = _consumer_thread(assignor)
+
     class SeekConsumer(Consumer):
         """Opens start before Faust's own callback; `perform_seek` ends with our seek, so that nothing overwrites it."""
 
         def _new_consumer_thread(self) -> Any:
-            return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
+            return consumer_thread(self, loop=self.loop, beacon=self.beacon)
 
         async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
             worker.assigned(assigned)
@@ -280,8 +297,13 @@ def run(settings: Settings, gate: Gate, now: Callable[[], float], encoder: Encod
     audit = None if gate.is_open else Audit(worker.send_audit, now, audit_key(worker.sealer))
     http = HttpService(View(worker), settings, gate, audit)
     worker.before_producer_stops.append(http.stop)  # requests and the audit log end while there is a producer
+    tune_interpreter()
+    FaustWorker(app, http).execute_from_commandline()
+
+
+def tune_interpreter() -> None:
+    """For a process that has loaded what it needs and now works for long."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.collect()
     gc.freeze()  # aiokafka makes an object an event; collections over all of Faust's heap took a quarter of the CPU
     gc.set_threshold(100_000, 50, 1000)
-    FaustWorker(app, http).execute_from_commandline()

@@ -19,7 +19,7 @@ from model import texts
 from model.adapter import Adapter, AdapterError
 from model.examples import Examples, new_examples
 from model.items import ItemMatrix
-from model.learner import Learner, LearnerConfig, Outcome
+from model.learner import MESSAGES_MAX, Learner, LearnerConfig, Outcome
 from state import rows
 from state.rows import UserRow
 from streams import examples
@@ -322,7 +322,7 @@ class ItemLearner:
         self.left_out = np.zeros(1, np.int64)  # examples that were left out since this learner began
         self.asked: list[tuple[int, int]] = []  # (partition, offset) of erasures that wait for the replay
         self.owes_replay = False
-        self._buffer: Examples = new_examples(config, seen_max=examples.MESSAGE_EXAMPLES_MAX * rows.SEEN_MAX)
+        self._buffers: list[Examples] = []  # up to MESSAGES_MAX, as they are needed
 
     def again(self) -> "ItemLearner":
         """An empty learner that leaves out what this one was told to, for the log from its beginning."""
@@ -343,26 +343,62 @@ class ItemLearner:
 
     def learn(self, offset: int, message: bytes) -> Learnt:
         """Applies the message at this offset of the examples log."""
-        kind, partition, _ = examples.read_header(message)
+        return self.learn_many([(offset, message)])[0]
+
+    def learn_many(self, messages: Sequence[tuple[int, bytes]]) -> list[Learnt]:
+        """Applies messages (offset, bytes) in turn, up to the first that ends a removal."""
+        learnt: list[Learnt] = []
+        waiting: list[tuple[int, int, Examples]] = []  # (offset, partition, examples): unpacked, not learnt yet
+        for offset, message in messages:
+            kind, partition, _ = examples.read_header(message)
+            if kind == examples.KIND_EXAMPLES:
+                if len(waiting) == MESSAGES_MAX:
+                    learnt += self._learn(waiting)
+                waiting.append((offset, partition, self._unpack(partition, message, self._buffer(len(waiting)))))
+                continue
+            learnt += self._learn(waiting)
+            learnt.append(self._apply(offset, kind, partition, message))
+            if learnt[-1].ends_removal:
+                break
+        return learnt + self._learn(waiting)
+
+    def _buffer(self, number: int) -> Examples:
+        if number == len(self._buffers):
+            seen_max = examples.MESSAGE_EXAMPLES_MAX * rows.SEEN_MAX
+            self._buffers.append(new_examples(self.learner.config, seen_max))
+        return self._buffers[number]
+
+    def _unpack(self, partition: int, message: bytes, buffer: Examples) -> Examples:
+        return examples.unpack_examples(
+            message, buffer, self._applied(partition), self.removed.get(partition, examples.NOTHING), self.left_out
+        )
+
+    def _applied(self, partition: int) -> npt.NDArray[np.int64]:
+        if partition not in self.sources:
+            self.sources[partition] = np.full(len(examples.TOPICS), -1, np.int64)
+        return self.sources[partition]
+
+    def _learn(self, waiting: list[tuple[int, int, Examples]]) -> list[Learnt]:
+        """Learns what waits, which is none afterwards."""
+        outcomes = self.learner.learn_many([batch for _, _, batch in waiting], [offset for offset, _, _ in waiting])
+        learnt = []
+        for (offset, partition, batch), outcome in zip(waiting, outcomes, strict=True):
+            self.offset = offset
+            newest = float(batch.ts[: batch.count].max()) if batch.count else 0.0
+            learnt.append(Learnt(partition, batch.count, 0, newest, outcome if batch.count else None))
+        waiting.clear()
+        return learnt
+
+    def _apply(self, offset: int, kind: int, partition: int, message: bytes) -> Learnt:
+        """A message that holds no examples."""
         if kind == examples.KIND_REMOVALS:
             return self._remove(offset, message)
         self.offset = offset
         if kind == examples.KIND_ADAPTER:
             self._adapt(examples.unpack_adapter(message)[0])
             return Learnt(partition, 0, 0, 0.0, None, adapted=True)
-        applied = self.sources.get(partition)
-        if applied is None:
-            applied = self.sources[partition] = np.full(len(examples.TOPICS), -1, np.int64)
-        if kind == examples.KIND_ITEMS:
-            entered = self._enter(examples.unpack_items(message), applied)
-            return Learnt(partition, 0, entered, 0.0, None)
-        batch = examples.unpack_examples(
-            message, self._buffer, applied, self.removed.get(partition, examples.NOTHING), self.left_out
-        )
-        if not batch.count:
-            return Learnt(partition, 0, 0, 0.0, None)
-        outcome = self.learner.learn(batch, offset)
-        return Learnt(partition, batch.count, 0, float(batch.ts[: batch.count].max()), outcome)
+        entered = self._enter(examples.unpack_items(message), self._applied(partition))
+        return Learnt(partition, 0, entered, 0.0, None)
 
     def _adapt(self, adapter: Adapter | None) -> None:
         if adapter is not None and self.encoder not in ("", adapter.base):

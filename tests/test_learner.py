@@ -305,6 +305,24 @@ def test_saved_and_loaded_anywhere_it_goes_on_with_the_same_bytes(cut: int, take
     assert replica.digest() == straight.digest()
 
 
+@pytest.mark.parametrize("sizes", [(1, 2, 3), (8, 40), (5, 13, 9)])
+def test_many_messages_at_once_are_learnt_as_one_after_another(sizes: tuple[int, ...]) -> None:
+    messages = [x._replace(**{n: v.copy() for n, v in x._asdict().items() if n != "count"}) for x in ask_all(48, SMALL)]
+    one_by_one, at_once = Learner(SMALL), Learner(SMALL)
+    enter_all(one_by_one)
+    enter_all(at_once)
+    outcomes = [one_by_one.learn(x, position) for position, x in enumerate(messages)]
+    told: list[Outcome] = []
+    while len(told) < len(messages):
+        part = range(len(told), min(len(messages), len(told) + sizes[len(told) % len(sizes)]))
+        told += at_once.learn_many([messages[n] for n in part], list(part))
+    assert at_once.digest() == one_by_one.digest()
+    assert any(outcome.candidates.any() for outcome in outcomes)
+    for mine, theirs in zip(told, outcomes, strict=True):
+        np.testing.assert_array_equal(mine.rank, theirs.rank)
+        np.testing.assert_array_equal(mine.log_loss, theirs.log_loss)
+
+
 def test_growth_keeps_every_byte() -> None:
     small, large = Learner(SMALL), Learner(SMALL)
     large.matrix.reserve(5000)
@@ -483,10 +501,10 @@ def test_an_empty_message_changes_nothing() -> None:
 
 def test_warm_up_leaves_nothing_to_compile() -> None:
     warm_up(SMALL)
-    compiled = [len(kernel.signatures) for kernel in (kernels.learn_message, kernels.find_examples, kernels.mark)]
+    compiled = [len(kernel.signatures) for kernel in (kernels.learn_messages, kernels.find_examples, kernels.mark)]
     trained(5)
     assert [
-        len(kernel.signatures) for kernel in (kernels.learn_message, kernels.find_examples, kernels.mark)
+        len(kernel.signatures) for kernel in (kernels.learn_messages, kernels.find_examples, kernels.mark)
     ] == compiled
 
 

@@ -356,6 +356,21 @@ def test_a_learner_loaded_from_its_rows_goes_on_to_the_same_bytes(cut: int) -> N
     assert second.learner.digest() == straight.learner.digest()
 
 
+@pytest.mark.parametrize("size", [2, 9, 100])
+def test_messages_of_all_kinds_at_once_are_applied_as_one_after_another(size: int) -> None:
+    log = list(enumerate(log_of(3)))
+    straight, at_once = ItemLearner(CONFIG, DIM), ItemLearner(CONFIG, DIM)
+    learnt = [straight.learn(offset, message) for offset, message in log]
+    told: list[Any] = []
+    while len(told) < len(log):
+        told += at_once.learn_many(log[len(told) : len(told) + size])
+    assert [(one.examples, one.entries, one.newest_ts) for one in told] == [
+        (one.examples, one.entries, one.newest_ts) for one in learnt
+    ]
+    assert at_once.learner.digest() == straight.learner.digest()
+    assert at_once.offset == straight.offset == len(log) - 1
+
+
 def test_catalogue_rows_and_withdrawals() -> None:
     entries: list[Any] = [
         (0, Item("a", "x" * 600, ts=5.0), unit(0)),
