@@ -47,7 +47,7 @@ install_packages() {
 }
 
 compile_kernels() {
-    say "compiling the learner's kernels (a minute; once)"
+    say "compiling the learner's kernels (two minutes; once)"
     "$venv/bin/python" -c 'from model import learner, ranker; learner.warm_up(); ranker.warm_up(learner.Learner().matrix)'
 }
 

@@ -1577,64 +1577,61 @@ def _step_scalars(m, w, steps):
             m.theta[q] += f4(steps.lr_setting) * step
 
 
-@nb.njit(**INNER)
-def _learn_message(m, w, x, o, steps, entry_row, entry_at, entry_ts, position, record_bytes):
-    """One micro-batch. w.target and w.history hold rows; entries are rows that become candidates inside the message,
-    before example b (entry_at 2 b) or right after it (2 b + 1), in order.
-
-    Returns (examples with a gradient, candidates, what each of them weighs that is not the message's target).
-    """
-    rows = np.int64(m.scalar[ROWS])
-    if m.scalar[CLOCK] < 0:
-        m.scalar[FIRST_TS] = max(0.0, x.ts[0])
-    m.scalar[MESSAGES] += 1
-    entries = len(entry_row)
-    for q in range(entries):
-        m.flags[entry_row[q]] |= ENTERING
-    candidates = m.scalar[ACTIVES] + entries
-    count, named = _draw(m, w, x, steps, rows, candidates, position)
-    at = _user_side(m, w, x, steps, entry_row, entry_at, entries)
-    _gather(m, w, count)
-    linked = _link(m, w, x, at, steps)
-    _choose_ranked(m, w, x, steps)
-    slope = _example_side(m, w, x, steps, o, rows, count, entry_row, entry_at, entry_ts, entries, record_bytes)
-    learnt = len(at)
-    touched = count
-    weight = f4((candidates - named) / max(1, count - named))
-    if learnt > 0 and count > 0:
-        score = np.dot(w.user[at], w.item[:count].T)
-        _loss(m, w, x, at, steps, count, named, score, weight, entry_row, entry_at)
-        touched, touched_y = _gradients(m, w, x, at, steps, count, score)
-        _step_rows(m, w, steps, touched, touched_y, record_bytes)
-        _step_scalars(m, w, steps)
-    else:
-        w.row_phi[:count] = w.cand[:count]
-    for slot in range(touched):
-        w.slot[w.row_phi[slot]] = 0
-    for n in range(linked):
-        w.linked[w.link_row[n]] = 0
-    if slope != 0:
-        m.scalar[SHARP_SQUARE] += slope * slope
-        m.scalar[SHARP] += steps.lr_sharp * slope / np.sqrt(m.scalar[SHARP_SQUARE])
-        m.scalar[SHARP] = max(0.05, m.scalar[SHARP])
-    return learnt, count, weight
-
-
 @nb.njit(**RELEASING)
 def learn_messages(m, w, xs, outcomes, steps, count, positions, entry_row, entry_at, entry_ts, record_bytes):
-    """The first `count` of the messages xs, one after another; the entries are of the first. w.targets and w.histories
-    hold rows. Returns what `_learn_message` does of the last one."""
-    drawn = (0, 0, f4(0))
+    """The first `count` of the messages xs, one micro-batch after another; w.targets and w.histories hold rows. The
+    entries are of the first: rows that become candidates inside it, before example b (entry_at 2 b) or right after it
+    (2 b + 1), in order.
+
+    Returns (examples with a gradient, candidates, what each of them weighs that is not a target) of the last message.
+    The body is no kernel of its own: the compiler would take half a minute more for the copy that is not inlined.
+    """
+    learnt = 0
+    drawn = 0
+    weight = f4(0)
     for n in range(count):
-        if xs[n].count == 0:
+        x = xs[n]
+        if x.count == 0:
             continue
         w.target[:] = w.targets[n]
         w.history[:] = w.histories[n]
-        drawn = _learn_message(
-            m, w, xs[n], outcomes[n], steps, entry_row, entry_at, entry_ts, positions[n], record_bytes
+        rows = np.int64(m.scalar[ROWS])
+        if m.scalar[CLOCK] < 0:
+            m.scalar[FIRST_TS] = max(0.0, x.ts[0])
+        m.scalar[MESSAGES] += 1
+        entries = len(entry_row)
+        for q in range(entries):
+            m.flags[entry_row[q]] |= ENTERING
+        candidates = m.scalar[ACTIVES] + entries
+        drawn, named = _draw(m, w, x, steps, rows, candidates, positions[n])
+        at = _user_side(m, w, x, steps, entry_row, entry_at, entries)
+        _gather(m, w, drawn)
+        linked = _link(m, w, x, at, steps)
+        _choose_ranked(m, w, x, steps)
+        slope = _example_side(
+            m, w, x, steps, outcomes[n], rows, drawn, entry_row, entry_at, entry_ts, entries, record_bytes
         )
+        learnt = len(at)
+        touched = drawn
+        weight = f4((candidates - named) / max(1, drawn - named))
+        if learnt > 0 and drawn > 0:
+            score = np.dot(w.user[at], w.item[:drawn].T)
+            _loss(m, w, x, at, steps, drawn, named, score, weight, entry_row, entry_at)
+            touched, touched_y = _gradients(m, w, x, at, steps, drawn, score)
+            _step_rows(m, w, steps, touched, touched_y, record_bytes)
+            _step_scalars(m, w, steps)
+        else:
+            w.row_phi[:drawn] = w.cand[:drawn]
+        for slot in range(touched):
+            w.slot[w.row_phi[slot]] = 0
+        for k in range(linked):
+            w.linked[w.link_row[k]] = 0
+        if slope != 0:
+            m.scalar[SHARP_SQUARE] += slope * slope
+            m.scalar[SHARP] += steps.lr_sharp * slope / np.sqrt(m.scalar[SHARP_SQUARE])
+            m.scalar[SHARP] = max(0.05, m.scalar[SHARP])
         entry_row = entry_row[:0]
-    return drawn
+    return learnt, drawn, weight
 
 
 # --- replicas -----------------------------------------------------------------------------------------------------
