@@ -12,12 +12,12 @@ order to be compared with).
 
 import asyncio
 import contextvars
+import heapq
 import json
 import random
-import selectors
 import sys
 from bisect import bisect_left
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
@@ -50,6 +50,7 @@ EVENTS: Final = (10, 50)
 OBSERVE_S: Final = 2.0
 LEFT_S: Final = 2.5 * OBSERVE_S  # two looks of a worker at the folders that it has left
 CAUGHT_UP_S_MAX: Final = 60.0  # of simulated time
+CLOCK_RESOLUTION_S: Final = 1e-6
 TURNS_MAX: Final = 50_000  # of the loop, a world; some 700 are usual
 LAG_MARKERS: Final = 8  # compaction leaves the last ones alone; more than repairs may take
 WORKERS: Final = ("w1", "w2")
@@ -76,37 +77,44 @@ class StuckError(AssertionError):
 # -- time
 
 
-class _Jump(selectors.SelectSelector):
-    """Waits for nothing but the clock, and moves that."""
-
-    loop: "VirtualLoop"
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if timeout is None:
-            raise StuckError("nobody has anything left to wait for")
-        self.loop.turns += 1
-        if self.loop.turns > TURNS_MAX:
-            raise StuckError(f"no end after {TURNS_MAX} turns of the loop")
-        self.loop.now_s += max(timeout, 0.0)
-        return []
-
-
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop whose time is simulated, and whose threads are moments of it."""
 
+    _ready: deque[asyncio.Handle]
+    _scheduled: list[asyncio.TimerHandle]
+
     def __init__(self, chance: random.Random) -> None:
-        selector = _Jump()
-        selector.loop = self
         self.now_s = 0.0
         self.turns = 0
         self._chance = chance
-        super().__init__(selector)
-        self._clock_resolution = 1e-6
+        super().__init__()
         self.set_task_factory(_task_of_life)
-        self.set_exception_handler(lambda loop, context: None)  # tasks that a kill has ended
 
     def time(self) -> float:
         return self.now_s
+
+    def _run_once(self) -> None:
+        """One turn, as asyncio's own: but it waits for nothing but the clock, and moves that."""
+        ready, scheduled = self._ready, self._scheduled
+        while scheduled and scheduled[0]._cancelled:  # type: ignore[attr-defined]
+            heapq.heappop(scheduled)
+        if not ready:
+            if not scheduled:
+                raise StuckError("nobody has anything left to wait for")
+            self.now_s += max(scheduled[0].when() - self.now_s, 0.0)
+        self.turns += 1
+        if self.turns > TURNS_MAX:
+            raise StuckError(f"no end after {TURNS_MAX} turns of the loop")
+        due = self.now_s + CLOCK_RESOLUTION_S
+        while scheduled and scheduled[0].when() < due:
+            ready.append(heapq.heappop(scheduled))
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:  # type: ignore[attr-defined]
+                handle._run()  # type: ignore[attr-defined]
+
+    def call_exception_handler(self, context: Any) -> None:
+        """Nothing: of tasks that a kill has ended."""
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., Any], *args: Any
