@@ -96,7 +96,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def _run_once(self) -> None:
         """One turn, as asyncio's own: but it waits for nothing but the clock, and moves that."""
         ready, scheduled = self._ready, self._scheduled
-        while scheduled and scheduled[0]._cancelled:  # type: ignore[attr-defined]
+        while scheduled and scheduled[0]._cancelled:
             heapq.heappop(scheduled)
         if not ready:
             if not scheduled:
@@ -110,8 +110,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             ready.append(heapq.heappop(scheduled))
         for _ in range(len(ready)):
             handle = ready.popleft()
-            if not handle._cancelled:  # type: ignore[attr-defined]
-                handle._run()  # type: ignore[attr-defined]
+            if not handle._cancelled:
+                handle._run()
 
     def call_exception_handler(self, context: Any) -> None:
         """Nothing: of tasks that a kill has ended."""
