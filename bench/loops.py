@@ -13,7 +13,7 @@ from typing import Any, Final
 
 LABEL: Final = re.compile(r"^([\w.$-]+):", re.MULTILINE)
 NEXT: Final = re.compile(r"label %([\w.$-]+)")
-LANES: Final = re.compile(r"vector\.|vec\.epilog|middle\.block|pred\.")
+LANES: Final = re.compile(r"vector\.(?!memcheck)|vec\.epilog|middle\.block|pred\.")
 SUMS: Final = re.compile(r"= phi [a-z ]*<\d+ x (?:float|double)>")  # in each lane
 
 
@@ -47,12 +47,11 @@ def _uncertain_in(function: str) -> list[str]:
 
 
 def _lanes_after(blocks: dict[str, str], check: str) -> set[str]:
-    """The blocks of the loop in lanes, up to the next that looks."""
+    """The check's block and those of its loop in lanes."""
     seen: set[str] = set()
     ahead = [check]
     while ahead:
         name = ahead.pop()
         seen.add(name)
         ahead += [n for n in NEXT.findall(blocks[name]) if n in blocks and n not in seen and LANES.match(n)]
-        ahead = [n for n in ahead if not n.startswith("vector.memcheck")]
     return seen
