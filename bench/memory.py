@@ -1,4 +1,8 @@
-"""Memory and disk of one worker over a long stream that is faster than it: the curve, and bytes a user and an item."""
+"""Memory and disk of one worker over a long stream that is faster than it: the curve, and bytes a user and an item.
+
+What is held against each other is the memory after the first million events and after all of them: each time all is
+learnt, flushed and in the replica. The curve has what it takes under load, with a flush of all items on its way.
+"""
 
 import argparse
 import asyncio
@@ -16,6 +20,7 @@ from bench import load
 from bench.chaos import site_of
 from bench.deployment import Deployment, WorkerProcess
 from streams import kafka
+from streams.worker import LEARNER_PARTITION
 
 SAMPLE_S: Final = 2.0
 CHUNK_EVENTS: Final = 20_000
@@ -25,11 +30,12 @@ RETENTION_HOURS: Final = 0.1  # of what is read once; the feed never lies furthe
 
 
 class Sample(NamedTuple):
-    """One moment of the worker. Times in s, sizes in MiB."""
+    """One moment of the worker. Times in s, sizes in MiB. `behind`: messages of the examples log not learnt yet."""
 
     seconds: float
     applied: int
     lag: int
+    behind: int
     rss_mib: float
     disk_mib: float
 
@@ -54,50 +60,79 @@ def run(arguments: list[str]) -> dict[str, Any]:
         )  # fmt: skip
         try:
             worker = load.start_with_catalogue(deployment, asked.items, 600)
-            samples = asyncio.run(_measure(worker, deployment.state_dir(), asked))
-            state = _state(worker)
+            samples, settled = asyncio.run(_measure(worker, deployment.state_dir(), asked))
+            state = _metrics(worker, r"headwater_state_\w+\{[^}]*\}")  # rows as RocksDB estimates them
             code, stop_s = worker.stop()
         finally:
             deployment.close()
-    return {**_told(samples, asked), "state": state, "exit": code, "stop_s": stop_s}
+    return {**_told(samples, settled, asked), "state": state, "exit": code, "stop_s": stop_s}
 
 
-async def _measure(worker: WorkerProcess, state_dir: Path, asked: argparse.Namespace) -> list[Sample]:
-    samples: list[Sample] = []
+class _Feed:
+    """Publishes the stream, no further ahead of the worker than asked, and samples the worker meanwhile."""
+
+    def __init__(
+        self, worker: WorkerProcess, state_dir: Path, asked: argparse.Namespace, producer: kafka.Producer,
+        http: httpx.AsyncClient,
+    ) -> None:  # fmt: skip
+        self.samples: list[Sample] = []
+        self._worker, self._state_dir, self._lag_max = worker, state_dir, asked.lag
+        self._producer, self._http = producer, http
+        self._stream = load.Stream(asked.items, asked.users)
+        self._published = 0
+        self._started = time.monotonic()
+
+    async def until(self, events: int) -> Sample:
+        """Publishes up to this many events; the sample once all is learnt, flushed and in the replica."""
+        newest, is_settled = await self._sample()
+        while not is_settled or self._published < events:
+            while self._published < events and self._published - newest.applied < self._lag_max:
+                count = min(CHUNK_EVENTS, events - self._published)
+                records = self._stream.take(count, time.time())
+                await load.publish(self._producer, self._worker.settings, "clicks", records)
+                self._published += count
+                if self._seconds() - newest.seconds > SAMPLE_S:
+                    break
+            await asyncio.sleep(max(0.0, SAMPLE_S - (self._seconds() - newest.seconds)))
+            newest, is_settled = await self._sample()
+        return newest
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    async def _sample(self) -> tuple[Sample, bool]:
+        settings = self._worker.settings
+        told = (await self._http.get("/v1/model")).json()
+        end = await kafka.log_end(settings.kafka_options(), settings.internal_topic("examples"), LEARNER_PARTITION)
+        applied = int(told["events_applied"])
+        taken = Sample(
+            self._seconds(), applied, self._published - applied,
+            int(sum(_metrics(self._worker, r'headwater_consumer_lag_records\{kind="learner"\}').values())),
+            _rss_mib(self._worker.process.pid), _disk_mib(self._state_dir),
+        )  # fmt: skip
+        self.samples.append(taken)
+        print(json.dumps(taken._asdict()), flush=True)
+        return taken, taken.lag == 0 and told["replica"]["applied"]["examples"] == end - 1
+
+
+async def _measure(
+    worker: WorkerProcess, state_dir: Path, asked: argparse.Namespace
+) -> tuple[list[Sample], list[Sample]]:  # fmt: skip
+    """(all samples, those after the first WARM_EVENTS and after all events)."""
     settings = worker.settings
     producer = kafka.Producer(settings.kafka_options())
     await producer.start()
-    stream, published, started = load.Stream(asked.items, asked.users), 0, time.monotonic()
     async with httpx.AsyncClient(base_url=settings.http_url(), timeout=30, trust_env=False) as http:
-
-        async def sample() -> Sample:
-            applied = int((await http.get("/v1/model")).json()["events_applied"])
-            taken = Sample(
-                time.monotonic() - started, applied, published - applied, _rss_mib(worker.process.pid),
-                _disk_mib(state_dir),
-            )  # fmt: skip
-            samples.append(taken)
-            print(json.dumps(taken._asdict()), flush=True)
-            return taken
-
-        newest = await sample()
-        while newest.applied < asked.events:
-            while published < asked.events and published - newest.applied < asked.lag:
-                count = min(CHUNK_EVENTS, asked.events - published)
-                await load.publish(producer, settings, "clicks", stream.take(count, time.time()))
-                published += count
-                if time.monotonic() - started - newest.seconds > SAMPLE_S:
-                    break
-            await asyncio.sleep(max(0.0, SAMPLE_S - (time.monotonic() - started - newest.seconds)))
-            newest = await sample()
+        feed = _Feed(worker, state_dir, asked, producer, http)
+        settled = [await feed.until(events) for events in (min(WARM_EVENTS, asked.events // 2), asked.events)]
     await producer.stop()
-    return samples
+    return feed.samples, settled
 
 
-def _state(worker: WorkerProcess) -> dict[str, float]:
-    """What the worker's metrics tell of its state: rows (as RocksDB estimates them) and bytes of each kind."""
-    found = re.findall(r"^(headwater_state_\w+\{[^}]*\}) (\S+)$", worker.http.get("/metrics").text, re.MULTILINE)
-    return {name: float(value) for name, value in found}
+def _metrics(worker: WorkerProcess, name: str) -> dict[str, float]:
+    """The worker's metrics of that name (a pattern, with the labels): sample -> value."""
+    found = re.findall(rf"^({name}) (\S+)$", worker.http.get("/metrics").text, re.MULTILINE)
+    return {sample: float(value) for sample, value in found}
 
 
 def _rss_mib(pid: int) -> float:
@@ -118,16 +153,18 @@ def _disk_mib(folder: Path) -> float:
     return total / (1 << 20)
 
 
-def _told(samples: list[Sample], asked: argparse.Namespace) -> dict[str, Any]:
-    warm = next((s for s in samples if s.applied >= min(WARM_EVENTS, asked.events // 2)), samples[-1])
-    after = [s for s in samples if s.applied >= warm.applied]
-    end = samples[-1]
+def _told(samples: list[Sample], settled: list[Sample], asked: argparse.Namespace) -> dict[str, Any]:
+    warm, end = settled
+    taken = next(s for s in samples if s.applied == asked.events)
+    fed_s = taken.seconds - warm.seconds
     step = max(1, len(samples) // CURVE_POINTS)
     return {
-        "events": asked.events, "users": asked.users, "items": asked.items, "events_per_s": end.applied / end.seconds,
+        "events": asked.events, "users": asked.users, "items": asked.items,
+        "events_per_s": (taken.applied - warm.applied) / fed_s,
+        "learnt_events_per_s": (end.applied - warm.applied) / (end.seconds - warm.seconds),
         "warm_events": warm.applied, "warm_rss_mib": warm.rss_mib, "end_rss_mib": end.rss_mib,
-        "max_rss_mib": max(s.rss_mib for s in samples), "rss_ratio": end.rss_mib / warm.rss_mib,
-        "rss_ratio_max": max(s.rss_mib for s in after) / warm.rss_mib,
-        "lag_max": max(s.lag for s in samples), "disk_mib": end.disk_mib,
+        "rss_ratio": end.rss_mib / warm.rss_mib, "max_rss_mib": max(s.rss_mib for s in samples),
+        "warm_max_rss_mib": max(s.rss_mib for s in samples if s.seconds <= warm.seconds),
+        "lag_max": max(s.lag for s in samples), "behind_max": max(s.behind for s in samples), "disk_mib": end.disk_mib,
         "curve": [list(s) for s in samples[::step]],
     }  # fmt: skip

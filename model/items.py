@@ -355,8 +355,8 @@ class ItemMatrix:
 
         Raises RowVersionError for another version, ValueError for rows of a matrix of other dimensions.
         """
-        dense: list[bytes] = []
-        neighbours: list[bytes] = []
+        dense, words = bytearray(), bytearray()
+        sizes: list[int] = []
         others: list[tuple[bytes, bytes | None]] = []
         count = 0
         for key, value in rows:
@@ -367,17 +367,17 @@ class ItemMatrix:
             if value is not None and kind != ADAPTER:
                 _check_version(value[0], repr(key))
             if kind == DENSE and value is not None:
-                dense.append(value)
+                if len(value) != self.dense.itemsize:
+                    raise ValueError(f"a dense item row is not {self.dense.itemsize} bytes long: of another dimension")
+                dense += value
             elif kind == NEIGHBOURS and value is not None:
-                neighbours.append(value)
+                words += value
+                sizes.append(len(value) // 4)
             else:
                 others.append((key, value))
-        packed = b"".join(dense)
-        if len(packed) != len(dense) * self.dense.itemsize:
-            raise ValueError(f"a dense item row is not {self.dense.itemsize} bytes long: of another dimension")
-        sizes = np.fromiter((len(value) // 4 for value in neighbours), np.int64, len(neighbours))
-        words = np.frombuffer(b"".join(neighbours), np.int32)
-        return Arranged(count, others, np.frombuffer(packed, self.dense), words, sizes)
+        return Arranged(
+            count, others, np.frombuffer(dense, self.dense), np.frombuffer(words, np.int32), np.array(sizes, np.int64)
+        )
 
     def take(self, arranged: "Arranged") -> None:
         """Takes rows in. None deletes a pending item. Rows of other kinds are never deleted: where a changelog does

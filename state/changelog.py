@@ -199,6 +199,12 @@ def parse(record: LogRecord) -> Announce | Marker | Row | None:
         raise ValueError(f"changelog record at offset {offset} is cut short: {key!r}") from error
 
 
+def leaving(rows: dict[bytes, bytes | None]) -> Iterator[tuple[bytes, bytes | None]]:
+    """The rows in their order; each goes from `rows` as it is taken. A flush may be all rows of a catalogue."""
+    for key in list(rows):
+        yield key, rows.pop(key)
+
+
 @dataclass(frozen=True, slots=True)
 class Accepted:
     """A flush that counts: the rows since the last one (None deletes), the state's `applied` after them,

@@ -33,6 +33,7 @@ from state.changelog import (
     Reader,
     Row,
     announce_record,
+    leaving,
     marker_record,
     parse,
     row_key_of,
@@ -244,6 +245,11 @@ class Partition:
         """What is on disk now, of one moment: applied, and all (key, row) in key order. From any thread."""
         meta, rows = self._store.snapshot()
         return dict(meta.applied if meta is not None else {}), rows
+
+    @property
+    def flushes_under_way(self) -> int:
+        """Flushes that are on disk, and not durable yet."""
+        return len(self._under_way)
 
     def digest(self) -> str:
         """`digest` of what is on disk now; reads all rows. From any thread."""
@@ -697,7 +703,7 @@ class Partition:
 
     async def _settle_rows(self, flush: _Flush) -> None:
         marker = Marker(self._epoch, flush.kind, 0, 0, flush.number, len(flush.rows), flush.applied, self._slot)
-        last = await self._append_rows(flush.rows.items(), marker)  # 4
+        last = await self._append_rows(leaving(flush.rows), marker)  # 4
         self._crash("marker")
         async with self._meta_lock:
             self._meta = self._beyond(self._meta, last, marker)

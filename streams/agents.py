@@ -39,7 +39,9 @@ BATCH_EVENTS_MAX: Final = 1000  # a flush of the user side: some 10 ms of Python
 BATCH_MESSAGES_MAX: Final = 64  # examples messages a call of the learner: bounds how long a flush waits for it
 INBOX_RECORDS_MAX: Final = 20_000  # a topic's queue; above it the consumer pauses the partition
 INBOX_RECORDS_LOW: Final = 5_000
-ROW_CACHE_BYTES_MAX: Final = 64 << 20  # of one partition's rows kept as bytes, written through
+INBOX_BYTES_MAX: Final = 32 << 20  # as well: 20,000 of the longest comments would be gigabytes
+INBOX_BYTES_LOW: Final = 8 << 20
+ROW_OVERHEAD_BYTES: Final = 150  # two headers of bytes, and a place in a dict that doubles as it grows
 SWEEP_IDLE_S: Final = 1.0
 PROGRESS_S: Final = 1.0  # between two words on how far a state that is learnt again has come
 SHOWN_EVENTS_MAX: Final = 5  # of a batch, told to those who watch
@@ -93,6 +95,7 @@ class Surroundings:
     durable: Callable[[str, int, int], None]  # (topic, partition, next offset): may be committed
     changed: Callable[[Click | Comment | Erasure], None]  # for whoever watches the stream go by
     failed: Callable[["Keeper[Any]", BaseException], None]  # a keeper's task has ended with this
+    user_cache_bytes: Callable[[], int]  # what one partition's rows may take in memory
     merge_hold_s: float
     flush_linger_s: float
     book: Book
@@ -194,17 +197,20 @@ class Keeper(ABC, Generic[T]):
                 raise LogTruncatedError(topic, self.number, beginning, source.expected)
             if first < records[0].offset:
                 return source.expected
-        self.inbox.put(topic, self.prepare(topic, records), records[-1].offset + 1, self.around.now())
+        size = sum(len(record.value or b"") for record in records)
+        self.inbox.put(topic, self.prepare(topic, records), records[-1].offset + 1, self.around.now(), size)
         self._arrived.set()
         return None
 
     def is_full(self, topic: str) -> bool:
         """Whether the consumer should pause this topic's partition for now."""
-        return len(self.inbox.sources[topic].entries) >= INBOX_RECORDS_MAX
+        source = self.inbox.sources[topic]
+        return len(source.entries) >= INBOX_RECORDS_MAX or source.bytes_waiting() >= INBOX_BYTES_MAX
 
     def is_low(self, topic: str) -> bool:
         """Whether a paused partition should be fetched again."""
-        return len(self.inbox.sources[topic].entries) <= INBOX_RECORDS_LOW
+        source = self.inbox.sources[topic]
+        return len(source.entries) <= INBOX_RECORDS_LOW and source.bytes_waiting() <= INBOX_BYTES_LOW
 
     @abstractmethod
     def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, T | None]]:
@@ -275,18 +281,25 @@ def _record_s(record: Record) -> float:
 
 
 class RowCache:
-    """The rows of recent flushes as bytes, written through; the least recently written leave first."""
+    """The rows of recent flushes as bytes, written through, in two generations.
 
-    def __init__(self, read: pipeline.GetMany, bytes_max: int = ROW_CACHE_BYTES_MAX) -> None:
+    What is written goes to the young ones; once these have half of `bytes_max`, they are the old ones, and the old
+    ones leave. So a row leaves that was not written for as long as it takes to write half of the bytes, and those of
+    the flush under way are there whatever they take. bytes_max: asked at each flush.
+    """
+
+    def __init__(self, read: pipeline.GetMany, bytes_max: Callable[[], int]) -> None:
         self._read = read
-        self._rows: dict[bytes, bytes] = {}
+        self._young: dict[bytes, bytes] = {}
+        self._old: dict[bytes, bytes] = {}
         self._deleted: set[bytes] = set()  # by the flush under way
-        self._bytes = 0
+        self._young_bytes = 0
         self._bytes_max = bytes_max
 
     def get_many(self, keys: list[bytes]) -> list[bytes | None]:
         """As the store's: a row or None for each key."""
-        found: list[bytes | None] = [self._rows.get(key) for key in keys]
+        young, old = self._young, self._old
+        found: list[bytes | None] = [young.get(key) or old.get(key) for key in keys]
         missing = [at for at, value in enumerate(found) if value is None and keys[at] not in self._deleted]
         if missing:
             for at, value in zip(missing, self._read([keys[at] for at in missing]), strict=True):
@@ -296,17 +309,17 @@ class RowCache:
     def put_many(self, changed: Mapping[bytes, bytes | None]) -> None:
         """Takes what a flush is to write; of a row that it deletes the key alone is kept, until it is `flushed`."""
         for key, value in changed.items():
-            old = self._rows.pop(key, None)
-            if old is not None:
-                self._bytes -= len(old) + len(key)
+            before = self._young.pop(key, None)
+            if before is not None:
+                self._young_bytes -= len(key) + len(before) + ROW_OVERHEAD_BYTES
             if value is None:
+                self._old.pop(key, None)
                 self._deleted.add(key)
                 continue
-            self._rows[key] = value
-            self._bytes += len(value) + len(key)
-        while self._bytes > self._bytes_max:
-            key = next(iter(self._rows))
-            self._bytes -= len(self._rows.pop(key)) + len(key)
+            self._young[key] = value
+            self._young_bytes += len(key) + len(value) + ROW_OVERHEAD_BYTES
+        if self._young_bytes > self._bytes_max() // 2:
+            self._old, self._young, self._young_bytes = self._young, {}, 0
 
     def flushed(self) -> None:
         """What was put is in the store."""
@@ -341,7 +354,7 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
 
     def __init__(self, number: int, partition: Partition, topics: dict[str, str], around: Surroundings) -> None:
         super().__init__(number, partition, topics, around)
-        self.cache = RowCache(partition.get_many)
+        self.cache = RowCache(partition.get_many, around.user_cache_bytes)
         self.shown: dict[str, int] = {}  # last offset in the rows that a read sees, which may be in mid-flush
         self.eraser = Eraser(
             number, partition, around.book, around.reach, self._working, lambda: self._settling or self._closing
@@ -352,7 +365,7 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
         first = next(self.partition.items(), None)
         if first is not None and self.around.sealer is None and is_sealed(first[1]):
             raise SealError("users' rows are sealed here, and no data keys are set: set HEADWATER_DATA_KEYS_FILE")
-        self.cache = RowCache(self.partition.get_many)
+        self.cache = RowCache(self.partition.get_many, self.around.user_cache_bytes)
         self.shown = dict(self.partition.applied)
 
     async def idle(self) -> None:
@@ -606,8 +619,9 @@ class LearnerKeeper(Keeper[bytes]):
 
     def is_flush_due(self) -> bool:
         """Whether there is something that is not flushed, and it may be: items that enter or leave do not wait for the
-        budget; else the dirty bytes must have used up their time."""
-        if self.offset <= self.partition.applied["examples"]:
+        budget; else the dirty bytes must have used up their time. And the flush before is durable: a broker or a loop
+        that is slow has one flush to hold, which may be the whole catalogue, and not a queue of them."""
+        if self.offset <= self.partition.applied["examples"] or self.partition.flushes_under_way:
             return False
         budget_s = 0.0 if self._entered else self.learner.learner.dirty_bytes / self._flush_bytes_per_s
         return self.around.now() - self._flushed_s >= max(self._flush_min_s, budget_s)

@@ -22,7 +22,7 @@ from faust.transport.utils import DefaultSchedulingStrategy
 from faust.types import tuples as faust_tuples
 
 from model import learner, ranker
-from streams import kafka
+from streams import heap, kafka
 from streams.assignor import CopartitionedAssignor
 from streams.audit import Audit, audit_key
 from streams.encoding import Encoder
@@ -284,6 +284,7 @@ def run(settings: Settings, gate: Gate, now: Callable[[], float], encoder: Encod
     from streams.web import HttpService
 
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # of the consumer's thread too
+    heap.tune()
     if encoder is None:
         from model.encoder import Encoder as TextEncoder  # torch is for the worker alone
 

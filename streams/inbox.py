@@ -40,6 +40,14 @@ class Source(Generic[T]):
     unheard_at: float = float("-inf")  # when it was out of reach, last
     caught_up_to: int = -1
     entries: deque[Entry[T]] = field(default_factory=deque)
+    put_bytes: deque[tuple[int, int]] = field(default_factory=deque)  # of each put: offset behind it, size
+
+    def bytes_waiting(self) -> int:
+        """Size of the puts that entries are left of."""
+        first = self.entries[0].offset if self.entries else self.expected
+        while self.put_bytes and self.put_bytes[0][0] <= first:
+            self.put_bytes.popleft()
+        return sum(size for _, size in self.put_bytes)
 
 
 class Inbox(Generic[T]):
@@ -54,9 +62,16 @@ class Inbox(Generic[T]):
     def __len__(self) -> int:
         return sum(len(s.entries) for s in self.sources.values())
 
-    def put(self, topic: str, records: Sequence[tuple[float, int, T | None]], next_offset: int, now: float) -> None:
-        """Takes (time, offset, work) of a topic in offset order; `next_offset` is what will come after them."""
+    def put(
+        self, topic: str, records: Sequence[tuple[float, int, T | None]], next_offset: int, now: float, size: int = 0
+    ) -> None:  # fmt: skip
+        """Takes (time, offset, work) of a topic in offset order; `next_offset` is what will come after them.
+
+        size: bytes of the records, for `Source.bytes_waiting`.
+        """
         source = self.sources[topic]
+        if size:
+            source.put_bytes.append((next_offset, size))
         source.entries.extend(Entry(at, offset, now, work) for at, offset, work in records)
         source.since = now
         source.expected = next_offset

@@ -21,6 +21,7 @@ from model.examples import Examples, new_examples
 from model.items import ItemMatrix
 from model.learner import MESSAGES_MAX, Learner, LearnerConfig, Outcome
 from state import rows
+from state.changelog import leaving
 from state.rows import UserRow
 from streams import examples
 from streams.events import Click, Comment, Erasure, Item, Withdrawn
@@ -505,10 +506,14 @@ class Replica:
         self.matrix = ItemMatrix(config.dim, config.text_dim, config.neighbours_max)
         self.generation = 0
 
-    def prepare(self, changed: Mapping[bytes, bytes | None]) -> Callable[[], None]:
-        """What takes a flush in, at a moment when nobody reads. Others may read meanwhile, and no other flush come."""
-        keys = [(*split_key(key), value) for key, value in changed.items()]
-        newest = max([self.generation, *(generation for generation, _, value in keys if value is not None)])
+    def prepare(self, changed: dict[bytes, bytes | None]) -> Callable[[], None]:
+        """What takes a flush in, at a moment when nobody reads. Others may read meanwhile, and no other flush come.
+
+        Takes the rows out of `changed`, so that they are in memory once.
+        """
+        newest = max((split_key(key)[0] for key, value in changed.items() if value is not None), default=0)
+        newest = max(self.generation, newest)
+        keys = ((*split_key(key), value) for key, value in leaving(changed))
         rows = ((key, value) for generation, key, value in keys if generation == newest and key not in OWN_KEYS)
         if newest == self.generation:
             return partial(self.matrix.take, self.matrix.arrange(rows))

@@ -157,6 +157,11 @@ class Settings(BaseSettings):
     item_flush_min_s: float = _setting(
         0.5, "s", "The least time between item flushes: what the replicas lag behind at best.", ge=0.05, le=60
     )
+    user_cache_bytes: int = _setting(
+        128 << 20, "bytes",
+        "Rows of users that acted lately, kept in memory beside RocksDB, of all partitions of a worker together.",
+        ge=1 << 20,
+    )  # fmt: skip
     rocksdb_cache_bytes: int = _setting(
         64 << 20, "bytes", "Block cache of all stores of a worker together.", ge=1 << 20
     )
@@ -456,6 +461,11 @@ def is_default(name: str) -> bool:
 def environment(settings: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with settings (by field name) put in, for a child process."""
     return {**os.environ, **{PREFIX + name.upper(): value for name, value in settings.items()}}
+
+
+def is_heap_told() -> bool:
+    """Whether the environment sets an option of glibc's heap."""
+    return any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
 
 
 def one_thread_each() -> None:

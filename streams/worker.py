@@ -17,11 +17,11 @@ import structlog
 from aiokafka.errors import KafkaError
 
 from monitoring.metrics import Metrics
-from state.changelog import Reader
+from state.changelog import Accepted, Reader
 from state.partition import INLINE_ROWS_MAX, Fenced, Partition
 from state.sealing import SealedPartition
 from state.store import RocksDisk, StoreError, StoreLockedError
-from streams import audit, kafka
+from streams import audit, heap, kafka
 from streams.agents import (
     CatalogueKeeper,
     Keeper,
@@ -52,6 +52,7 @@ SEEK_WAIT_MAX_S: Final = 5.0  # a seek must not outlast the request timeout: slo
 REOPEN_WAIT_S: Final = 1.0
 READ_AGAIN_WAIT_S: Final = 0.25  # then what was sought is sought once more
 TAIL_RECORDS_MAX: Final = 1000  # of item rows read at once: some 5 ms of the loop
+TRIM_ROWS: Final = 20_000  # a flush of more leaves holes in the heap
 
 
 class TP(NamedTuple):
@@ -137,10 +138,14 @@ class Worker:
         self.around = Surroundings(
             now=now, metrics=self.telemetry, evidence=settings.evidence_config(), encoding=self.encoding,
             end_of=self._end_heard, first_at=self._first_at, dead_letter=self._dead_letter, durable=self._durable,
-            changed=self._changed, failed=self._failed, merge_hold_s=settings.merge_hold_ms / 1e3,
-            flush_linger_s=settings.flush_linger_ms / 1e3, sealer=self.sealer, book=self.book,
-            reach=KafkaReach(settings, self.producer, self.sealer, now),
+            changed=self._changed, failed=self._failed, user_cache_bytes=self._user_cache_bytes,
+            merge_hold_s=settings.merge_hold_ms / 1e3, flush_linger_s=settings.flush_linger_ms / 1e3,
+            sealer=self.sealer, book=self.book, reach=KafkaReach(settings, self.producer, self.sealer, now),
         )  # fmt: skip
+
+    def _user_cache_bytes(self) -> int:
+        """An even share of what this worker keeps of its users in memory."""
+        return self.settings.user_cache_bytes // max(1, sum(kind == "users" for kind, _ in self.keepers))
 
     def _end_heard(self, topic: str, partition: int) -> int | None:
         """Where a source log ends; None where no broker has told lately: it may have grown unseen."""
@@ -461,13 +466,21 @@ class Worker:
                 read = record.offset + 1
                 accepted = reader.feed(record)
                 if accepted is not None:
-                    if len(accepted.rows) > INLINE_ROWS_MAX:
-                        take = await asyncio.to_thread(self._replica.prepare, accepted.rows)
-                    else:
-                        take = self._replica.prepare(accepted.rows)
-                    take()  # between two reads
-                    self.replica_applied = accepted.applied["examples"]
-                    self._tell_adapter()
+                    await self._take(accepted)
+                    del accepted  # its rows: until the next flush comes
+
+    async def _take(self, accepted: Accepted) -> None:
+        count = len(accepted.rows)
+        if count > INLINE_ROWS_MAX:
+            take = await asyncio.to_thread(self._replica.prepare, accepted.rows)
+        else:
+            take = self._replica.prepare(accepted.rows)
+        take()  # between two reads
+        self.replica_applied = accepted.applied["examples"]
+        self._tell_adapter()
+        del take
+        if count > TRIM_ROWS:
+            await asyncio.to_thread(heap.trim)
 
     def _tell_adapter(self) -> None:
         adapter = self.replica.adapter

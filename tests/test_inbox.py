@@ -143,6 +143,20 @@ def test_no_more_than_asked_for() -> None:
     assert len(box) == 3
 
 
+def test_bytes_wait_as_long_as_an_entry_of_their_put() -> None:
+    box: Inbox[str] = Inbox({"items": 0}, 0)
+    source = box.sources["items"]
+    box.put("items", [(0.0, 0, "a"), (0.0, 1, "b")], 3, now=1, size=100)  # the record at 2 holds nothing
+    box.put("items", [(0.0, 3, "c")], 4, now=1, size=10)
+    assert source.bytes_waiting() == 110
+    drain(box, 1, {}, 1)
+    assert source.bytes_waiting() == 110
+    drain(box, 1, {}, 1)
+    assert source.bytes_waiting() == 10
+    drain(box, 1, {}, 1)
+    assert source.bytes_waiting() == 0
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_the_order_does_not_depend_on_how_the_logs_arrive(seed: int) -> None:
     """Both logs are there (a backlog): any cut into batches gives the same order."""

@@ -1,19 +1,27 @@
 """Keepers as a worker opens them, and what they tell its operators."""
 
-from collections.abc import Callable
+import asyncio
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from structlog.testing import capture_logs
 
 from bench.doubles import MemoryLog
 from bench.words import WordVectors
 from state.partition import Partition
 from state.store import RocksDisk
-from streams.agents import LearnerKeeper
+from streams import agents
+from streams.agents import ROW_OVERHEAD_BYTES, LearnerKeeper, RowCache
 from streams.settings import Settings
 from streams.worker import TP, Worker
+from tests.records import record
 
 
 class RowsKeeper(LearnerKeeper):
@@ -26,40 +34,139 @@ class RowsKeeper(LearnerKeeper):
         return dict(self.partition.applied)
 
 
-async def test_a_damaged_disk_is_told_with_its_reason(tmp_path: Path) -> None:
-    log = MemoryLog()
-
+def rows_keeper(path: Path, log: MemoryLog) -> RowsKeeper:
     async def publish(records: list[tuple[bytes, bytes]]) -> None:
         raise AssertionError("nothing goes downstream")
 
-    async def opened() -> RowsKeeper:
-        partition = Partition(
-            path=tmp_path / "p", changelog=log, publish=publish, sources=("examples",), disk=RocksDisk()
-        )
-        around: Any = SimpleNamespace(
-            now=lambda: 0.0, merge_hold_s=0.0, metrics=SimpleNamespace(restored=lambda kind, seconds: None),
-            end_of=lambda topic, partition: None, failed=None, flush_linger_s=0.0,
-        )  # fmt: skip
-        learner: Any = SimpleNamespace
-        keeper = RowsKeeper(3, partition, {"examples": "examples"}, around, learner, 1.0, 1.0, 100)
-        await keeper.open()
-        return keeper
+    partition = Partition(path=path, changelog=log, publish=publish, sources=("examples",), disk=RocksDisk())
+    around: Any = SimpleNamespace(
+        now=lambda: 0.0, merge_hold_s=0.0, metrics=SimpleNamespace(restored=lambda kind, seconds: None), sealer=None,
+        end_of=lambda topic, partition: None, failed=None, flush_linger_s=0.0,
+    )  # fmt: skip
+    learner: Any = lambda: SimpleNamespace(learner=SimpleNamespace(dirty_bytes=0))  # noqa: E731
+    return RowsKeeper(3, partition, {"examples": "examples"}, around, learner, 1.0, 0.0, 100)
 
-    keeper = await opened()
+
+async def test_a_damaged_disk_is_told_with_its_reason(tmp_path: Path) -> None:
+    log = MemoryLog()
+    keeper = rows_keeper(tmp_path / "p", log)
+    await keeper.open()
     await keeper.partition.flush({b"row": b"value"}, [], {"examples": 4})
     await keeper.close()
     for table in (tmp_path / "p").glob("*.log"):
         table.write_bytes(b"\0" * 100)
     for manifest in (tmp_path / "p").glob("MANIFEST-*"):
         manifest.write_bytes(b"\0" * 100)
+    keeper = rows_keeper(tmp_path / "p", log)
     with capture_logs() as lines:
-        keeper = await opened()
+        await keeper.open()
     told = [line for line in lines if line["log_level"] == "warning"]
     assert [line["partition"] for line in told] == [3]
     assert "Corruption" in told[0]["reason"]
     assert dict(keeper.partition.items()) == {b"row": b"value"}
     assert keeper.applied() == {"examples": 4}
     await keeper.close()
+
+
+class SlowLog(MemoryLog):
+    """Acknowledges once it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may = asyncio.Event()
+        self.may.set()
+
+    async def append(self, records: Sequence[tuple[bytes, bytes | None]]) -> int:
+        last = await super().append(records)
+        await self.may.wait()
+        return last
+
+
+async def test_items_have_one_flush_on_its_way(tmp_path: Path) -> None:
+    """It may be the whole catalogue: a broker that is slow has one of them to hold, not a queue."""
+    log = SlowLog()
+    keeper = rows_keeper(tmp_path / "p", log)
+    await keeper.open()
+    keeper.offset = 4
+    assert keeper.is_flush_due()
+    log.may.clear()
+    await keeper.partition.flush({b"row": b"value"}, [], {"examples": 4})
+    keeper.offset = 5
+    assert not keeper.is_flush_due()
+    log.may.set()
+    await keeper.partition.drain()
+    assert keeper.is_flush_due()
+    await keeper.close()
+
+
+async def test_what_waits_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agents, "INBOX_BYTES_MAX", 4_000)
+    monkeypatch.setattr(agents, "INBOX_BYTES_LOW", 1_000)
+    keeper = rows_keeper(tmp_path / "p", MemoryLog())
+    await keeper.open()
+    async with keeper._working:  # nothing is worked off meanwhile
+        for offset in range(4):
+            assert not keeper.is_full("examples")
+            waiting = record("examples", b"x" * 1_000, b"", offset=offset)
+            assert await keeper.offer("examples", [waiting]) is None
+        assert keeper.is_full("examples") and not keeper.is_low("examples")
+        keeper.inbox.take(0.0, lambda topic: 4, 3)
+        assert not keeper.is_full("examples") and keeper.is_low("examples")
+        keeper.inbox.take(0.0, lambda topic: 4, 1)
+    await keeper.close()
+
+
+class Rows:
+    """A store that counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self.rows: dict[bytes, bytes] = {}
+        self.asked: list[bytes] = []
+
+    def get_many(self, keys: list[bytes]) -> list[bytes | None]:
+        self.asked += keys
+        return [self.rows.get(key) for key in keys]
+
+
+def put(cache: RowCache, store: Rows, changed: dict[bytes, bytes | None]) -> None:
+    cache.put_many(changed)
+    for key, row in changed.items():
+        if row is None:
+            store.rows.pop(key, None)
+        else:
+            store.rows[key] = row
+    cache.flushed()
+
+
+def test_rows_of_late_need_no_read_and_older_ones_are_read() -> None:
+    store, row = Rows(), bytes(10)
+    cache = RowCache(store.get_many, lambda: 8 * (1 + 10 + ROW_OVERHEAD_BYTES))
+    for at in range(20):
+        put(cache, store, {b"%c" % (65 + at): row})
+        assert cache.get_many([b"%c" % (65 + n) for n in range(max(0, at - 3), at + 1)]) == [row] * min(4, at + 1)
+    assert store.asked == [], "half of the bytes is what is always there"
+    assert cache.get_many([b"A", b"T", b"?"]) == [row, row, None]
+    assert store.asked == [b"A", b"?"]
+    assert len(cache._young) + len(cache._old) <= 9
+
+
+def test_the_rows_of_a_flush_are_there_until_it_is_written() -> None:
+    store = Rows()
+    store.rows = {b"a": b"old", b"b": b"old"}
+    cache = RowCache(store.get_many, lambda: 1)
+    cache.put_many({b"a": b"new", b"b": None, b"c": b"new"})
+    assert cache.get_many([b"a", b"b", b"c"]) == [b"new", None, b"new"]
+    assert store.asked == []
+
+
+def test_a_row_that_was_written_again_and_deleted_is_gone() -> None:
+    store = Rows()
+    cache = RowCache(store.get_many, lambda: 2 * (2 + ROW_OVERHEAD_BYTES))
+    put(cache, store, {b"a": b"1", b"b": b"1"})  # old from here on
+    put(cache, store, {b"a": b"2"})
+    assert cache.get_many([b"a", b"b"]) == [b"2", b"1"]
+    put(cache, store, {b"a": None})
+    assert cache.get_many([b"a"]) == [None]
 
 
 async def test_a_rebalance_while_a_worker_stops_claims_nothing(make_settings: Callable[..., Settings]) -> None:
@@ -69,3 +176,32 @@ async def test_a_rebalance_while_a_worker_stops_claims_nothing(make_settings: Ca
     await worker.stop()
     worker.assigned({TP(settings.topic("clicks"), 0), TP(settings.topic("items"), 0)})
     assert worker.keepers == {} == worker.opening
+
+
+HEAP = """
+import ctypes, sys
+from streams import heap
+
+class Info(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_size_t) for n in
+                ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keep")]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Info
+heap.tune()
+large = bytearray(30 << 20)
+del large  # from here on glibc would take blocks of up to this size from its heap
+before = mallinfo().hblkhd
+large = bytearray(20 << 20)
+print((mallinfo().hblkhd - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize(("told", "mapped_mib"), [({}, 20), ({"MALLOC_ARENA_MAX": "8"}, 0)], ids=["", "by-hand"])
+def test_large_blocks_go_back_to_the_system(told: dict[str, str], mapped_mib: int) -> None:
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", HEAP], env=variables | told, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == mapped_mib

@@ -218,6 +218,7 @@ async def test_pipeline_is_as_deep_as_asked() -> None:
     await partition.flush(*add(1))
     assert partition.applied["clicks"] == 1
     assert partition.memory_bytes() > 2 * empty
+    assert partition.flushes_under_way == 2
     third = asyncio.ensure_future(partition.flush(*add(2)))
     for _ in range(50):
         await asyncio.sleep(0)

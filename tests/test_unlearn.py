@@ -155,19 +155,19 @@ def test_a_replica_changes_to_the_state_learnt_again_at_once_whatever_compaction
     replica = Replica(CONFIG)
     held = replica.matrix
     first = learner.take_dirty()
-    replica.prepare(first)()
+    replica.prepare(dict(first))()
     assert replica.matrix.digest() == learner.learner.digest()
     learner.learn(len(whole), stream.removal()[0])
     again = learnt(whole, learner.again())
     again.settled(len(whole))
     swap: dict[bytes, bytes | None] = dict.fromkeys(first) | again.take_dirty()
     assert {split_key(key)[0] for key, value in swap.items() if value is not None} == {1}
-    replica.prepare(swap)()
+    replica.prepare(dict(swap))()
     assert replica.matrix is held, "whoever holds the matrix sees the new state"
     assert held.digest() == again.learner.digest()
     late = Replica(CONFIG)
     late.prepare({key: value for key, value in first.items() if key[:1] in b"sg"})()  # the rest is compacted away
-    late.prepare(swap)()
+    late.prepare(dict(swap))()
     assert late.matrix.digest() == again.learner.digest()
     loaded = ItemLearner(CONFIG, DIM)
     loaded.load((key, value) for key, value in sorted(swap.items()) if value is not None)
