@@ -18,13 +18,14 @@ SUMS: Final = re.compile(r"= phi [a-z ]*<\d+ x (?:float|double)>")  # in each la
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
-    """`python -m bench loops`: compiles every kernel of the learner anew (two minutes)."""
+    """`python -m bench loops`: compiles every kernel of learner and ranker anew (two minutes)."""
     argparse.ArgumentParser(prog="python -m bench loops").parse_args(arguments)
     with tempfile.TemporaryDirectory() as cache:  # what comes from the cache is machine code alone
         os.environ["NUMBA_CACHE_DIR"] = cache
-        from model import kernels, learner
+        from model import kernels, learner, ranker
 
         learner.warm_up()
+        ranker.warm_up(learner.Learner().matrix)
         told = {name: k.inspect_llvm() for name, k in vars(kernels).items() if getattr(k, "signatures", None)}
     checks = sum(llvm.count("\nvector.memcheck") for each in told.values() for llvm in each.values())
     found = {name: sums for name, each in told.items() if (sums := uncertain("".join(each.values())))}

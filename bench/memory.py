@@ -63,9 +63,11 @@ def run(arguments: list[str]) -> dict[str, Any]:
             samples, settled = asyncio.run(_measure(worker, deployment.state_dir(), asked))
             state = _metrics(worker, r"headwater_state_\w+\{[^}]*\}")  # rows as RocksDB estimates them
             code, stop_s = worker.stop()
+            if code:
+                raise SystemExit(f"the worker ended with {code}:\n{worker.tail()}")
         finally:
             deployment.close()
-    return {**_told(samples, settled, asked), "state": state, "exit": code, "stop_s": stop_s}
+    return {**_told(samples, settled, asked), "state": state, "stop_s": stop_s}
 
 
 class _Feed:
