@@ -1,7 +1,7 @@
 """The C heap of a worker, where it is glibc's (mallopt(3), malloc_trim(3)); elsewhere these do nothing.
 
-Left alone, glibc takes ever larger blocks from a heap a thread and keeps the holes: 250-350 MB of a worker with 100,000
-items, and 60 MB more with each million events.
+Left alone, glibc takes ever larger blocks from a heap a thread and keeps the holes: 250-350 MiB of a worker with
+100,000 items.
 """
 
 import ctypes
