@@ -86,8 +86,9 @@ class PlainSource:
         """More of these again."""
         self.paused.difference_update(tps)
 
-    async def commit(self, offsets: Mapping[TP, int]) -> None:
+    async def commit(self, offsets: Mapping[TP, int]) -> bool:
         """Without a group there is nothing to commit to."""
+        return True
 
     def end_of(self, topic: str, partition: int) -> int | None:
         """As the last fetch told."""

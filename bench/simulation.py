@@ -47,7 +47,7 @@ SKEW_S: Final = 0.02  # an event of one topic reaches its log this much later th
 START_S: Final = 1.7e9
 TEXT_DIM: Final = 8
 EVENTS: Final = (10, 50)
-OBSERVE_S: Final = 2.0
+OBSERVE_S: Final = 1.0
 LEFT_S: Final = 2.5 * OBSERVE_S  # two looks of a worker at the folders that it has left
 CAUGHT_UP_S_MAX: Final = 60.0  # of simulated time
 CLOCK_RESOLUTION_S: Final = 1e-6
@@ -314,11 +314,14 @@ class SimSource:
         self.paused.difference_update(tps)
         self.wake()
 
-    async def commit(self, offsets: Mapping[TP, int]) -> None:
+    async def commit(self, offsets: Mapping[TP, int]) -> bool:
         await asyncio.sleep(0)
         self.life.alive()
         assert offsets
+        if self.world.random.random() < self.life.fault_rate:
+            return False
         self.world.committed.update(offsets)
+        return True
 
     def end_of(self, topic: str, partition: int) -> int | None:
         tp = TP(topic, partition)
@@ -645,6 +648,7 @@ class World:
 
     def __init__(self, seed: int, make: MakePartition) -> None:
         self.random = chance = random.Random(seed)
+        self.loop = VirtualLoop(chance)
         self.make = make
         self.partitions = chance.choice((1, 1, 2))
         self.settings = _settings("world", self.partitions)
@@ -666,7 +670,7 @@ class World:
 
     def now(self) -> float:
         """Unix s."""
-        return START_S + asyncio.get_running_loop().time()
+        return START_S + self.loop.now_s
 
     def topic(self, name: str) -> str:
         """Full name."""
@@ -1169,7 +1173,7 @@ def run_seed(seed: int, make: MakePartition = Partition, story: Story | None = N
                 "OBSERVE_INTERVAL_S": OBSERVE_S,
             }),
             ("streams.agents", {"INBOX_RECORDS_MAX": chance.choice((6, 20_000)), "INBOX_RECORDS_LOW": 3,
-                                "BATCH_EVENTS_MAX": chance.choice((3, 1000)), "SWEEP_IDLE_S": 0.2, "log": _Silent()}),
+                                "BATCH_EVENTS_MAX": chance.choice((3, 1000)), "SWEEP_IDLE_S": 0.5, "log": _Silent()}),
             ("streams.erasure", {"kafka": SimKafka(world), "SWEEP_ROWS": chance.choice((2, 500)), "log": _Silent()}),
             ("streams.telemetry", {"REPORT_INTERVAL_S": 1e9}),
             ("state.rows", {"HISTORY_MAX": 5, "SEEN_MAX": 8, "COMMENTS_MAX": 2}),
@@ -1183,6 +1187,6 @@ def run_seed(seed: int, make: MakePartition = Partition, story: Story | None = N
             }),
         ):  # fmt: skip
             stack.enter_context(patch.multiple(target, **told))
-        with asyncio.Runner(loop_factory=lambda: VirtualLoop(chance)) as runner:
+        with asyncio.Runner(loop_factory=lambda: world.loop) as runner:
             runner.run((story or _story)(world))
     return world

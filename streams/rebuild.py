@@ -166,9 +166,9 @@ async def learn_examples(
 
 async def _learn(read: Read, learner: ItemLearner, upto: int, progress: Progress, sealer: Sealer | None) -> None:
     async for records in read("examples", 0, learner.offset + 1, upto):
-        for record in records:
-            if record.value:
-                learner.learn(record.offset, sealer.open_message(record.value) if sealer else record.value)
+        messages = [(r.offset, sealer.open_message(r.value) if sealer else r.value) for r in records if r.value]
+        while messages:
+            messages = messages[len(learner.learn_many(messages)) :]  # it stops where a removal ends
         progress(len(records))
 
 

@@ -79,7 +79,7 @@ class Source(Protocol):
     async def seek(self, targets: Mapping[TP, int]) -> None: ...
     def pause(self, tps: Iterable[TP]) -> None: ...
     def resume(self, tps: Iterable[TP]) -> None: ...
-    async def commit(self, offsets: Mapping[TP, int]) -> None: ...
+    async def commit(self, offsets: Mapping[TP, int]) -> bool: ...  # False: not taken
     def end_of(self, topic: str, partition: int) -> int | None: ...  # last stable offset, as far as known
     def heard_at(self, topic: str, partition: int) -> float | None: ...  # when a fetch told that, Unix s
 
@@ -381,8 +381,8 @@ class Worker:
         held = self.source.assignment()
         offsets = {tp: offset for tp, offset in self._commits.items() if tp in held}
         self._commits.clear()
-        if offsets:
-            await self.source.commit(offsets)
+        if offsets and not await self.source.commit(offsets):
+            self._commits = offsets | self._commits  # what has come meanwhile is newer
 
     def lag_records(self, kind: str = "users") -> int:
         """Records in the source logs of a kind of state that are not applied yet, as far as known."""

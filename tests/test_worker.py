@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from kafka.structs import TopicPartition
 
 from bench import chaos, load
 from bench.deployment import Deployment, WorkerProcess
+from bench.drain import PlainSource, PlainVectors
 from bench.kafka_node import KafkaNode
 from streams.agents import INBOX_RECORDS_MAX
 from streams.kafka import partition_of
 from streams.settings import Settings
+from streams.worker import TP, Worker
 from tests.readme import example, run_shell
 
 FILMS = {
@@ -348,6 +350,68 @@ def test_a_restore_that_outlasts_request_timeout_and_session_ends_well(kafka_nod
     finally:
         outside.close()
         made.close()
+
+
+# A worker whose group takes no commit. It says so on its output, and goes on.
+NO_COMMITS = """
+import runpy
+from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import CommitFailedError
+
+async def refuse(self, offsets=None):
+    print("COMMIT REFUSED", flush=True)
+    raise CommitFailedError("not now")
+
+AIOKafkaConsumer.commit = refuse
+runpy.run_module("bench.words", run_name="__main__")
+"""
+
+
+def test_a_worker_whose_commits_fail_goes_on_and_ends_with_0(broker: str, tmp_path: Path) -> None:
+    made = Deployment(broker, tmp_path, topic_prefix=f"commit{next(_numbers)}-", partitions=1, module="bench.words")
+    made.create_topics()
+    outside = Outside(made)
+    worker = made.start_worker(command=[sys.executable, "-c", NO_COMMITS])
+    try:
+        worker.wait_ready()
+        outside.films()
+        for number in range(2):  # the second is learnt by a worker that has been refused
+            outside.send("clicks", "u", {"user_id": "u", "item_id": "alien", "action": "click"})
+            worker.wait_until("it", lambda wanted=number + 1: worker.get("/v1/users/u/state")["events"] == wanted)  # type: ignore[misc]
+            worker.wait_until("a refusal", lambda wanted=number + 1: worker.tail(1 << 20).count("REFUSED") >= wanted)  # type: ignore[misc]
+        assert worker.stop()[0] == 0
+    finally:
+        outside.close()
+        made.close()
+
+
+async def test_offsets_that_were_not_taken_are_committed_with_the_next(make_settings: Callable[..., Settings]) -> None:
+    class Group(PlainSource):
+        def __init__(self, settings: Settings) -> None:
+            super().__init__(settings)
+            self.told: list[dict[TP, int]] = []
+            self.takes = False
+
+        def assignment(self) -> set[TP]:
+            return {TP("clicks", 0), TP("clicks", 1)}
+
+        async def commit(self, offsets: Mapping[TP, int]) -> bool:
+            self.told.append(dict(offsets))
+            if not self.takes:
+                worker._durable("clicks", 1, 8)  # becomes durable while the broker is asked
+            return self.takes
+
+    settings = make_settings(broker="127.0.0.1:1")
+    source = Group(settings)
+    worker = Worker(settings, lambda: 0.0, PlainVectors(), source, lambda topic, partition: None)
+    for partition, offset in ((0, 5), (1, 7), (2, 9)):
+        worker._durable("clicks", partition, offset)
+    await worker.commit()
+    source.takes = True
+    await worker.commit()
+    await worker.commit()
+    assert source.told == [{TP("clicks", 0): 5, TP("clicks", 1): 7}, {TP("clicks", 0): 5, TP("clicks", 1): 8}]
+    worker.encoding.close()
 
 
 def test_a_backlog_above_the_inbox_pauses_the_partition_and_is_worked_off(broker: str, tmp_path: Path) -> None:
