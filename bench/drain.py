@@ -2,7 +2,7 @@
 stores, learner and replica. Prints "ready" when the items are learnt, or at once where events are known to its disk,
 and one JSON line when the events behind those are learnt.
 
-    python -m bench.drain VIA EVENTS ITEMS KNOWN     with the worker's settings in the environment
+    python -m bench.drain VIA ITEMS KNOWN EVENTS...     with the worker's settings in the environment
 """
 
 import asyncio
@@ -138,7 +138,7 @@ class PlainSource:
 async def watch(worker: Worker, events: int, items: int, known: int) -> dict[str, Any]:
     """Waits until all events are applied and learnt; the time counts from the first that is folded."""
     started, cpu, stages = time.perf_counter(), time.process_time(), dict(worker.telemetry.stage_s)
-    while "fold" not in worker.telemetry.stage_s:
+    while worker.telemetry.stage_s.get("fold") == stages.get("fold"):
         started, cpu = time.perf_counter(), time.process_time()
         await asyncio.sleep(POLL_S)
     while count(worker, UserKeeper) < known + events:
@@ -181,17 +181,19 @@ def has_learnt(worker: Worker, items: int) -> bool:
     return is_open and count(worker, CatalogueKeeper) >= items and learner(worker).counts["items"] >= items
 
 
-async def measure(worker: Worker, events: int, items: int, known: int) -> None:
-    """Prints the result and ends the process: what comes after the measurement is not the benchmark's."""
+async def measure(worker: Worker, items: int, known: int, *events: int) -> None:
+    """Prints the result of each backlog in turn and ends the process: what comes then is not the benchmark's."""
     while not known and not has_learnt(worker, items):
         await asyncio.sleep(POLL_S)
     print("ready", flush=True)
-    print(json.dumps(await watch(worker, events, items, known)), flush=True)
+    for count_of_next in events:
+        print(json.dumps(await watch(worker, count_of_next, items, known)), flush=True)
+        known += count_of_next
     os._exit(0)
 
 
-def main(via: str, events: int, items: int, known: int) -> None:
-    """Runs the worker `via` "faust" or "plain"."""
+def main(via: str, items: int, known: int, *events: int) -> None:
+    """Runs the worker `via` "faust" or "plain"; events: of each backlog."""
     log.set_up("warning")
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     settings = Settings()
@@ -203,7 +205,7 @@ def main(via: str, events: int, items: int, known: int) -> None:
         faust_app.tune_interpreter()
 
         async def both() -> None:
-            await asyncio.gather(plain.run(worker), measure(worker, events, items, known))
+            await asyncio.gather(plain.run(worker), measure(worker, items, known, *events))
 
         asyncio.run(both())
         return
@@ -214,7 +216,7 @@ def main(via: str, events: int, items: int, known: int) -> None:
 
     @app.task
     async def measuring() -> None:
-        await measure(worker, events, items, known)
+        await measure(worker, items, known, *events)
 
     faust_app.tune_interpreter()
     faust_app.FaustWorker(app).execute_from_commandline()

@@ -1,5 +1,6 @@
 """The whole chain of one worker under Faust against the same chain under a plain consumer loop, draining a backlog;
-and against itself, started again on what came while it was stopped.
+and against itself, started again on what came while it was stopped: those events by a worker that was not, too, for
+users with longer histories take longer to learn.
 """
 
 import argparse
@@ -43,6 +44,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     stream = {"broker": asked.broker, "events": asked.events, "items": asked.items, "users": asked.users, "more": told}
     ways: dict[str, Callable[..., dict[str, Any]]] = {via: partial(drain, via, **stream) for via in ("faust", "plain")}
     if asked.lag:
+        ways["awake"] = partial(keep_up, lag=asked.lag, **stream)
         ways["lag"] = partial(catch_up, lag=asked.lag, **stream)
     rounds: dict[str, list[dict[str, Any]]] = {via: [] for via in ways}
     for n in range(asked.rounds):
@@ -58,8 +60,11 @@ def run(arguments: list[str]) -> dict[str, Any]:
         "cpu_us_per_event": rounds["faust"][-1]["cpu_us_per_event"],
     }  # fmt: skip
     if asked.lag:
-        lag = statistics.median(r["events_per_s"] for r in rounds["lag"])
-        result |= {"lag": asked.lag, "lag_events_per_s": lag, "lag_ratio": lag / faust}
+        lag, awake = (statistics.median(r["events_per_s"] for r in rounds[via]) for via in ("lag", "awake"))
+        result |= {
+            "lag": asked.lag, "lag_events_per_s": lag, "lag_ratio": lag / faust,
+            "awake_events_per_s": awake, "lag_ratio_same_events": lag / awake,
+        }  # fmt: skip
     if asked.items_many:
         many = drain("faust", asked.broker, asked.events, asked.items_many, asked.users, "many-", told)
         print(json.dumps({"via": "faust", **many}), flush=True)
@@ -76,11 +81,29 @@ def drain(
     """One worker process that knows the items and no users, let loose on a backlog of events. more: its settings."""
     with _catalogue(broker, items, {**more, "topic_prefix": prefix, "session_timeout_s": str(STOPPED_S)}) as told:
         settings = Settings.model_validate(told)
-        with _worker(via, told, events, items) as worker:
-            worker.send_signal(signal.SIGSTOP)  # it sleeps while the backlog is laid
-            asyncio.run(load.publish_events(settings, load.Stream(items, users), events))
-            worker.send_signal(signal.SIGCONT)
+        with _worker(via, told, items, 0, events) as worker:
+            _lay(worker, settings, load.Stream(items, users), events)
             return _end(worker)
+
+
+def keep_up(
+    broker: str, events: int, items: int, users: int, prefix: str, more: dict[str, str], lag: int
+) -> dict[str, Any]:
+    """One worker that learns events, and then without a stop the `lag` of `catch_up`: the same users and histories."""
+    with _catalogue(broker, items, {**more, "topic_prefix": prefix, "session_timeout_s": str(STOPPED_S)}) as told:
+        settings, stream = Settings.model_validate(told), load.Stream(items, users)
+        with _worker("faust", told, items, 0, events, lag) as worker:
+            _lay(worker, settings, stream, events)
+            _result(worker)
+            _lay(worker, settings, stream, lag, lag_s=LAG_S)
+            return _end(worker)
+
+
+def _lay(worker: subprocess.Popen[str], settings: Settings, stream: load.Stream, events: int, lag_s: float = 0) -> None:
+    """A backlog, while the worker sleeps."""
+    worker.send_signal(signal.SIGSTOP)
+    asyncio.run(load.publish_events(settings, stream, events, lag_s=lag_s))
+    worker.send_signal(signal.SIGCONT)
 
 
 def catch_up(
@@ -90,11 +113,11 @@ def catch_up(
     that it takes after its start."""
     with _catalogue(broker, items, {**more, "topic_prefix": prefix}) as told:
         settings, stream = Settings.model_validate(told), load.Stream(items, users)
-        with _worker("faust", told, events, items) as worker:
+        with _worker("faust", told, items, 0, events) as worker:
             asyncio.run(load.publish_events(settings, stream, events))
             _end(worker)
         asyncio.run(load.publish_events(settings, stream, lag, lag_s=LAG_S))
-        with _worker("faust", told, lag, items, known=events) as worker:
+        with _worker("faust", told, items, events, lag) as worker:
             return _end(worker)
 
 
@@ -110,10 +133,10 @@ def _catalogue(broker: str, items: int, more: dict[str, str]) -> Iterator[dict[s
 
 
 @contextmanager
-def _worker(via: str, told: dict[str, str], events: int, items: int, known: int = 0) -> Iterator[subprocess.Popen[str]]:
-    """The process that drains, ready for the events behind those that are known to its disk."""
+def _worker(via: str, told: dict[str, str], items: int, known: int, *events: int) -> Iterator[subprocess.Popen[str]]:
+    """The process that drains these backlogs, ready for the events behind those that are known to its disk."""
     with subprocess.Popen(
-        [sys.executable, "-m", "bench.drain", via, str(events), str(items), str(known)], env=environment(told),
+        [sys.executable, "-m", "bench.drain", via, *map(str, (items, known, *events))], env=environment(told),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent(),
     ) as worker:  # fmt: skip
         assert worker.stdout is not None
@@ -123,11 +146,19 @@ def _worker(via: str, told: dict[str, str], events: int, items: int, known: int 
         yield worker
 
 
-def _end(worker: subprocess.Popen[str]) -> dict[str, Any]:
-    """What it tells when all is drained."""
+def _result(worker: subprocess.Popen[str]) -> dict[str, Any]:
+    """What it tells when a backlog is drained."""
     assert worker.stdout is not None
     told_line = worker.stdout.readline()
-    if worker.wait() or not told_line:
-        raise RuntimeError(f"the drain ended with {worker.returncode}")
+    if not told_line:
+        raise RuntimeError(f"the drain ended with {worker.wait()}")
     result: dict[str, Any] = json.loads(told_line)
+    return result
+
+
+def _end(worker: subprocess.Popen[str]) -> dict[str, Any]:
+    """What it tells of its last backlog, and its end."""
+    result = _result(worker)
+    if worker.wait():
+        raise RuntimeError(f"the drain ended with {worker.returncode}")
     return result

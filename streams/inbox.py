@@ -122,7 +122,7 @@ class Inbox(Generic[T]):
                 source.unheard_at = now
                 wait = max(wait, min(head.arrived + UNHEARD_WAIT_MAX_S - now, LOOK_AGAIN_S))
             elif end > max(source.expected, source.caught_up_to):
-                left = max(head.arrived, source.since, self._resumed) + LAG_WAIT_MAX_S - now
+                left = max(head.arrived, source.since, source.unheard_at, self._resumed) + LAG_WAIT_MAX_S - now
                 if left <= 0:
                     source.caught_up_to = end
                 wait = max(wait, left)

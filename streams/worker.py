@@ -132,6 +132,7 @@ class Worker:
         self._commits: dict[TP, int] = {}
         self._paused: set[TP] = set()
         self._reading_again: dict[TP, _Sought] = {}
+        self._unsought: set[TP] = set()  # not read from the right place yet; another set with each assignment
         self._tasks: set[asyncio.Task[Any]] = set()
         self.source: Source = source
         self.book = Book(self._publish_certificate)
@@ -148,9 +149,10 @@ class Worker:
         return self.settings.user_cache_bytes // max(1, sum(kind == "users" for kind, _ in self.keepers))
 
     def _end_heard(self, topic: str, partition: int) -> int | None:
-        """Where a source log ends; None where no broker has told lately: it may have grown unseen."""
+        """Where a source log ends; None where no broker has told lately, or where it is not read from the right place
+        yet: what there is comes unseen."""
         heard_at = self.source.heard_at(topic, partition)
-        if heard_at is None or self.now() - heard_at > HEARD_MAX_S:
+        if heard_at is None or self.now() - heard_at > HEARD_MAX_S or TP(topic, partition) in self._unsought:
             return None
         return self.source.end_of(topic, partition)
 
@@ -168,6 +170,7 @@ class Worker:
         self.telemetry.rebalanced()
         self._was_assigned = True
         self._reading_again.clear()
+        self._unsought = {tp for tp in tps if tp.topic in self.topic_kinds}
         for key in [k for k in self.keepers if k not in wanted]:
             closing = self._close(self.keepers.pop(key), self.opening.pop(key, None))
             self._spawn(closing, f"close-{key[0]}-{key[1]}")
@@ -235,10 +238,11 @@ class Worker:
 
     async def _reopen(self, key: tuple[str, int], keeper: Keeper[Any]) -> None:
         """Claims a partition again that another owner has taken, if it is still ours to have."""
+        self._unsought |= {TP(topic, keeper.number) for topic in keeper.topics}
         await self._opened(key, await self._replace(key, keeper))
         held = {tp for tp in self.source.assignment() if self.kind_of(tp) == key}
         if held:
-            await self.source.seek({tp: self.keepers[key].next_offset(tp.topic) for tp in held})
+            await self._seek({tp: self.keepers[key].next_offset(tp.topic) for tp in held})
 
     def _failed(self, keeper: Keeper[Any], failure: BaseException) -> None:
         key = keeper.kind, keeper.number
@@ -334,7 +338,7 @@ class Worker:
 
     async def _read_again(self, tp: TP, offset: int) -> None:
         self._reading_again[tp] = _Sought(self.now())
-        await self.source.seek({tp: offset})
+        await self._seek({tp: offset})
 
     async def _seek_once_more(self) -> None:
         """Where what was sought should have come by now, and has been lost again."""
@@ -345,28 +349,40 @@ class Worker:
                 await self._read_again(tp, keeper.inbox.sources[tp.topic].expected)
 
     async def seek(self, tps: set[TP]) -> None:
-        """Reads each from just after what its keeper has applied; those that still open follow by themselves."""
+        """Reads each from just after what its keeper has applied, and at once where that is open: a topic that waited
+        for another partition to open would be overtaken by those that the keeper reads beside it. What opens for
+        longer than SEEK_WAIT_MAX_S follows by itself."""
         generation = self.source.generation()
-        tasks = {self.opening[self.kind_of(tp)] for tp in tps if self.kind_of(tp) in self.opening}
-        if tasks:
-            await asyncio.wait(tasks, timeout=SEEK_WAIT_MAX_S)
+        left = tps - await self._seek_open(tps, generation)
+        opening = {self.opening[self.kind_of(tp)] for tp in left if self.kind_of(tp) in self.opening}
+        if opening:
+            await asyncio.wait(opening, timeout=SEEK_WAIT_MAX_S)
+            left -= await self._seek_open(left, generation)
+        for tp in sorted(left):
+            if (task := self.opening.get(self.kind_of(tp))) is not None:
+                self._spawn(self._seek_when_open(tp, task, generation), f"seek-{tp.topic}-{tp.partition}")
+
+    async def _seek_open(self, tps: set[TP], generation: int) -> set[TP]:
+        """Seeks those whose keepers are open; which these are."""
         targets: dict[TP, int] = {}
         for tp in sorted(tps):
             opening = self.opening.get(self.kind_of(tp))
-            if opening is None:
-                continue
-            if opening.done():
+            if opening is not None and opening.done():
                 opening.result()
                 targets[tp] = self.keepers[self.kind_of(tp)].next_offset(tp.topic)
-            else:
-                self._spawn(self._seek_when_open(tp, opening, generation), f"seek-{tp.topic}-{tp.partition}")
         if targets and generation == self.source.generation():
-            await self.source.seek(targets)
+            await self._seek(targets)
+        return set(targets)
 
     async def _seek_when_open(self, tp: TP, opening: asyncio.Task[None], generation: int) -> None:
         await opening
         if generation == self.source.generation() and self.kind_of(tp) in self.keepers:
-            await self.source.seek({tp: self.keepers[self.kind_of(tp)].next_offset(tp.topic)})
+            await self._seek({tp: self.keepers[self.kind_of(tp)].next_offset(tp.topic)})
+
+    async def _seek(self, targets: Mapping[TP, int]) -> None:
+        unsought = self._unsought
+        await self.source.seek(targets)
+        unsought.difference_update(targets)
 
     def _applied(self, topics: Mapping[str, str], number: int, applied: Mapping[str, int]) -> None:
         for topic, name in topics.items():

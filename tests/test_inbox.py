@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from streams.inbox import AWAKE_S, LAG_WAIT_MAX_S, LATE_MAX_S, UNHEARD_WAIT_MAX_S, Inbox
+from streams.inbox import AWAKE_S, LAG_WAIT_MAX_S, LATE_MAX_S, LOOK_AGAIN_S, UNHEARD_WAIT_MAX_S, Inbox
 
 HOLD_S = 0.02
 
@@ -181,3 +181,16 @@ def test_the_order_does_not_depend_on_how_the_logs_arrive(seed: int) -> None:
     orders = [run(random.Random(f"{seed}-{n}")) for n in range(4)]
     assert all(order == orders[0] for order in orders)
     assert len(orders[0]) == sum(ends.values())
+
+
+def test_a_topic_that_was_out_of_reach_and_is_behind_is_waited_for_from_its_return() -> None:
+    box = Inbox[str]({"clicks": 0, "comments": 4}, HOLD_S)
+    box.put("clicks", [(1.0, 0, "click")], 1, now=1.0)
+    unheard, behind = {"clicks": 1, "comments": None}, {"clicks": 1, "comments": 5}
+    for tenth in range(10, 26):  # for longer than a topic that is behind is waited for
+        taken, wait = box.take(tenth / 10, unheard.get, 10)
+        assert taken == [] and wait == pytest.approx(LOOK_AGAIN_S)
+    taken, wait = box.take(2.6, behind.get, 10)
+    assert taken == [] and wait == pytest.approx(2.5 + LAG_WAIT_MAX_S - 2.6)
+    box.put("comments", [(0.9, 4, "comment")], 5, now=2.7)
+    assert drain(box, 2.8, {"clicks": 1, "comments": 5}) == ["comment", "click"]

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -176,6 +176,43 @@ async def test_a_rebalance_while_a_worker_stops_claims_nothing(make_settings: Ca
     await worker.stop()
     worker.assigned({TP(settings.topic("clicks"), 0), TP(settings.topic("items"), 0)})
     assert worker.keepers == {} == worker.opening
+
+
+async def test_what_is_open_is_sought_at_once_and_reads_nothing_as_at_its_end_before(
+    make_settings: Callable[..., Settings],
+) -> None:
+    """A comment that waited for the learner to open was overtaken by the clicks beside it."""
+    settings = make_settings()
+    sought: list[dict[TP, int]] = []
+
+    async def seek(targets: Mapping[TP, int]) -> None:
+        sought.append(dict(targets))
+
+    source: Any = SimpleNamespace(
+        seek=seek, generation=lambda: 1, end_of=lambda topic, partition: 5, heard_at=lambda topic, partition: 0.0
+    )
+    worker = Worker(settings, lambda: 0.0, WordVectors(), source, lambda topic, partition: None)
+    clicks, comments = (TP(settings.topic(name), 0) for name in ("clicks", "comments"))
+    log = TP(settings.internal_topic("examples"), 0)
+    worker._unsought = {clicks, comments, log}
+    loop = asyncio.get_running_loop()
+    users, learner = loop.create_future(), loop.create_future()
+    for key, opening, offset in ((("users", 0), users, 4), (("learner", 0), learner, 7)):
+        keepers: Any = worker.keepers
+        keepers[key] = SimpleNamespace(next_offset=lambda topic, offset=offset: offset)
+        openings: Any = worker.opening
+        openings[key] = opening
+    users.set_result(None)
+    assert worker._end_heard(*comments) is None
+    seeking = asyncio.create_task(worker.seek({clicks, comments, log}))
+    while not sought:
+        await asyncio.sleep(0)
+    assert sought == [{clicks: 4, comments: 4}] and not seeking.done()
+    assert worker._end_heard(*comments) == 5 and worker._end_heard(*log) is None
+    learner.set_result(None)
+    await seeking
+    assert sought[1:] == [{log: 7}] and worker._end_heard(*log) == 5
+    worker.encoding.close()
 
 
 HEAP = """
