@@ -96,17 +96,22 @@ class Inbox(Generic[T]):
         wait: float | None = None
         while len(taken) < count_max:
             ranked = enumerate(self.sources.items())
-            heads = [(s.entries[0].at, rank, topic) for rank, (topic, s) in ranked if s.entries]
+            heads = sorted((s.entries[0].at, rank, topic) for rank, (topic, s) in ranked if s.entries)
             if not heads:
                 return taken, None
-            _, _, topic = min(heads)
-            head = self.sources[topic].entries[0]
-            wait = self._wait_s(head, now, end_of)
+            _, rank, topic = heads[0]
+            source = self.sources[topic]
+            entries, came = source.entries, source.entries[0].arrived
+            wait = self._wait_s(entries[0], now, end_of)
             if wait > 0:
                 return taken, wait
-            source = self.sources[topic]
-            taken.append((topic, source.entries.popleft()))
-            if not source.entries:  # it may have been paused until now: what comes next has its time from here on
+            # What came with it waits for no more than it did, as long as it goes before what the others have.
+            before = heads[1][:2] if len(heads) > 1 else (float("inf"), 0)
+            count = count_max - len(taken)
+            while count and entries and entries[0].arrived == came and (entries[0].at, rank) < before:
+                taken.append((topic, entries.popleft()))
+                count -= 1
+            if not entries:  # it may have been paused until now: what comes next has its time from here on
                 source.since = now
         return taken, 0.0
 
