@@ -356,11 +356,23 @@ class Chaos:
         node.start()
         self.faults["broker killed"] += 1
         if len(self.site.nodes) > 1 and self.rng.random() < 0.5:
-            node.client(
-                "org.apache.kafka.tools.LeaderElectionCommand", "--bootstrap-server", node.address, "--election-type",
-                "preferred", "--all-topic-partitions",
-            )  # fmt: skip
+            self.move_leaders(node)
             self.faults["leaders moved"] += 1
+
+    def move_leaders(self, node: KafkaNode) -> None:
+        """Each partition's leader is the first of its replicas again, once that has caught up."""
+        deadline = time.monotonic() + TAKEOVER_S_MAX
+        while True:
+            try:
+                node.client(
+                    "org.apache.kafka.tools.LeaderElectionCommand", "--bootstrap-server", node.address,
+                    "--election-type", "preferred", "--all-topic-partitions",
+                )  # fmt: skip
+                return
+            except AssertionError as failure:
+                if "PreferredLeaderNotAvailable" not in str(failure) or time.monotonic() > deadline:
+                    raise
+            _spend(1.0)
 
     def freeze(self) -> None:
         """SIGSTOP for longer than the session; another takes over; the zombie that wakes is fenced if it writes."""
