@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -372,13 +373,17 @@ def test_a_worker_whose_commits_fail_goes_on_and_ends_with_0(broker: str, tmp_pa
     made.create_topics()
     outside = Outside(made)
     worker = made.start_worker(command=[sys.executable, "-c", NO_COMMITS])
+
+    def learnt_and_refused(count: int) -> bool:
+        events = worker.get("/v1/users/u/state")["events"]
+        return events == count and worker.tail(1 << 20).count("REFUSED") >= count
+
     try:
         worker.wait_ready()
         outside.films()
-        for number in range(2):  # the second is learnt by a worker that has been refused
+        for wanted in (1, 2):  # the second is learnt by a worker that has been refused
             outside.send("clicks", "u", {"user_id": "u", "item_id": "alien", "action": "click"})
-            worker.wait_until("it", lambda wanted=number + 1: worker.get("/v1/users/u/state")["events"] == wanted)  # type: ignore[misc]
-            worker.wait_until("a refusal", lambda wanted=number + 1: worker.tail(1 << 20).count("REFUSED") >= wanted)  # type: ignore[misc]
+            worker.wait_until("it and a refusal", partial(learnt_and_refused, wanted))
         assert worker.stop()[0] == 0
     finally:
         outside.close()
