@@ -445,9 +445,7 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
 
 
 def _learn_all(learner: ItemLearner, records: Sequence[LogRecord]) -> None:
-    messages = [(record.offset, record.value) for record in records if record.value]
-    while messages:
-        messages = messages[len(learner.learn_many(messages)) :]
+    learner.learn_all([(record.offset, record.value) for record in records if record.value])
 
 
 @dataclass(slots=True)

@@ -363,6 +363,11 @@ class ItemLearner:
                 break
         return learnt + self._learn(waiting)
 
+    def learn_all(self, messages: Sequence[tuple[int, bytes]]) -> None:
+        """Applies them all, past removals that end among them."""
+        while messages:
+            messages = messages[len(self.learn_many(messages)) :]
+
     def _buffer(self, number: int) -> Examples:
         if number == len(self._buffers):
             seen_max = examples.MESSAGE_EXAMPLES_MAX * rows.SEEN_MAX

@@ -166,9 +166,7 @@ async def learn_examples(
 
 async def _learn(read: Read, learner: ItemLearner, upto: int, progress: Progress, sealer: Sealer | None) -> None:
     async for records in read("examples", 0, learner.offset + 1, upto):
-        messages = [(r.offset, sealer.open_message(r.value) if sealer else r.value) for r in records if r.value]
-        while messages:
-            messages = messages[len(learner.learn_many(messages)) :]  # it stops where a removal ends
+        learner.learn_all([(r.offset, sealer.open_message(r.value) if sealer else r.value) for r in records if r.value])
         progress(len(records))
 
 
