@@ -17,9 +17,10 @@ import json
 import marshal
 import random
 import sys
+import weakref
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from hashlib import blake2b
@@ -33,7 +34,7 @@ import numpy.typing as npt
 from bench.doubles import MemoryDisk
 from monitoring.metrics import Metrics
 from state import rows as user_rows
-from state.changelog import STORE_ID_BYTES, LogRecord, Reader, parse, row_key_of
+from state.changelog import STORE_ID_BYTES, Announce, LogRecord, Reader, parse, row_key_of
 from state.partition import Fenced, Partition, PartitionFailedError, digest
 from state.store import Store
 from streams import examples, rebuild
@@ -49,11 +50,16 @@ START_S: Final = 1.7e9
 TEXT_DIM: Final = 8
 EVENTS: Final = (10, 50)
 OBSERVE_S: Final = 1.0
+SWEEP_S: Final = 0.5
 LEFT_S: Final = 2.5 * OBSERVE_S  # two looks of a worker at the folders that it has left
 CAUGHT_UP_S_MAX: Final = 60.0  # of simulated time
 CLOCK_RESOLUTION_S: Final = 1e-6
 TURNS_MAX: Final = 50_000  # of the loop, a world; some 700 are usual
-LAG_MARKERS: Final = 8  # compaction leaves the last ones alone; more than repairs may take
+APPEND_S: Final = 0.0, 0.0, 0.001, 0.005, 0.03  # until the broker has it
+LETTER_S: Final = 0.0, 0.005, 0.3
+READ_RECORDS: Final = 7  # a batch of those who read a log to its end
+TAIL_RECORDS: Final = 100  # of those who follow it
+LAG_MARKERS: Final = 4  # that compaction leaves alone, and one for each flush under way: repairs may take so many
 WORKERS: Final = ("w1", "w2")
 SOURCES: Final = {"users": ("clicks", "comments", "erasures"), "catalogue": ("items",), "learner": ("examples",)}
 CHANGELOGS: Final = {"users": "users-changelog", "catalogue": "catalogue-changelog", "learner": "items-changelog"}
@@ -78,44 +84,76 @@ class StuckError(AssertionError):
 # -- time
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time is simulated, and whose threads are moments of it."""
+class Due:
+    """A call that is to come (`asyncio.Handle`). callback: None once it is cancelled."""
 
-    _ready: deque[asyncio.Handle]
-    _scheduled: list[asyncio.TimerHandle]
+    __slots__ = ("args", "callback", "context")
+
+    def __init__(
+        self, callback: Callable[..., object], args: tuple[Any, ...], context: contextvars.Context | None
+    ) -> None:
+        self.callback: Callable[..., object] | None = callback
+        self.args = args
+        self.context = context if context is not None else contextvars.copy_context()
+
+    def cancel(self) -> None:
+        self.callback, self.args = None, ()
+
+    def cancelled(self) -> bool:
+        return self.callback is None
+
+
+class VirtualLoop(asyncio.AbstractEventLoop):
+    """An event loop whose time is simulated, and whose threads are moments of it: it waits for nothing but the clock,
+    and moves that. Timers of one moment run in the order in which they were set.
+    """
 
     def __init__(self, chance: random.Random) -> None:
         self.now_s = 0.0
         self.turns = 0
         self._chance = chance
-        super().__init__()
-        self.set_task_factory(_task_of_life)
+        self._ready: deque[Due] = deque()
+        self._timers: list[tuple[float, int, Due]] = []  # a heap
+        self._set = 0  # timers, so far
+        self._generators: weakref.WeakSet[AsyncGenerator[Any, Any]] = weakref.WeakSet()
+        self._is_running = self._is_stopping = self._is_closed = False
 
     def time(self) -> float:
         return self.now_s
 
-    def _run_once(self) -> None:
-        """One turn, as asyncio's own: but it waits for nothing but the clock, and moves that."""
-        ready, scheduled = self._ready, self._scheduled
-        while scheduled and scheduled[0]._cancelled:
-            heapq.heappop(scheduled)
-        if not ready:
-            if not scheduled:
-                raise StuckError("nobody has anything left to wait for")
-            self.now_s += max(scheduled[0].when() - self.now_s, 0.0)
-        self.turns += 1
-        if self.turns > TURNS_MAX:
-            raise StuckError(f"no end after {TURNS_MAX} turns of the loop")
-        due = self.now_s + CLOCK_RESOLUTION_S
-        while scheduled and scheduled[0].when() < due:
-            ready.append(heapq.heappop(scheduled))
-        for _ in range(len(ready)):
-            handle = ready.popleft()
-            if not handle._cancelled:
-                handle._run()
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> Any:
+        due = Due(callback, args, context)
+        self._ready.append(due)
+        return due
 
-    def call_exception_handler(self, context: Any) -> None:
-        """Nothing: of tasks that a kill has ended."""
+    call_soon_threadsafe = call_soon  # type: ignore[assignment]
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> Any:
+        return self.call_at(self.now_s + delay, callback, *args, context=context)
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> Any:
+        due = Due(callback, args, context)
+        self._set += 1
+        heapq.heappush(self._timers, (when, self._set, due))
+        return due
+
+    def create_future(self) -> "asyncio.Future[Any]":
+        return asyncio.Future(loop=self)
+
+    def create_task(self, coro: Any, **more: Any) -> "asyncio.Task[Any]":
+        """A task of the process that asks, or of the one whose context it gets."""
+        task = asyncio.Task(coro, loop=self, **more)
+        context = more.get("context")
+        life = context.get(LIFE) if context is not None else LIFE.get(None)
+        if life is not None:
+            life.tasks.append(task)
+        return task
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., Any], *args: Any
@@ -136,14 +174,79 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self.call_later(self._chance.choice((0.0, 0.0, 0.003)), work)
         return future
 
+    def call_exception_handler(self, context: Any) -> None:
+        """Nothing: of tasks that a kill has ended."""
 
-def _task_of_life(loop: asyncio.AbstractEventLoop, coro: Any, **more: Any) -> "asyncio.Task[Any]":
-    task = asyncio.Task(coro, loop=loop, **more)
-    context = more.get("context")
-    life = context.get(LIFE) if context is not None else LIFE.get(None)
-    if life is not None:
-        life.tasks.append(task)
-    return task
+    def get_debug(self) -> bool:
+        return False
+
+    # -- its life
+
+    def is_running(self) -> bool:
+        return self._is_running
+
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    def stop(self) -> None:
+        self._is_stopping = True
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._ready.clear()
+        self._timers.clear()
+
+    def run_until_complete(self, future: Any) -> Any:
+        """Raises StuckError where nothing is left that could complete it."""
+        task = asyncio.ensure_future(future, loop=self)
+        task.add_done_callback(lambda _: self.stop())
+        self.run_forever()
+        return task.result()
+
+    def run_forever(self) -> None:
+        hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(firstiter=self._generators.add, finalizer=self._finish)
+        asyncio._set_running_loop(self)  # what the makers of loops are given for it
+        self._is_running = True
+        try:
+            while not self._is_stopping:
+                self._turn()
+        finally:
+            self._is_running = self._is_stopping = False
+            asyncio._set_running_loop(None)
+            sys.set_asyncgen_hooks(*hooks)
+
+    def _turn(self) -> None:
+        ready, timers = self._ready, self._timers
+        while timers and timers[0][2].callback is None:
+            heapq.heappop(timers)
+        if not ready:
+            if not timers:
+                raise StuckError("nobody has anything left to wait for")
+            self.now_s = max(self.now_s, timers[0][0])
+        self.turns += 1
+        if self.turns > TURNS_MAX:
+            raise StuckError(f"no end after {TURNS_MAX} turns of the loop")
+        until = self.now_s + CLOCK_RESOLUTION_S
+        while timers and timers[0][0] < until:
+            ready.append(heapq.heappop(timers)[2])
+        for _ in range(len(ready)):
+            due = ready.popleft()
+            if due.callback is not None:
+                due.context.run(due.callback, *due.args)
+
+    def _finish(self, generator: AsyncGenerator[Any, Any]) -> None:
+        """Somebody let go of it before its end."""
+        self._generators.discard(generator)
+        if not self._is_closed:
+            self.call_soon(self.create_task, generator.aclose())
+
+    async def shutdown_asyncgens(self) -> None:
+        left = list(self._generators)
+        self._generators.clear()
+        await asyncio.gather(*(generator.aclose() for generator in left), return_exceptions=True)
+
+    async def shutdown_default_executor(self) -> None: ...
 
 
 # -- logs
@@ -181,6 +284,10 @@ class Log:
         place = bisect_left(self.records, start, key=_offset)
         found = self.records[place : place + count]
         return found if last is None else [r for r in found if r.offset <= last]
+
+    def holds_after(self, offset: int) -> bool:
+        """Whether a record lies there or later."""
+        return bool(self.records) and self.records[-1].offset >= offset
 
     def compact(self, bound: int) -> None:
         """Below the offset `bound`, the last record of each key stays."""
@@ -366,7 +473,7 @@ class SimSource:
                 ready = [
                     tp
                     for tp in sorted(self.assigned - self.paused - self.cut.keys())
-                    if tp.topic in topics and self.world.logs[tp].at(self.positions[tp], 1)
+                    if tp.topic in topics and self.world.logs[tp].holds_after(self.positions[tp])
                 ]
                 if not ready:
                     wake.clear()
@@ -411,7 +518,7 @@ class SimKafka:
         at = max(start, log.begins)
         while stop is None or at <= stop:
             life.alive()
-            batch = log.at(at, 7, stop)
+            batch = log.at(at, TAIL_RECORDS if stop is None else READ_RECORDS, stop)
             if batch or stop is None:
                 yield batch
             elif stop is not None:
@@ -494,13 +601,15 @@ class SimProducer:
                 log.put(Published(topic, 0, log.end, 0, key, value, tuple(headers)))
             return log.end - 1
 
-        return 0, await self._deliver([None], land)
+        return 0, await self._deliver([None], land, LETTER_S)
 
-    async def _deliver(self, records: list[Any], land: Callable[[list[Any]], int]) -> int:
+    async def _deliver(
+        self, records: list[Any], land: Callable[[list[Any]], int], delays_s: Sequence[float] = APPEND_S
+    ) -> int:
         life, chance = self.life, self.world.random
         life.alive()
         try:
-            await asyncio.sleep(chance.choice((0.0, 0.0, 0.001, 0.005, 0.03)))
+            await asyncio.sleep(chance.choice(delays_s))
         except asyncio.CancelledError:
             self._lose(records, land)
             raise
@@ -543,7 +652,7 @@ class SimChangelog:
     async def read(self, start: int, stop: int | None) -> AsyncIterator[list[LogRecord]]:
         life, log = self.producer.life, self.producer.world.logs[self.tp]
         last = log.end - 1 if stop is None else stop
-        while batch := log.at(start, 7, last):
+        while batch := log.at(start, READ_RECORDS, last):
             life.alive()
             start = batch[-1].offset + 1
             yield batch
@@ -649,7 +758,7 @@ class World:
 
     def __init__(self, seed: int, make: MakePartition) -> None:
         self.random = chance = random.Random(seed)
-        self.loop = VirtualLoop(chance)
+        self.loop = VirtualLoop(chance)  # type: ignore[abstract]  # no sockets, signals or processes
         self.make = make
         self.partitions = chance.choice((1, 1, 2))
         self.settings = _settings("world", self.partitions)
@@ -735,6 +844,8 @@ class World:
                 tp = TP(self.settings.internal_topic(name), p)
                 if chance.random() < 0.3:
                     self._compact(tp)
+                elif chance.random() < 0.3:
+                    self._echo(self.logs[tp])
                 for life in self.members:
                     keeper = life.worker.open_keeper(kind, p)
                     if keeper is not None and kind != "learner" and chance.random() < 0.7:
@@ -744,6 +855,16 @@ class World:
             if chance.random() < 0.3:
                 items.compact(items.end - 3)
 
+    def _echo(self, log: Log) -> None:
+        """A retry of a dead owner arrives late: rows that it once wrote lie behind all else."""
+        chance = self.random
+        claims = [(told.epoch, at) for at, told in enumerate(map(parse, log.records)) if type(told) is Announce]
+        begun = max(claims, default=(0, 0))[1]  # the newest owner's own
+        if begun:
+            start = chance.randrange(begun)
+            again = log.records[start : min(begun, start + chance.randint(1, 6))]
+            log.land([(record.key, record.value) for record in again if row_key_of(record) is not None])
+
     def _compact(self, tp: TP) -> None:
         log = self.logs[tp]
         reader, markers = self._followers.setdefault(tp, (Reader(keys_only=True), []))
@@ -751,8 +872,9 @@ class World:
             if (accepted := reader.feed(record)) is not None:
                 markers.append(accepted.position)
         self._followed[tp] = log.end
-        if len(markers) > LAG_MARKERS:
-            log.compact(markers[-LAG_MARKERS - 1])
+        lag = LAG_MARKERS + self.depth
+        if len(markers) > lag:
+            log.compact(markers[-lag - 1])
 
     # -- the group
 
@@ -864,7 +986,10 @@ async def _story(world: World) -> None:
         world.land_late()
     last = await world.start(chance.choice((*WORKERS, "w3")), None, 0.0)
     await caught_up(world, last)
-    world.maintain()
+    for _ in range(chance.choice((1, 3))):
+        world.maintain()
+        await asyncio.sleep(SWEEP_S)
+    await caught_up(world, last)
     await check(world, last)
     if next(world.erasures(), None) is not None and chance.random() < 0.8:
         await _afterwards(world, last)
@@ -932,6 +1057,10 @@ async def _disaster(world: World) -> None:
             await _start(world, other)
         else:
             await world.rebalance()
+        if life.is_deaf and chance.random() < 0.5:  # and comes back to what it had
+            await asyncio.sleep(chance.choice((0.1, 0.5, 1.5)))
+            life.is_deaf = False
+            await world.rebalance()
 
 
 async def _start(world: World, name: str) -> None:
@@ -963,6 +1092,8 @@ def _has_all(world: World, life: Life) -> bool:
     """Applied and flushed, all of it."""
     for kind, p, keeper in _keepers(world, life):
         if keeper is None or keeper.partition._under_way or dict(keeper.partition.applied) != _last(world, kind, p):
+            return False
+        if keeper.partition._repair:
             return False
         if kind == "users" and (keeper.partition.owes_purge() or keeper.partition.names_deleted):
             return False
@@ -1185,9 +1316,10 @@ def run_seed(seed: int, make: MakePartition = Partition, story: Story | None = N
                 "OBSERVE_INTERVAL_S": OBSERVE_S,
             }),
             ("streams.agents", {"INBOX_RECORDS_MAX": chance.choice((6, 20_000)), "INBOX_RECORDS_LOW": 3,
-                                "BATCH_EVENTS_MAX": chance.choice((3, 1000)), "SWEEP_IDLE_S": 0.5, "log": _Silent()}),
+                                "BATCH_EVENTS_MAX": chance.choice((3, 1000)), "SWEEP_IDLE_S": SWEEP_S,
+                                "log": _Silent()}),
             ("streams.erasure", {"kafka": SimKafka(world), "SWEEP_ROWS": chance.choice((2, 500)), "log": _Silent()}),
-            ("streams.telemetry", {"REPORT_INTERVAL_S": 1e9}),
+            ("streams.telemetry.Telemetry", {"publish": lambda *_: None}),  # figures for nobody
             ("state.rows", {"HISTORY_MAX": 5, "SEEN_MAX": 8, "COMMENTS_MAX": 2}),
             ("model.learner", {"DENSE_FLOATS_MAX": 10_000}),
             ("model.items", {"CAPACITY_START": 16}),

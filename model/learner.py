@@ -7,7 +7,7 @@ loaded again at any message boundary in between, and whenever `take_dirty` was c
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
@@ -117,8 +117,11 @@ class Learner:
         self._dirty_pending: set[int] = set()
         self._dirty_adapter = False
         self._drawn = (0, 0, 0.0)  # of the last message: examples (0: no gradient), candidates, what each weighs
-        self._work = _new_work(config, self._capacity)
         self._outcomes = [_new_outcomes(config.message_examples_max)]  # of as many messages as came at once
+
+    @cached_property
+    def _work(self) -> kernels.Work:
+        return _new_work(self.config, self._capacity)  # megabytes that one which only holds items does without
 
     @property
     def _capacity(self) -> int:
