@@ -1,7 +1,8 @@
 """`python -m bench NAME ...` runs a benchmark; the last line of stdout is one JSON object.
 
 To what the benchmark returns it adds `bench`, `versions`, `machine` and, where the benchmark gives none of its own,
-`result_hash`: of everything in the result that is not a float, so of the work done and not of the time it took.
+`result_hash`: of everything in the result that is not a float, so of the work done and not of the time it took. A
+benchmark that finds a promise broken says so in `broken`: a list, and the exit status is 1 unless it is empty.
 """
 
 import ast
@@ -38,7 +39,7 @@ def main() -> int:
         return 2
     result = importlib.import_module(f"bench.{name}").run(sys.argv[2:])
     print(json.dumps(completed(name, result)), flush=True)
-    return 0
+    return 1 if result.get("broken") else 0
 
 
 def benchmarks() -> dict[str, str]:

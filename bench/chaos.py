@@ -514,10 +514,10 @@ def disturb(
     finally:
         deployment.close()
         calm.close()
+    found |= {"rows_different": len(rows), "users_gone": len(gone), "gone_but_named": left}
     return {
-        "kills": chaos.kills, "broker_kills": chaos.broker_kills, "workers": workers, "rows_different": len(rows),
-        **found, "users_gone": len(gone), "gone_but_named": left,
-        "wiped": chaos.wiped, "events": feed.published, "faults": dict(chaos.faults),
+        "kills": chaos.kills, "broker_kills": chaos.broker_kills, "workers": workers, **found,
+        "broken": verdict.broken(found), "wiped": chaos.wiped, "events": feed.published, "faults": dict(chaos.faults),
         "fenced": _fenced(deployment), "ended": chaos.ended, "exit_codes": dict(Counter(chaos.exits)),
         "digests": told, "rows": [repr(key) for key in rows[:20]], "seconds": time.monotonic() - started,
     }  # fmt: skip

@@ -58,10 +58,11 @@ def run(arguments: list[str]) -> dict[str, Any]:
     failures = [failure for chunk in chunks for failure in chunk.failures]
     for failure in failures[:FAILURES_TOLD_MAX]:
         print(f"seed {failure.seed}: {failure.problem}\n  repeat with: {failure.command}", flush=True)
+    missed = [name for name, seed in found.items() if seed is None]
     return {
         "seeds": len(seeds), "failures": len(failures), "failed_seeds": [f.seed for f in failures[:FAILURES_TOLD_MAX]],
-        "kills": sum(chunk.kills for chunk in chunks), "canary_found_at": found,
-        "canaries_missed": [name for name, seed in found.items() if seed is None],
+        "kills": sum(chunk.kills for chunk in chunks), "canary_found_at": found, "canaries_missed": missed,
+        "broken": [f"seed {f.seed}: {f.problem}" for f in failures[:FAILURES_TOLD_MAX]] + missed,
         "result_hash": blake2b("".join(c.fingerprint for c in chunks).encode(), digest_size=8).hexdigest(),
     }  # fmt: skip
 

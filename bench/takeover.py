@@ -100,7 +100,7 @@ class _Trial:
             await self._disturbed("w2 is stopped", lambda: self._stop("w2"))
             await self._disturbed("w2 is back on no disk", lambda: self._start("w2-new"))
         return {
-            "drained_s": drained_s, "problems": self.problems[:10], "problem_count": len(self.problems),
+            "drained_s": drained_s, "broken": self.problems[:10], "problem_count": len(self.problems),
             "phases": [self._phase(phase) for phase in self.phases], "restores": self._restores(),
         }  # fmt: skip
 

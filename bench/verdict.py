@@ -25,6 +25,10 @@ SETTLED_S_MAX: Final = 180.0
 COMPLETED_S_MAX: Final = 2.0  # more for each erasure: some have the whole log learnt again
 PURGED_S_MAX: Final = 60.0  # a worker looks every 5 s at the folders that it has left
 POLL_S: Final = 0.5
+BROKEN_UNLESS_NONE: Final = (
+    "rows_different", "partitions_different", "examples_missing", "examples_wrong", "examples_doubled",
+    "erasures_different", "unlearnt_not_exactly", "gone_but_named",
+)  # fmt: skip
 
 Digest = dict[str, Any]
 
@@ -119,6 +123,11 @@ def compare_erasures(names: Collection[str], ours: dict[str, Digest], theirs: di
         "unlearnt": len(unlearnt),
         "unlearnt_not_exactly": sum(not (model and model["done"] and model["exact"]) for model in unlearnt),
     }
+
+
+def broken(found: Mapping[str, Any]) -> list[str]:
+    """Which of BROKEN_UNLESS_NONE are not nothing, and whether the item state is another."""
+    return [name for name in BROKEN_UNLESS_NONE if found[name]] + ["item_state"] * (not found["item_state_equal"])
 
 
 def gone(erased: Mapping[str, str], stores: Iterable[Path]) -> set[str]:

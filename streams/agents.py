@@ -144,7 +144,9 @@ class Keeper(ABC, Generic[T]):
         """Reads what the keeper holds in memory from the store."""
 
     def resume(self) -> None:
-        """Takes records from just after what is applied."""
+        """Takes records from just after what is applied; one that takes them already goes on, with what it has."""
+        if self._task is not None and not self._task.done() and not self._settling:
+            return  # it was opened after the others were settled: a batch may be under way
         applied = self.applied()
         self.inbox = Inbox({t: applied[name] + 1 for t, name in self.topics.items()}, self.around.merge_hold_s)
         self._settling = False

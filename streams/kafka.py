@@ -26,6 +26,7 @@ log = structlog.get_logger(__name__)
 
 BATCH_BYTES_MAX: Final = 1 << 19
 REQUEST_BYTES_MAX: Final = 1 << 20
+METADATA_AGE_MS: Final = 60_000  # partitions that somebody adds are noticed so much later, at most
 READ_RECORDS_MAX: Final = 20_000
 DELETE_TRIES_MAX: Final = 3
 DELETE_RETRY_S: Final = 0.5  # a leader that moves has moved by then, mostly
@@ -78,6 +79,7 @@ class Producer:
         producer = AIOKafkaProducer(
             **self._options, acks="all", linger_ms=0, max_batch_size=BATCH_BYTES_MAX,
             max_request_size=REQUEST_BYTES_MAX, enable_idempotence=enable_idempotence,
+            metadata_max_age_ms=METADATA_AGE_MS,
         )  # fmt: skip
         try:
             await producer.start()
@@ -92,7 +94,7 @@ class Producer:
             await self._producer.stop()
 
     async def partitions(self, topic: str) -> int:
-        """How many partitions the topic has. Raises KafkaError when it is not there."""
+        """How many partitions the topic has, or had METADATA_AGE_MS ago. Raises KafkaError when it is not there."""
         assert self._producer is not None
         return len(await self._producer.partitions_for(topic))
 

@@ -411,8 +411,11 @@ class Worker:
         return behind
 
     async def observe(self) -> None:
-        """State sizes and lags, for the metrics. Raises LogResetError where a source log was made anew meanwhile."""
+        """State sizes and lags, for the metrics. Raises LogResetError where a source log was made anew meanwhile, and
+        TopicsError where a topic was given other partitions."""
         await self._check_ends()
+        with suppress(KafkaError):
+            await self._check_partitions()
         for kind in ("users", "catalogue", "learner"):
             own = [k for (of, n), k in self.keepers.items() if of == kind and self.open_keeper(of, n) is k]
             rows = sum(k.partition.row_count_estimate() for k in own)

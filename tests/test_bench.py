@@ -1,14 +1,37 @@
 """The benchmarks run, small: none rots. Their speed is not judged here."""
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench import chaos, finetune, freshness, pipeline, published, rank, serve, store, verdict
+from bench import chaos, finetune, freshness, pipeline, published, rank, serve, simulate, store, verdict
+from bench.__main__ import main
 from state.store import RocksDisk
 from tests.test_evaluate import FakeEncoder
 from tests.test_store import META
+
+
+def test_what_a_benchmark_finds_broken_is_its_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "simulate", "--seeds", "3", "--processes", "1", "--canaries", "0"])
+    assert main() == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["broken"] == []
+    chunk = simulate.Chunk([simulate.Failure(7, "a row differs")], 1, "")
+    monkeypatch.setattr(simulate, "worlds", lambda *_: iter([chunk]))
+    assert main() == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["broken"] == ["seed 7: a row differs"]
+
+
+def test_a_verdict_names_every_promise_that_is_broken() -> None:
+    clean: dict[str, Any] = dict.fromkeys(verdict.BROKEN_UNLESS_NONE, 0) | {"item_state_equal": True}
+    assert verdict.broken(clean) == []
+    for name in verdict.BROKEN_UNLESS_NONE:
+        assert verdict.broken(clean | {name: ["one"]}) == [name]
+    assert verdict.broken(clean | {"item_state_equal": False}) == ["item_state"]
 
 
 def test_pipeline_compares_faust_with_a_plain_loop_and_with_itself_after_a_stop() -> None:

@@ -99,6 +99,19 @@ async def test_items_have_one_flush_on_its_way(tmp_path: Path) -> None:
     await keeper.close()
 
 
+async def test_a_partition_that_opens_after_the_others_were_settled_goes_on_with_what_it_has(tmp_path: Path) -> None:
+    """The assignment that follows does not take its batch, which is under way, from the log again."""
+    keeper = rows_keeper(tmp_path / "p", MemoryLog())
+    await keeper.open()
+    before, started = keeper.inbox, keeper._task
+    keeper.resume()
+    assert keeper.inbox is before and keeper._task is started
+    await keeper.settle()
+    keeper.resume()
+    assert keeper.inbox is not before and keeper._task is started
+    await keeper.close()
+
+
 async def test_what_waits_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agents, "INBOX_BYTES_MAX", 4_000)
     monkeypatch.setattr(agents, "INBOX_BYTES_LOW", 1_000)

@@ -13,7 +13,7 @@ from kafka import KafkaAdminClient, KafkaProducer
 from kafka import TopicPartition as KafkaPartition
 
 from bench.kafka_node import KafkaNode
-from bench.simulation import CHANGELOGS, Life, Log, Published, SimKafka, World, caught_up, check, run_seed
+from bench.simulation import CHANGELOGS, OBSERVE_S, Life, Log, Published, SimKafka, World, caught_up, check, run_seed
 from streams import kafka, topics
 from streams.agents import LogResetError, LogTruncatedError
 from streams.inbox import UNHEARD_WAIT_MAX_S
@@ -51,14 +51,21 @@ async def ended(life: Life, world: World) -> None:
     raise world.wrong[0]
 
 
-def test_retention_that_has_passed_our_offset_stops_the_worker() -> None:
+WAY_ON = r"delete the state folders and the changelogs of this app id, or set another HEADWATER_APP_ID"
+
+
+@pytest.mark.parametrize("name", ["clicks", "items", "examples"])
+def test_retention_that_has_passed_our_offset_stops_the_worker(name: str) -> None:
     async def story(world: World) -> None:
         await stopped(world)
-        more_clicks(world, 5)
-        world.logs[CLICKS].delete_before(world.logs[CLICKS].end - 2)
+        log = world.logs[TP(world.topic(name), 0)]
+        again = log.records[-1]
+        for _ in range(5):
+            log.put(again._replace(offset=log.end))
+        log.delete_before(log.end - 2)
         await ended(await world.start("w1", None, 0.0), world)
 
-    with pytest.raises(LogTruncatedError, match=r"clicks:0 begins at offset .* 3 offsets are gone \(retention\)"):
+    with pytest.raises(LogTruncatedError, match=name + r":0 begins at offset .* [34] offsets are gone.*" + WAY_ON):
         run_seed(SEED, story=story)
 
 
@@ -95,7 +102,9 @@ def test_a_topic_made_anew_stops_the_worker() -> None:
         more_clicks(world, 1)
         await ended(await world.start("w1", None, 0.0), world)
 
-    with pytest.raises(LogResetError, match="clicks:0 ends at offset 1, but the state has applied it up to"):
+    with pytest.raises(
+        LogResetError, match="clicks:0 ends at offset 1, but the state has applied it up to .*" + WAY_ON
+    ):
         run_seed(SEED, story=story)
 
 
@@ -168,6 +177,39 @@ def test_partitions_that_were_added_are_refused() -> None:
         TopicsError, match=r"topic clicks: it has 2 partitions, planned 1: .* another HEADWATER_TOPIC_PRE"
     ):
         run_seed(SEED, story=story)
+
+
+def test_partitions_that_are_added_while_a_worker_runs_end_it() -> None:
+    """Keys go to other partitions from then on: what is unread stays in the log."""
+
+    async def story(world: World) -> None:
+        life = await world.start("w1", None, 0.0)
+        await asyncio.sleep(3 * OBSERVE_S)
+        assert not life.killed
+        world.partitions += 1
+        await ended(life, world)
+
+    with pytest.raises(TopicsError, match=r"topic clicks: it has 2 partitions, planned 1: .* another HEADWATER_TOPIC"):
+        run_seed(SEED, story=story)
+
+
+async def test_a_producer_notices_partitions_that_are_added(
+    kafka_node: KafkaNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kafka, "METADATA_AGE_MS", 100)
+    settings = Settings(broker=kafka_node.address, topic_prefix="grown-", partitions=1)
+    topics.ensure(settings)
+    options, clicks = settings.kafka_options(), settings.topic("clicks")
+    producer = kafka.Producer(options)
+    await producer.start()
+    assert await producer.partitions(clicks) == 1
+    admin = KafkaAdminClient(**options)
+    admin.create_partitions({clicks: 2})
+    admin.close()
+    async with asyncio.timeout(30):
+        while await producer.partitions(clicks) != 2:
+            await asyncio.sleep(0.05)
+    await producer.stop()
 
 
 def test_a_changelog_with_only_the_last_record_of_each_key_restores_everything() -> None:

@@ -189,3 +189,35 @@ async def test_a_changelog_that_has_just_lost_its_head_is_asked_for_again(
     verdict = next(v for v in found if v.kind == "users")
     assert (verdict.changelog, verdict.sources) == (verify.Finding.EQUAL, verify.Finding.GONE)
     assert verdict.applied == {"clicks": 2}
+
+
+async def test_a_row_that_the_changelog_does_not_have_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As where a disk was written by another hand; progress is told up to the log's end."""
+    log, disk = MemoryLog(), MemoryDisk()
+
+    async def publish(records: list[tuple[bytes, bytes]]) -> None: ...
+
+    partition = Partition(path=tmp_path, changelog=log, publish=publish, sources=("clicks",), disk=disk)
+    await partition.open()
+    await partition.flush({b"u%d" % n: b"row" for n in range(9)}, [], {"clicks": 0})
+    await partition.drain()
+
+    def told() -> list[Any]:
+        part = {"kind": "users", "partition": 0, "applied": dict(partition.applied), "digest": partition.digest()}
+        return [{"encoder": "words", "url": "", "partitions": [part]}]
+
+    steps: list[tuple[str, int, int]] = []
+
+    async def found() -> verify.Finding:
+        verdicts = await asyncio.to_thread(
+            verify.verify, settings, told, words.WordVectors(), lambda *step: steps.append(step)
+        )
+        return next(v for v in verdicts if v.kind == "users").changelog
+
+    monkeypatch.setattr(verify, "kafka", Logs(log))
+    monkeypatch.setattr(verify, "MARKER_WAIT_S_MAX", 0.0)
+    settings = Settings(broker="127.0.0.1:1", partitions=1)
+    assert await found() == verify.Finding.EQUAL
+    assert any(0 < done == total for _, done, total in steps), steps
+    disk.contents[tmp_path][-1].rows[b"u3"] = b"another"
+    assert await found() == verify.Finding.DIFFERENT

@@ -163,12 +163,9 @@ def test_a_click_moves_the_list_and_a_withdrawn_item_leaves_it(deployment: Deplo
 
 def nothing_differs(found: dict[str, Any]) -> bool:
     """Rows, examples and item matrix as if nothing had been, and no worker ended but by what was done to it."""
-    assert found["rows_different"] == 0 and found["partitions_different"] == []
+    assert found["broken"] == []
     assert found["examples"] > 100
-    assert found["examples_missing"] == found["examples_wrong"] == found["examples_doubled"] == 0
-    assert found["item_state_equal"]
     assert found["erasures"] > 0 and found["users_gone"] > 0
-    assert found["erasures_different"] == found["gone_but_named"] == [] and found["unlearnt_not_exactly"] == 0
     assert set(found["exit_codes"]) == {0}
     return bool(found["ended"] == [])
 
