@@ -16,9 +16,11 @@ from typing import Any, Final, NamedTuple
 
 import httpx
 
-from bench import load
+from bench import load, words
 from bench.chaos import site_of
 from bench.deployment import Deployment, WorkerProcess
+from model.learner import LearnerConfig
+from state import rows
 from streams import kafka
 from streams.worker import LEARNER_PARTITION
 
@@ -26,6 +28,10 @@ SAMPLE_S: Final = 2.0
 CHUNK_EVENTS: Final = 20_000
 WARM_EVENTS: Final = 1_000_000  # what the end is held against
 CURVE_POINTS: Final = 20
+RSS_RATIO_MAX: Final = 1.1
+DISK_RATIO_MAX: Final = 2.0  # of the rows' own bytes: what RocksDB has not compacted yet
+USER_BYTES: Final = 'headwater_state_bytes{kind="users"}'
+ITEM_BYTES: Final = 'headwater_state_bytes{kind="learner"}'
 RETENTION_HOURS: Final = 0.1  # of what is read once; the feed never lies further ahead than a minute or two
 
 
@@ -60,14 +66,31 @@ def run(arguments: list[str]) -> dict[str, Any]:
         )  # fmt: skip
         try:
             worker = load.start_with_catalogue(deployment, asked.items, 600)
+            before = _metrics(worker, "headwater_rebalances_total")
             samples, settled = asyncio.run(_measure(worker, deployment.state_dir(), asked))
             state = _metrics(worker, r"headwater_state_\w+\{[^}]*\}")  # rows as RocksDB estimates them
+            told = _told(samples, settled, asked)
+            rebalances = _metrics(worker, "headwater_rebalances_total") != before
+            user, item = state[USER_BYTES] / asked.users, state[ITEM_BYTES] / asked.items
             code, stop_s = worker.stop()
             if code:
                 raise SystemExit(f"the worker ended with {code}:\n{worker.tail()}")
         finally:
             deployment.close()
-    return {**_told(samples, settled, asked), "state": state, "stop_s": stop_s}
+    broken = {
+        "RSS at rest": told["rss_ratio"] > RSS_RATIO_MAX, "a heartbeat was missed": rebalances,
+        "bytes a user": user > DISK_RATIO_MAX * rows.row_bytes_max(words.DIM),
+        "bytes an item": item > DISK_RATIO_MAX * _item_bytes_max(deployment.settings.learner_config(words.DIM)),
+    }  # fmt: skip
+    return {
+        **told, "user_bytes": user, "item_bytes": item, "state": state, "stop_s": stop_s,
+        "broken": [name for name, is_so in broken.items() if is_so],
+    }  # fmt: skip
+
+
+def _item_bytes_max(config: LearnerConfig) -> int:
+    """Of rows s, d and n (docs/data.md), with an id of 8 bytes and no text."""
+    return 128 + 8 * config.dim + 8 * config.neighbours_max + 2 * config.text_dim
 
 
 class _Feed:

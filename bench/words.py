@@ -54,11 +54,16 @@ def _unit(vector: F4) -> F4:
     return unit
 
 
-if __name__ == "__main__":
+def run(encoder: WordVectors) -> None:
+    """A worker with this encoder and the settings of the environment."""
     one_thread_each()
     log.set_up()
     from streams import app
     from streams.keys import Gate
 
     settings = Settings()
-    app.run(settings, Gate.of(settings), time.time, WordVectors())
+    app.run(settings, Gate.of(settings), time.time, encoder)
+
+
+if __name__ == "__main__":
+    run(WordVectors())

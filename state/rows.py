@@ -50,6 +50,16 @@ assert HEADER.size == 32 and SLOT.size == SLOT_DTYPE.itemsize == 16
 assert len(ACTIONS) <= 256 and HISTORY_MAX <= 255, "both are stored in one byte"
 
 
+def row_bytes_max(text_dim: int) -> int:
+    """What a user's row may take at most, whatever the user does.
+
+    >>> row_bytes_max(384)
+    40032
+    """
+    kept = HISTORY_MAX * (SLOT.size + POSITION.size) + 8 * SEEN_MAX
+    return HEADER.size + kept + COMMENTS_MAX * (COMMENT.size + text_dim) + 4 * text_dim
+
+
 class RowVersionError(ValueError):
     """A stored row is of a version that this build does not read."""
 
