@@ -25,6 +25,7 @@ READS_PER_S: Final = 50.0
 EVENTS_PER_S: Final = 500.0
 PROBE_USERS: Final = 200
 SESSION_S: Final = 6.0
+AFTER_SESSION_S_MAX: Final = 5.0  # until what a killed worker had is answered for again
 CALM_S: Final = 8.0  # under load between two disturbances
 TAKEOVER_S_MAX: Final = 90.0
 ANSWER_S_MAX: Final = 30.0
@@ -96,6 +97,8 @@ class _Trial:
             for n in range(1, self.asked.workers):
                 await self._disturbed(f"w{n} joins", lambda n=n: self._start(f"w{n}"))
             await self._disturbed("w1 is killed", lambda: self._kill("w1"))
+            if self.phases[-1].ready_s > SESSION_S + AFTER_SESSION_S_MAX:
+                self.problems.append(f"taken over after {self.phases[-1].ready_s:.1f} s, session {SESSION_S:.0f} s")
             await self._disturbed("w1 is back", lambda: self._start("w1"))
             await self._disturbed("w2 is stopped", lambda: self._stop("w2"))
             await self._disturbed("w2 is back on no disk", lambda: self._start("w2-new"))
