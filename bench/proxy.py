@@ -1,4 +1,5 @@
-"""A TCP proxy on loopback whose network can be cut: by resetting connections, or by letting nothing through."""
+"""A TCP proxy on loopback whose network can be cut: by resetting connections, by letting nothing through, or nothing
+back."""
 
 import asyncio
 import threading
@@ -21,6 +22,8 @@ class Proxy:
         self._passes = asyncio.Event()
         self._passes.set()
         self._refuses = False
+        self._loses_answers = False
+        self.answers_lost = 0
         self._pairs: set[asyncio.StreamWriter] = set()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._ready = threading.Event()
@@ -29,6 +32,12 @@ class Proxy:
         """Until `mend`. silently: connections stay and nothing passes, as in a network that drops; else they are
         closed, and new ones too, as by a dead host's router."""
         self._loop.call_soon_threadsafe(self._cut, silently)
+
+    def lose_answers(self) -> None:
+        """From here to `cut` or `mend`, what comes back is lost: requests arrive, and who sent them does not know."""
+        begun = threading.Event()
+        self._loop.call_soon_threadsafe(self._lose_answers, begun)
+        begun.wait()
 
     def mend(self) -> None:
         """Everything passes again."""
@@ -52,7 +61,12 @@ class Proxy:
             self._ready.set()
             await self._ending.wait()
 
+    def _lose_answers(self, begun: threading.Event) -> None:
+        self._loses_answers = True
+        begun.set()
+
     def _cut(self, silently: bool) -> None:
+        self._loses_answers = False
         if silently:
             self._passes.clear()
             return
@@ -61,7 +75,7 @@ class Proxy:
             writer.transport.abort()
 
     def _mend(self) -> None:
-        self._refuses = False
+        self._refuses = self._loses_answers = False
         self._passes.set()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -74,13 +88,16 @@ class Proxy:
             writer.transport.abort()
             return
         self._pairs |= {writer, far_writer}
-        await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+        await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer, answers=True))
         self._pairs -= {writer, far_writer}
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool = False) -> None:
         with suppress(OSError):
             while data := await reader.read(CHUNK_BYTES):
                 await self._passes.wait()
+                if answers and self._loses_answers:
+                    self.answers_lost += 1
+                    continue
                 writer.write(data)
                 await writer.drain()
         writer.close()

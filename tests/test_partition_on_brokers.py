@@ -12,6 +12,7 @@ from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition
 
+from bench import chaos
 from bench.kafka_node import KafkaNode
 from state.changelog import LogRecord, Reader
 from state.partition import Fenced, Partition, PartitionFailedError, digest
@@ -159,6 +160,40 @@ async def test_killed_worker_leaves_nothing_half_done(workers: Workers, step: st
     assert other.digest() == digest_after(at + 3)
     assert [int(n) for n in dict.fromkeys(workers.out)] == list(range(at + 4))
     await other.close()
+
+
+async def test_a_batch_that_a_retry_doubles_counts_once(make_settings: MakeSettings, tmp_path: Path) -> None:
+    """Its answer is lost, the connection ends, and a producer that is not idempotent sends it once more."""
+    with chaos.site_of("embedded", tmp_path) as site:
+        (proxy,) = site.proxies
+        async with running(make_settings(broker=site.workers_address), tmp_path) as workers:
+            armed: list[str] = []
+
+            def crash(step: str) -> None:
+                if armed == [step]:  # before rows and marker go to the changelog
+                    proxy.lose_answers()
+                    armed.clear()
+
+            partition, other = workers.partition("one", crash=crash), workers.partition("other")
+            await partition.open()
+            await add(partition, 0, 3)
+            assert not workers.producer.idempotent
+            armed.append("publish")
+            more = asyncio.create_task(add(partition, 3, 2))
+            async with asyncio.timeout(30):
+                while not proxy.answers_lost:
+                    await asyncio.sleep(0.01)
+            proxy.cut(silently=False)
+            proxy.mend()
+            await more
+            end = await workers.log.append([(b"R" + bytes(9), None)])
+            records = [r async for batch in workers.log.read(0, end) for r in batch]
+            assert len({(r.key, r.value) for r in records}) < len(records), "nothing came twice"
+            await other.open()
+            assert other.digest() == partition.digest() == digest_after(4)
+            assert [int(n) for n in dict.fromkeys(workers.out)] == list(range(5))
+            await other.close()
+            await partition.close()
 
 
 async def test_swept_head_is_deleted_from_a_real_log(

@@ -120,7 +120,11 @@ def test_what_a_worker_has_is_what_the_logs_say(
     assert verdicts[erased]["sources"] in ("equal", "gone"), verdicts[erased]["note"]
     assert code == 0 and len(verdicts) == 5
     assert sum(v["rows"] for (kind, _), v in verdicts.items() if kind == "users") == USERS
+    with pytest.raises(SystemExit) as end:
+        app(["digest", "--json"])
+    printed = json.loads(capsys.readouterr().out)["partitions"]
     told = {(d["kind"], d["partition"]): d for d in worker.digests()}
+    assert not end.value.code and printed == list(told.values()) and len(printed) == 5
     still = {place for place, v in verdicts.items() if v["applied"] == told[place]["applied"]}
     assert still >= verdicts.keys() - {("learner", 0)}, "all but the learner had come to the end before"
     assert all(verdicts[place]["digest"] == told[place]["digest"] for place in still)
