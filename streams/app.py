@@ -269,10 +269,14 @@ def _add_agents(app: Any, settings: Settings, worker: Worker) -> None:
 
     def agent(name: str, *topics: str) -> None:
         async def feed(stream: Any) -> None:
-            async for event in stream.noack().events():
-                message = event.message
-                if message.generation_id == app.consumer_generation_id:  # else the new owner reads it again
-                    await worker.offer(message.topic, message.partition, event.value)
+            try:
+                async for event in stream.noack().events():
+                    message = event.message
+                    if message.generation_id == app.consumer_generation_id:  # else the new owner reads it again
+                        await worker.offer(message.topic, message.partition, event.value)
+            except asyncio.CancelledError:
+                if not worker.stopping:  # Faust cancels its agents first, and takes that for a crash till they stop
+                    raise
 
         channel = app.topic(*topics, schema=schema, acks=False)  # with Faust's acks a commit moves by one batch only
         app.agent(channel, name=name, supervisor_strategy=mode.CrashingSupervisor)(feed)

@@ -1,18 +1,22 @@
 """SIGTERM ends a worker with 0 in under 5 s, whatever its broker does."""
 
+import asyncio
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import faust
 import httpx
 import pytest
 
 from bench.deployment import READY_S_MAX
 from streams import topics
+from streams.app import _add_agents
 from streams.broker import EmbeddedBroker, end_with_parent
 from streams.settings import Settings, environment
 
@@ -66,3 +70,31 @@ def test_worker_stops_with_0(
     finally:
         worker.kill()
         worker.wait()
+
+
+@pytest.mark.parametrize("is_stopping", [True, False])
+async def test_an_agent_that_is_cancelled_before_it_is_stopped_has_not_crashed(
+    is_stopping: bool, make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    """Faust cancels all agents, then stops one after the other: a slow one gave the others time to end the process."""
+    app = faust.App("stops", broker="kafka://127.0.0.1:1", datadir=str(tmp_path), web_enabled=False)
+    worker: Any = SimpleNamespace(stopping=is_stopping)
+    _add_agents(app, make_settings(), worker)
+    agent: Any = app.agents["learn_items"]
+
+    async def nothing_comes() -> AsyncIterator[None]:
+        await asyncio.Event().wait()
+        yield
+
+    stream = SimpleNamespace(noack=lambda: SimpleNamespace(events=nothing_comes))
+    crashes: list[BaseException] = []
+
+    async def crash(failure: BaseException) -> None:
+        crashes.append(failure)
+
+    agent.supervisor = SimpleNamespace(wakeup=lambda: None)
+    running = asyncio.create_task(agent._execute_actor(agent.fun(stream), SimpleNamespace(crash=crash)))
+    await asyncio.sleep(0)
+    assert not agent.should_stop and running.cancel()
+    await running
+    assert len(crashes) == (0 if is_stopping else 1)
