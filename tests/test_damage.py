@@ -6,13 +6,14 @@ import copy
 import itertools
 import json
 import random
+import re
 import resource
 import shutil
 import signal
-import subprocess
-import time
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ from kafka import KafkaProducer
 
 from bench import chaos, verdict
 from bench.deployment import READY_S_MAX, Deployment, WorkerProcess
+from bench.words import WordVectors
 from state.partition import Partition, PartitionFailedError, digest
 from state.store import RocksDisk, StoreError
+from streams import verify
 from streams.settings import Settings
 from tests.test_partition import Surroundings, add, add_all, digest_after, log_rows, rows_after
 
 LOG_HEADER_BYTES = 7  # of a record of RocksDB's log: checksum, length (2 bytes at 4, little endian), type
 TABLE_BUFFERS_BYTES = 1 << 18  # small, so that some flushes make a table
-MANY_BLOCKS_BYTES = 1 << 14
+MANY_BLOCKS_BYTES = 1 << 13
 BULK_FLUSHES = 30
 BULK_ROWS = 12  # of a flush
 WRITES_MAX = 2000  # until a compaction has come to the damage
@@ -39,6 +42,7 @@ ROUND_S = 0.25  # between two rounds of events: the embedded broker slows down w
 # Steps of a worker's work, and at which of them it ends: behind those of the open and of the sweep after it, which has
 # three stores.
 STEPS = {"encode": 3, "fold": 3, "write": 3, "publish": 8, "rows": 11, "marker": 8, "commit": 8}
+TURNS = 3  # workers that are killed at the steps by turns
 _numbers = itertools.count()
 
 
@@ -145,20 +149,22 @@ def bulk_rows_after(number: int) -> dict[bytes, bytes]:
     return rows
 
 
-def into_tables(path: Path) -> list[Path]:
-    """The tables of a store that nobody has open, with what was in its log: RocksDB writes one as it opens it."""
-    RocksDisk().open(path).close()
+def into_a_table(path: Path) -> Path:
+    """The one table of a store that nobody has open, with all that it holds; so nothing is left to be compacted."""
+    store = RocksDisk().open(path)
+    store._database.compact_range(None, None)
+    store.close()
+    (table,) = path.glob("*.sst")
     (log_file,) = path.glob("*.log")
     assert log_file.stat().st_size == 0
-    return sorted(path.glob("*.sst"))
+    return table
 
 
 def flip_block(table: Path) -> None:
-    """Some bytes in the middle: one block of many, and none where these are few."""
-    size = table.stat().st_size
-    print(table, size)
-    if size >= MANY_BLOCKS_BYTES:
-        flip(table, *range(size // 2, size // 2 + 64))
+    """Some bytes in the middle: one block of many."""
+    middle = table.stat().st_size // 2
+    assert middle >= MANY_BLOCKS_BYTES
+    flip(table, *range(middle, middle + 64))
 
 
 def flip_blocks(table: Path) -> None:
@@ -185,15 +191,12 @@ async def write_on(partition: Partition, start: int) -> None:
 
 
 async def filled(around: Surroundings, damage: Callable[[Path], None]) -> Partition:
-    """A closed partition after BULK_FLUSHES, with each of its tables damaged."""
+    """A closed partition after BULK_FLUSHES, all of them in a table that is damaged."""
     partition = await around.opened()
     for number in range(BULK_FLUSHES):
         await partition.flush(*bulk(number))
     await partition.close()
-    tables = into_tables(partition.path)
-    assert len(tables) > 1
-    for table in tables:
-        damage(table)
+    damage(into_a_table(partition.path))
     return partition
 
 
@@ -206,14 +209,15 @@ async def assert_restored(around: Surroundings, partition: Partition, at: int) -
         rows = bulk_rows_after(number)
         assert dict(partition.items()) == log_rows(around.log.records) == rows
         assert partition.digest() == digest(sorted(rows.items()), {"clicks": number})
-        assert list(dict.fromkeys(around.out)) == [(b"out", b"%d" % n) for n in range(number + 1)]
+        # What a disk that is gone had published, and not told its changelog, comes again with the same content.
+        assert list(dict.fromkeys(around.out))[: number + 1] == [(b"out", b"%d" % n) for n in range(number + 1)]
     await partition.close()
     assert (await partition.open()).kind == "same"
     await partition.close()
 
 
 @pytest.mark.parametrize("damage", [flip_blocks, cut_short])
-async def test_tables_that_the_open_cannot_read_are_restored_by_it(
+async def test_a_table_that_the_open_cannot_read_is_restored_by_it(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     around = Surroundings(disk=RocksDisk(write_buffers_bytes=TABLE_BUFFERS_BYTES), path=tmp_path)
@@ -260,11 +264,11 @@ class Feed:
     def round(self) -> None:
         n, at = self._rounds, 1e9 + 100 * self._rounds
         self._rounds += 1
-        comments = [
+        comments: list[dict[str, Any]] = [
             {"user_id": f"u{u}", "item_id": f"i{(n + u) % ITEMS}", "text": f"subject {n} is mine", "ts": at + u}
             for u in range(n % 3, USERS, 3)
         ]
-        clicks = [
+        clicks: list[dict[str, Any]] = [
             {"user_id": f"u{u}", "item_id": f"i{n * u % ITEMS}", "action": "click", "ts": at + 50 + u}
             for u in range(USERS)
         ]
@@ -272,14 +276,22 @@ class Feed:
             self._lay(topic, [(event["user_id"], event) for event in events])
             self.events.update(event["user_id"] for event in events)
 
-    def until_it_ends(self, worker: WorkerProcess) -> int:
-        """Rounds until the process has ended by itself: its exit code."""
-        deadline = time.monotonic() + READY_S_MAX
-        while time.monotonic() < deadline:
-            self.round()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return worker.process.wait(ROUND_S)
-        raise TimeoutError(f"it does not end: {worker.tail()}")
+    @contextlib.contextmanager
+    def flowing(self) -> Iterator[None]:
+        """Rounds all the time, to the end of the block."""
+        enough = threading.Event()
+
+        def rounds() -> None:
+            while not enough.wait(ROUND_S):
+                self.round()
+
+        with ThreadPoolExecutor(1) as thread:
+            flow = thread.submit(rounds)
+            try:
+                yield
+            finally:
+                enough.set()
+            flow.result()
 
     def _lay(self, topic: str, records: list[tuple[Any, dict[str, Any]]]) -> None:
         """Until all are acknowledged."""
@@ -291,48 +303,47 @@ class Feed:
         self._producer.close()
 
 
-def new_deployment(broker: str, folder: Path, prefix: str, app_id: str) -> Deployment:
+def new_deployment(broker: str, folder: Path, prefix: str = "") -> Deployment:
+    """On topics of its own, or on the sources of that prefix."""
+    number = next(_numbers)
     made = Deployment(
-        broker, folder, topic_prefix=prefix, app_id=app_id, partitions=1, rank_sample=0.1, module="bench.words",
-        log_format="json", merge_hold_ms=chaos.HOLD_MS,
+        broker, folder, topic_prefix=prefix or f"damage{number}-", app_id=f"damage{number}", partitions=1,
+        rank_sample=0.1, module="bench.words", merge_hold_ms=chaos.HOLD_MS,
     )  # fmt: skip
     made.create_topics()
     return made
 
 
-@pytest.fixture
-def deployment(embedded_broker: str, tmp_path: Path) -> Iterator[Deployment]:
-    made = new_deployment(embedded_broker, tmp_path, f"damage{next(_numbers)}-", "hurt")
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def feed(deployment: Deployment) -> Iterator[Feed]:
-    with contextlib.closing(Feed(deployment.settings)) as made:
-        made.items()
-        yield made
+@contextlib.contextmanager
+def fed(deployment: Deployment) -> Iterator[Feed]:
+    """A feed of the deployment, which has its items already; both end with the block."""
+    try:
+        with contextlib.closing(Feed(deployment.settings)) as feed:
+            feed.items()
+            yield feed
+    finally:
+        deployment.close()
 
 
 class Life:
-    """One process on the worker's state folder, and the lines of the log that are its own."""
+    """One process on the worker's state folder, and the part of the log that is its own."""
 
     def __init__(self, deployment: Deployment, **settings: Any) -> None:
         log_file = deployment.folder / "worker-w.log"
         self._before = log_file.stat().st_size if log_file.exists() else 0
         self.worker = deployment.start_worker(**settings)
 
-    def told(self, event: str) -> list[dict[str, Any]]:
+    def told(self, event: str) -> list[str]:
         """The log's lines of that event."""
         text = self.worker.log_file.read_bytes()[self._before :].decode()
-        lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-        return [line for line in lines if line["event"] == event]
+        return [line for line in text.splitlines() if event in line]
 
     def opened(self) -> dict[str, str]:
         """How each kind of state was opened."""
-        return {line["kind"]: line["opened"] for line in self.told("partition open")}
+        lines = "\n".join(self.told("partition open "))
+        return dict(re.findall(r"kind=(\w+) opened=(\w+)", lines))
 
-    def failure(self) -> dict[str, Any]:
+    def failure(self) -> str:
         """Which partition ended the worker, and why."""
         (line,) = self.told("worker ends: a partition's task failed")
         return line
@@ -343,74 +354,107 @@ def settled(worker: WorkerProcess, settings: Settings) -> list[verdict.Digest]:
     return verdict.settled([worker], settings, asyncio.run(verdict.source_ends(settings)))
 
 
-def test_a_worker_that_comes_upon_a_bad_block_ends_and_the_next_one_restores(
-    deployment: Deployment, feed: Feed
-) -> None:
-    for _ in range(20):
-        feed.round()
-    worker = deployment.start_worker()
-    worker.wait_ready()
-    settled(worker, deployment.settings)
-    worker.wait_quiet()
-    before = worker.digests()
-    worker.kill()
-    tables = into_tables(deployment.state_dir() / "users-0")
-    assert tables
-    for table in tables:
-        flip_block(table)
-
-    hurt = Life(deployment)
-    assert hurt.worker.process.wait(READY_S_MAX) == 1
-    assert hurt.failure()["kind"] == "users" and "checksum" in hurt.failure()["reason"]
-    again = Life(deployment)
-    again.worker.wait_ready()
-    (warning,) = again.told("what the disk had was discarded; restored from the changelog")
-    assert (warning["level"], warning["kind"], warning["partition"]) == ("warning", "users", 0)
-    assert "checksum" in warning["reason"]
-    assert again.opened() == {"users": "corrupt", "catalogue": "same", "learner": "same"}
-    again.worker.wait_until("the same state", lambda: again.worker.digests() == before)
-    assert again.worker.stop()[0] == 0
+def verified(worker: WorkerProcess) -> list[verify.Verdict]:
+    """As `headwater verify` finds it."""
+    return verify.verify(worker.settings, lambda: [worker.get("/v1/digest")], WordVectors(), lambda *step: None)
 
 
-def test_a_worker_on_a_full_disk_ends_with_a_word_and_with_room_nothing_is_lost(
-    deployment: Deployment, feed: Feed
-) -> None:
-    """No file of its process may grow any more; RocksDB's log of the users is the first that would."""
-    full = Life(deployment, item_flush_min_s=60.0)
-    full.worker.wait_ready()
-    _, hard = resource.prlimit(full.worker.process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(full.worker.process.pid, resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, hard))
-    assert feed.until_it_ends(full.worker) == 1
-    assert full.failure()["kind"] == "users"
-    assert "File too large" in full.failure()["reason"] and "mend the disk" in full.failure()["reason"]
+def comes_upon_a_bad_block(broker: str, folder: Path) -> None:
+    """The worker ends, and says why; the next one restores the users, and says that, too."""
+    deployment = new_deployment(broker, folder)
+    with fed(deployment) as feed:
+        for _ in range(20):
+            feed.round()
+        worker = deployment.start_worker()
+        worker.wait_ready()
+        settled(worker, deployment.settings)
+        worker.wait_quiet()  # all of it durable, too
+        before = worker.digests()
+        worker.kill()
+        flip_block(into_a_table(deployment.state_dir() / "users-0"))
 
-    again = Life(deployment)
-    again.worker.wait_ready()
-    assert again.opened() == {"users": "same", "catalogue": "same", "learner": "same"}
-    settled(again.worker, deployment.settings)
-    states = {user: again.worker.get(f"/v1/users/{user}/state") for user in feed.events}
-    assert {user: state["events"] for user, state in states.items()} == feed.events
-    assert again.worker.stop()[0] == 0
+        hurt = Life(deployment)
+        assert hurt.worker.process.wait(READY_S_MAX) == 1
+        assert "kind=users" in hurt.failure() and "checksum" in hurt.failure()
+        again = Life(deployment)
+        again.worker.wait_ready()
+        (warning,) = again.told("what the disk had was discarded; restored from the changelog")
+        assert "[warning" in warning and "kind=users partition=0" in warning and "checksum" in warning
+        assert again.opened() == {"users": "corrupt", "catalogue": "same", "learner": "same"}
+        assert settled(again.worker, deployment.settings) == before
+        assert again.worker.stop()[0] == 0
 
 
-def test_a_worker_killed_at_each_named_step_ends_where_an_undisturbed_one_does(
-    deployment: Deployment, feed: Feed, embedded_broker: str, tmp_path: Path
-) -> None:
-    """Each time it is its own process that ends by SIGKILL, in the midst of a stream that goes on."""
-    assert STEPS.keys() <= chaos.STEPS.keys()
-    for step, count in STEPS.items():
-        armed = deployment.start_worker(crash_at=f"{step}:{count}")
-        assert feed.until_it_ends(armed) == -signal.SIGKILL, f"{step}: {armed.tail()}"
+def runs_out_of_disk(broker: str, folder: Path) -> None:
+    """No file of the process may grow any more, of which RocksDB's log of the users is the first: it ends, and says
+    why; with room again every event is there once."""
+    deployment = new_deployment(broker, folder)
+    with fed(deployment) as feed:
+        full = Life(deployment, item_flush_min_s=60.0)
+        full.worker.wait_ready()
+        _, hard = resource.prlimit(full.worker.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(full.worker.process.pid, resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, hard))
+        with feed.flowing():
+            assert full.worker.process.wait(READY_S_MAX) == 1
+        assert all(word in full.failure() for word in ("kind=users", "File too large", "mend the disk"))
 
-    calm = new_deployment(embedded_broker, tmp_path / "calm", deployment.settings.topic_prefix, "calm")
-    try:
-        ended, straight = deployment.start_worker(), calm.start_worker()
-        ours, theirs = settled(ended, deployment.settings), settled(straight, calm.settings)
-        found = verdict.compare(deployment.settings, calm.settings, ours, theirs)
-        assert found["partitions_different"] == []
-        assert found["examples"] > 100
-        assert found["examples_missing"] == found["examples_wrong"] == found["examples_doubled"] == 0
-        assert found["item_state_equal"]
-        assert (ended.stop()[0], straight.stop()[0]) == (0, 0)
-    finally:
-        calm.close()
+        again = Life(deployment)
+        again.worker.wait_ready()
+        assert again.opened() == {"users": "same", "catalogue": "same", "learner": "same"}
+        settled(again.worker, deployment.settings)
+        states = {user: again.worker.get(f"/v1/users/{user}/state") for user in feed.events}
+        assert {user: state["events"] for user, state in states.items()} == feed.events
+        assert again.worker.stop()[0] == 0
+
+
+def killed_at(deployment: Deployment, steps: Sequence[str]) -> WorkerProcess:
+    """A worker that goes on where those before it have ended, each by its own SIGKILL at a step."""
+    for step in steps:
+        armed = Life(deployment, crash_at=f"{step}:{STEPS[step]}")
+        assert armed.worker.process.wait(READY_S_MAX) == -signal.SIGKILL, f"{step}: {armed.worker.tail()}"
+        assert armed.opened().keys() == {"users", "catalogue", "learner"}, f"{step} came in the open"
+    return deployment.start_worker()
+
+
+def is_killed_at_each_step(broker: str, folder: Path) -> None:
+    """In the midst of a stream that goes on. Some workers by turns, each with state of its own, are killed at some of
+    the steps: rows and examples end as those of one that is not, and the changelogs tell of the same."""
+    calm = new_deployment(broker, folder / "calm")
+    hurt = [new_deployment(broker, folder / f"hurt-{n}", calm.settings.topic_prefix) for n in range(TURNS)]
+    with contextlib.ExitStack() as stack:
+        feed = stack.enter_context(fed(calm))
+        for deployment in hurt:
+            stack.callback(deployment.close)
+        turns = stack.enter_context(ThreadPoolExecutor(TURNS))  # their processes end with these threads
+        straight = calm.start_worker()
+        with feed.flowing():
+            steps = [list(STEPS)[n::TURNS] for n in range(TURNS)]
+            ended = list(turns.map(killed_at, hurt, steps))
+        theirs = settled(straight, calm.settings)
+        for deployment, worker in zip(hurt, ended, strict=True):
+            found = verdict.compare(deployment.settings, calm.settings, settled(worker, deployment.settings), theirs)
+            assert found["partitions_different"] == []
+            assert found["examples"] > 100
+            assert found["examples_missing"] == found["examples_wrong"] == found["examples_doubled"] == 0
+            assert found["item_state_equal"]
+            assert [v for v in verified(worker) if not v.is_equal] == []
+            assert worker.stop()[0] == 0
+        assert straight.stop()[0] == 0
+
+
+STORIES = (comes_upon_a_bad_block, runs_out_of_disk, is_killed_at_each_step)
+
+
+@pytest.fixture(scope="module")
+def stories(embedded_broker: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
+    """All of them at once: what takes most of the time is that the broker lets each new member wait."""
+    with ThreadPoolExecutor(len(STORIES)) as threads:
+        yield {
+            story.__name__: threads.submit(story, embedded_broker, tmp_path_factory.mktemp(story.__name__))
+            for story in STORIES
+        }
+
+
+@pytest.mark.parametrize("story", [story.__name__ for story in STORIES])
+def test_a_worker_that(story: str, stories: dict[str, Future[None]]) -> None:
+    stories[story].result()
