@@ -23,6 +23,7 @@ from model.learner import HALF_LIVES_POSITIVES
 from state.changelog import LogRecord
 from state.partition import OpenReport, Partition
 from state.sealing import Sealer, SealError, is_sealed
+from state.store import StoreCorruptError
 from streams import codec, examples, pipeline
 from streams.answers import ModelUnlearnt
 from streams.codec import Record, Reject
@@ -442,8 +443,13 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
                 return
 
     def row(self, user_id: str) -> bytes | None:
-        """The user's row as of now."""
-        return self.cache.get_many([user_id.encode()])[0]
+        """The user's row as of now. A disk that a read finds corrupt ends the worker, as one that the stream finds: the
+        next start restores it, and till then reads of the user would fail, one after the other."""
+        try:
+            return self.cache.get_many([user_id.encode()])[0]
+        except StoreCorruptError as failure:
+            self.around.failed(self, failure)
+            raise
 
 
 def _learn_all(learner: ItemLearner, records: Sequence[LogRecord]) -> None:

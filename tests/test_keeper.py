@@ -16,9 +16,9 @@ from structlog.testing import capture_logs
 from bench.doubles import MemoryLog
 from bench.words import WordVectors
 from state.partition import Partition
-from state.store import RocksDisk
+from state.store import RocksDisk, StoreCorruptError
 from streams import agents
-from streams.agents import ROW_OVERHEAD_BYTES, LearnerKeeper, RowCache
+from streams.agents import ROW_OVERHEAD_BYTES, LearnerKeeper, RowCache, UserKeeper
 from streams.settings import Settings
 from streams.worker import TP, Worker
 from tests.records import record
@@ -110,6 +110,21 @@ async def test_a_partition_that_opens_after_the_others_were_settled_goes_on_with
     keeper.resume()
     assert keeper.inbox is not before and keeper._task is started
     await keeper.close()
+
+
+async def test_a_read_that_comes_upon_a_bad_block_ends_the_worker() -> None:
+    def get_many(keys: list[bytes]) -> list[bytes | None]:
+        raise StoreCorruptError("checksum mismatch")
+
+    failures: list[BaseException] = []
+    around: Any = SimpleNamespace(
+        merge_hold_s=0.0, flush_linger_s=0.0, book=None, reach=None, user_cache_bytes=lambda: 1000,
+        failed=lambda keeper, failure: failures.append(failure),
+    )  # fmt: skip
+    partition: Any = SimpleNamespace(get_many=get_many)
+    with pytest.raises(StoreCorruptError):
+        UserKeeper(0, partition, {"clicks": "clicks"}, around).row("u1")
+    assert [str(failure) for failure in failures] == ["checksum mismatch"]
 
 
 async def test_what_waits_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
