@@ -1325,6 +1325,7 @@ def run_seed(seed: int, make: MakePartition = Partition, story: Story | None = N
             ("model.items", {"CAPACITY_START": 16}),
             ("state.partition", {
                 "new_store_id": world.new_store_id,
+                "INLINE_ROWS_MAX": chance.choice((0, 3, 1000)),
                 "RESTORE_BYTES_MAX": chance.choice((1, 2000, 4 << 20)),
                 "RESTORE_META_BYTES": chance.choice((1, 10_000, 64 << 20)),
                 "MARKER_SLOT_BYTES": chance.choice((1, 20_000, 16 << 20)),

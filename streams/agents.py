@@ -629,6 +629,8 @@ class LearnerKeeper(Keeper[bytes]):
         that is slow has one flush to hold, which may be the whole catalogue, and not a queue of them."""
         if self.offset <= self.partition.applied["examples"] or self.partition.flushes_under_way:
             return False
+        if self._flushing is not None and not self._flushing.done():  # not on disk yet, so not in `applied` either
+            return False
         budget_s = 0.0 if self._entered else self.learner.learner.dirty_bytes / self._flush_bytes_per_s
         return self.around.now() - self._flushed_s >= max(self._flush_min_s, budget_s)
 

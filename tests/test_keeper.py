@@ -99,6 +99,29 @@ async def test_items_have_one_flush_on_its_way(tmp_path: Path) -> None:
     await keeper.close()
 
 
+async def test_items_that_are_being_written_are_not_flushed_again(tmp_path: Path) -> None:
+    """A disk that is slow, or a process that stands still, in the midst of a large flush."""
+    keeper = rows_keeper(tmp_path / "p", MemoryLog())
+    await keeper.open()
+    keeper.offset = 4
+    assert keeper.is_flush_due()
+    written = asyncio.Event()
+
+    async def write() -> None:
+        await written.wait()
+        await keeper.partition.flush({b"row": b"value"}, [], {"examples": 4})
+
+    keeper._flushing = asyncio.create_task(write())
+    await asyncio.sleep(0)
+    assert not keeper.partition.flushes_under_way and not keeper.is_flush_due()
+    keeper.offset = 5
+    written.set()
+    await keeper._flushed()
+    await keeper.partition.drain()
+    assert keeper.is_flush_due()
+    await keeper.close()
+
+
 async def test_a_partition_that_opens_after_the_others_were_settled_goes_on_with_what_it_has(tmp_path: Path) -> None:
     """The assignment that follows does not take its batch, which is under way, from the log again."""
     keeper = rows_keeper(tmp_path / "p", MemoryLog())
