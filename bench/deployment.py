@@ -87,9 +87,15 @@ class WorkerProcess:
         found: list[dict[str, Any]] = self.get("/v1/digest")["partitions"]
         return found
 
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics, by its name and labels as they are written there."""
+        lines = self.http.get("/metrics").raise_for_status().text.splitlines()
+        parts = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in parts}
+
     def rebalances(self) -> float:
         """How often it has been given partitions."""
-        return float(self.http.get("/metrics").text.split("\nheadwater_rebalances_total ")[1].split(maxsplit=1)[0])
+        return self.metrics()["headwater_rebalances_total"]
 
     def kill(self) -> None:
         """kill -9."""

@@ -30,8 +30,10 @@ WARM_EVENTS: Final = 1_000_000  # what the end is held against
 CURVE_POINTS: Final = 20
 RSS_RATIO_MAX: Final = 1.1
 DISK_RATIO_MAX: Final = 2.0  # of the rows' own bytes: what RocksDB has not compacted yet
+STATE_METRICS: Final = "headwater_state_"  # rows and bytes, as RocksDB estimates them
 USER_BYTES: Final = 'headwater_state_bytes{kind="users"}'
 ITEM_BYTES: Final = 'headwater_state_bytes{kind="learner"}'
+LEARNER_LAG: Final = 'headwater_consumer_lag_records{kind="learner"}'
 RETENTION_HOURS: Final = 0.1  # of what is read once; the feed never lies further ahead than a minute or two
 
 
@@ -66,11 +68,12 @@ def run(arguments: list[str]) -> dict[str, Any]:
         )  # fmt: skip
         try:
             worker = load.start_with_catalogue(deployment, asked.items, 600)
-            before = _metrics(worker, "headwater_rebalances_total")
+            before = worker.rebalances()
             samples, settled = asyncio.run(_measure(worker, deployment.state_dir(), asked))
-            state = _metrics(worker, r"headwater_state_\w+\{[^}]*\}")  # rows as RocksDB estimates them
+            metrics = worker.metrics()
+            state = {name: n for name, n in metrics.items() if name.startswith(STATE_METRICS)}
             told = _told(samples, settled, asked)
-            rebalances = _metrics(worker, "headwater_rebalances_total") != before
+            rebalances = worker.rebalances() != before
             user, item = state[USER_BYTES] / asked.users, state[ITEM_BYTES] / asked.items
             code, stop_s = worker.stop()
             if code:
@@ -132,7 +135,7 @@ class _Feed:
         applied = int(told["events_applied"])
         taken = Sample(
             self._seconds(), applied, self._published - applied,
-            int(sum(_metrics(self._worker, r'headwater_consumer_lag_records\{kind="learner"\}').values())),
+            int(self._worker.metrics().get(LEARNER_LAG, 0.0)),
             _rss_mib(self._worker.process.pid), _disk_mib(self._state_dir),
         )  # fmt: skip
         self.samples.append(taken)
@@ -152,12 +155,6 @@ async def _measure(
         settled = [await feed.until(events) for events in (min(WARM_EVENTS, asked.events // 2), asked.events)]
     await producer.stop()
     return feed.samples, settled
-
-
-def _metrics(worker: WorkerProcess, name: str) -> dict[str, float]:
-    """The worker's metrics of that name (a pattern, with the labels): sample -> value."""
-    found = re.findall(rf"^({name}) (\S+)$", worker.http.get("/metrics").text, re.MULTILINE)
-    return {sample: float(value) for sample, value in found}
 
 
 def _rss_mib(pid: int) -> float:

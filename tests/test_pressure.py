@@ -92,13 +92,6 @@ def start(deployment: Deployment, held: Path) -> WorkerProcess:
     return deployment.start_worker(command=[sys.executable, "-c", SLOW, str(held), str(DELAY_S)])
 
 
-def metrics(worker: WorkerProcess) -> dict[str, float]:
-    """Every sample, by its name and labels."""
-    lines = worker.http.get("/metrics").text.splitlines()
-    parts = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, value in parts}
-
-
 def accepted(told: dict[str, float], topic: str) -> int:
     """Records that the worker has taken in."""
     return int(told.get(f'headwater_events_total{{outcome="accepted",topic="{topic}"}}', 0))
@@ -133,7 +126,7 @@ class Pressed:
         self.exit_code = -1
 
     def look(self) -> Look:
-        told = metrics(self.worker)
+        told = self.worker.metrics()
         applied = self.worker.get(f"/v1/users/{WHALE}/state")["applied"]["comments"][1] + 1
         seen = Look(
             time.monotonic(), accepted(told, "comments"), applied, len(self.answers),
@@ -191,7 +184,7 @@ class Pressed:
         self.mark("too large")
 
     def stops(self) -> None:
-        told = metrics(self.worker)
+        told = self.worker.metrics()
         self.dead_letters = {name: n for name, n in told.items() if name.startswith("headwater_dead_letters_total{")}
         self.exit_code, _ = self.worker.stop()
 
@@ -316,11 +309,11 @@ def test_a_burst_that_came_while_the_worker_was_stopped_is_worked_off(kafka_node
             asyncio.run(send_all(made.settings, "comments", user, [text]))
         asyncio.run(load.publish_events(made.settings, stream, BURST))
         worker = start(made, held)
-        worker.wait_until("a lag", lambda: metrics(worker).get(USERS_LAG, 0.0) > 0)
+        worker.wait_until("a lag", lambda: worker.metrics().get(USERS_LAG, 0.0) > 0)
         held.unlink()
-        worker.wait_until("no lag", lambda: metrics(worker)[USERS_LAG] == 0)
+        worker.wait_until("no lag", lambda: worker.metrics()[USERS_LAG] == 0)
         assert worker.rebalances() == 1
-        told = metrics(worker)
+        told = worker.metrics()
         assert (accepted(told, "clicks"), accepted(told, "comments")) == (BURST, 2)
         assert worker.stop()[0] == 0
         found = [row for partition in range(PARTITIONS) for row in rows_of(made, partition).values()]
