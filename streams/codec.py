@@ -156,7 +156,8 @@ def validate(topic: Topic, value: bytes, now_s: float) -> Event | Reject:
     """The event in these bytes, or why the stream would reject them.
 
     For messages that have no record (HTTP, files): the stream's checks but for the key. now_s, Unix seconds,
-    stands for the record's timestamp (bounds `ts`, and is it where absent); inf for recorded streams.
+    stands for the record's timestamp (bounds `ts`, and is it where absent): TS_S_MAX where any may be it;
+    negative where there will be none, so that `ts` may not be absent.
     """
     return _decode(_SHAPES[topic], value, now_s)
 
@@ -186,7 +187,7 @@ def validate_event(message: bytes | Mapping[str, Any], now_s: float) -> Click | 
 
 
 def _decode(shape: _Shape[E], value: bytes, record_s: float) -> E | Reject:
-    """One message of a topic, but for its key. record_s: its timestamp, Unix seconds; negative: none."""
+    """One message of a topic, but for its key. record_s: its record's timestamp, Unix seconds; negative: none."""
     if len(value) > UNCHECKED_BYTES_MAX:
         fault = _size_fault(value)
         if fault is not None:
@@ -244,7 +245,7 @@ def _ts_fault(event: Click | Comment | Item | Erasure, record_s: float) -> Rejec
         if ts is not None:
             ts = ts.timestamp()
         elif record_s < 0:
-            return Reject(Reason.MISSING_FIELD, "ts: absent, and the record has no timestamp")
+            return Reject(Reason.MISSING_FIELD, "ts: missing, and no record's timestamp stands for it")
         else:
             ts = record_s
         event.ts = ts

@@ -58,6 +58,7 @@ LINE_BYTES_MAX: Final = 4_000_000
 GZIP_MAGIC: Final = b"\x1f\x8b"
 TIMED_MESSAGES: Final = 100  # learnt once more without ranking, to tell the two costs apart
 CHECKPOINT_VERSION: Final = 2
+NO_RECORD_S: Final = -1.0  # to the codec: no record's timestamp stands for a `ts` that is missing
 
 
 class StreamError(ValueError):
@@ -178,7 +179,7 @@ def read_stream(items_path: Path, events_path: Path, evidence: EvidenceConfig) -
     items: list[Item] = []
     rejects = 0
     for _, line in _lines(items_path, hasher):
-        item = codec.validate("items", line, np.inf)
+        item = codec.validate("items", line, NO_RECORD_S)
         if isinstance(item, Item):
             items.append(item)
         else:
@@ -186,15 +187,17 @@ def read_stream(items_path: Path, events_path: Path, evidence: EvidenceConfig) -
     items.sort(key=_entry_ts)
     events: list[Click | Comment] = []
     lines: list[int] = []
+    first_fault = ""
     for number, line in _lines(events_path, hasher):
-        event = codec.validate_event(line, np.inf)
+        event = codec.validate_event(line, NO_RECORD_S)
         if isinstance(event, codec.Reject):
+            first_fault = first_fault or f"; line {number + 1}: {event.message}"
             rejects += 1
             continue
         events.append(event)
         lines.append(number)
     if not events:
-        raise StreamError(f"{events_path}: no line of it is an event (type, user_id, item_id, action, ts)")
+        raise StreamError(f"{events_path}: no line of it is an event (type, user_id, item_id, action, ts){first_fault}")
     laid = _lay(items, events, evidence)
     return Stream(
         events_path.resolve().parent.name, items, events, np.array(lines, np.int64), laid, rejects, hasher.hexdigest()

@@ -1,7 +1,7 @@
 """Publishes a recorded stream: the catalogue first, then the events in the file's order, as fast as asked.
 
-Lines are checked as the stream would check them, and published byte for byte. A line that would be rejected is
-reported by its number and skipped.
+Lines are checked as the stream would check them, and published byte for byte: an event without `ts` is one of the
+moment of its publication. A line that would be rejected is reported by its number and skipped.
 """
 
 import gzip
@@ -100,7 +100,7 @@ def _publish_items(publisher: "_Publisher", settings: Settings, path: Path, done
     topic = settings.topic("items")
     with _Lines(path) as lines:
         for number, line in lines:
-            item = codec.validate("items", line, float("inf"))
+            item = codec.validate("items", line, time.time())
             if not isinstance(item, Item):
                 _skip(done, path, number, item)
                 continue
@@ -122,7 +122,7 @@ def _publish_events(
         for number, line in lines:
             if done.events == limit:
                 break
-            event = codec.validate_event(line, float("inf"))
+            event = codec.validate_event(line, time.time())
             if isinstance(event, codec.Reject):
                 _skip(done, path, number, event)
                 continue

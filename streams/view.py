@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import math
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from importlib.metadata import version
 from typing import Any, Final
@@ -16,7 +15,7 @@ from state import partition as state_partition
 from streams import codec, kafka
 from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, UserKeeper
 from streams.answers import Certificate
-from streams.events import Click, Comment, Erasure
+from streams.events import TS_S_MAX, Click, Comment, Erasure
 from streams.pipeline import EvidenceConfig
 from streams.serving import NotReady, Origin, Read, ServingMetrics, stream_event
 from streams.tokens import settings_digest
@@ -135,7 +134,8 @@ class View:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOG_WAIT_S), self._log_readers:
                 async for offset, value in kafka.records_at(self.worker.options, topic, partition, offsets):
-                    comment = codec.validate("comments", value or b"", math.inf)
+                    # It is an event, whatever its record's timestamp, which may be its time: the fold took it.
+                    comment = codec.validate("comments", value or b"", TS_S_MAX)
                     if isinstance(comment, Comment) and comment.user_id == user_id:
                         found[offset] = comment.text
         return found

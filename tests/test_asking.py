@@ -126,6 +126,17 @@ def test_a_users_own_words_come_from_the_log(asked: Asked) -> None:
         assert not any("words" in c for c in contributions if c["type"] == "click")
 
 
+def test_words_that_were_sent_without_a_time_come_from_the_log_too(asked: Asked) -> None:
+    sent = send(asked.worker, [{"type": "comment", "user_id": "timeless", "text": "whenever it rains"}])
+
+    def is_told() -> bool:
+        query = {"explain": True, "words": True, "limit": 1, "at_least": sent}
+        (item,) = asked.worker.get("/v1/users/timeless/recommendations", **query)["items"]
+        return [c.get("words") for c in item["explanation"]["contributions"]] == ["whenever it rains"]
+
+    asked.worker.wait_until("the words", is_told, 30)
+
+
 def test_tokens_of_a_run_are_made_again_bit_for_bit(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     """20 lists, each of another moment of a stream that goes on, and of a user of whom nothing is known."""
     worker, settings = asked.worker, asked.worker.settings

@@ -646,9 +646,17 @@ def test_absent_ts_is_now() -> None:
 
 def test_recorded_streams_have_no_future_but_the_ceiling() -> None:
     message = CLICK | {"type": "click", "ts": events.TS_S_MAX}
-    assert isinstance(validate_event(message, math.inf), Click)
-    assert reason(validate_event(message | {"ts": events.TS_S_MAX + 1}, math.inf)) is Reason.TS_IN_FUTURE
-    assert reason(validate_event(message | {"ts": None}, math.inf)) is Reason.TS_IN_FUTURE
+    for now_s in (-1.0, events.TS_S_MAX):
+        assert isinstance(validate_event(message, now_s), Click)
+        assert reason(validate_event(message | {"ts": events.TS_S_MAX + 1}, now_s)) is Reason.TS_IN_FUTURE
+
+
+def test_an_absent_ts_is_a_fault_only_where_nothing_stands_for_it() -> None:
+    message = CLICK | {"type": "click", "ts": None}
+    assert validate_event(message, -1.0) == Reject(
+        Reason.MISSING_FIELD, "ts: missing, and no record's timestamp stands for it"
+    )
+    assert isinstance(validate_event(message, events.TS_S_MAX), Click)
 
 
 @pytest.mark.parametrize("topic", GOOD)

@@ -518,6 +518,13 @@ def test_stream_without_events_is_an_error_that_names_the_file(tmp_path: Path) -
         replace(files, items=tmp_path / "nowhere").run()
 
 
+def test_a_stream_without_times_is_an_error_that_says_so(tmp_path: Path) -> None:
+    items, events = synthetic(events=3)
+    files = write(tmp_path, items, [{**event, "ts": None} for event in events])
+    with pytest.raises(StreamError, match="line 1: ts: missing"):
+        files.run()
+
+
 def test_item_vectors_of_producers_take_part(tmp_path: Path) -> None:
     items, events = synthetic(events=200)
     plain = write(tmp_path / "plain", items, events).run()
