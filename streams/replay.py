@@ -1,7 +1,7 @@
 """Publishes a recorded stream: the catalogue first, then the events in the file's order, as fast as asked.
 
-Lines are checked as the stream would check them, and published byte for byte: an event without `ts` is one of the
-moment of its publication. A line that would be rejected is reported by its number and skipped.
+Lines are checked as the stream would check them, and published byte for byte: the time of an event without `ts` is that
+of its record. A line that would be rejected is reported by its number and skipped.
 """
 
 import gzip
@@ -18,7 +18,7 @@ from kafka.errors import KafkaError
 from kafka.partitioner.default import murmur2
 
 from streams import codec
-from streams.events import Click, Item
+from streams.events import TS_S_MAX, Click, Item
 from streams.settings import Fault, Settings
 from streams.topics import BOOTSTRAP_WAIT_MS, require, unreachable
 
@@ -100,7 +100,7 @@ def _publish_items(publisher: "_Publisher", settings: Settings, path: Path, done
     topic = settings.topic("items")
     with _Lines(path) as lines:
         for number, line in lines:
-            item = codec.validate("items", line, time.time())
+            item = codec.validate("items", line, TS_S_MAX)
             if not isinstance(item, Item):
                 _skip(done, path, number, item)
                 continue
@@ -122,7 +122,7 @@ def _publish_events(
         for number, line in lines:
             if done.events == limit:
                 break
-            event = codec.validate_event(line, time.time())
+            event = codec.validate_event(line, TS_S_MAX)
             if isinstance(event, codec.Reject):
                 _skip(done, path, number, event)
                 continue
