@@ -16,9 +16,9 @@ demo:  ## an embedded broker, a worker and a real stream; then the page. ARGS="-
 	@./setup.sh run
 	@$(BIN)/headwater demo $(ARGS)
 
-test:  ## the whole suite, in two processes. ARGS="tests/test_settings.py -k secret" for a part of it
+test:  ## the whole suite, in three processes. ARGS="tests/test_settings.py -k secret" for a part of it
 	@./setup.sh test
-	@$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadgroup)
+	@$(BIN)/python -m pytest $(or $(ARGS),-n 3 --dist loadgroup)
 
 check:  ## format, lint, types, import arrows; no tests
 	@./setup.sh test

@@ -958,7 +958,10 @@ def _events(chance: random.Random, partitions: int) -> list[tuple[float, TP, byt
 def _item(
     chance: random.Random, at: float, item: str, partitions: int, *, is_new: bool
 ) -> tuple[float, TP, bytes, bytes | None, bool]:
-    value = json.dumps({"item_id": item, "text": f"about {chance.randrange(99)}"}).encode()
+    told: dict[str, Any] = {"item_id": item, "text": f"about {chance.randrange(99)}"}
+    if chance.random() < 0.3:
+        told["ts"] = round(at + chance.choice((-100.0, 0.0, 0.3, 3600.0)), 3)
+    value = json.dumps(told).encode()
     if not is_new and chance.random() < 0.3:
         return at, TP("items", int(item[1:]) % partitions), item.encode(), None, False
     return at, TP("items", int(item[1:]) % partitions), item.encode(), value, False
@@ -1095,6 +1098,8 @@ def _has_all(world: World, life: Life) -> bool:
             return False
         if keeper.partition._repair:
             return False
+        if kind == "learner" and keeper.learner.learner.pending_ts < life.worker.now():
+            return False  # an item waits for a time that has come
         if kind == "users" and (keeper.partition.owes_purge() or keeper.partition.names_deleted):
             return False
     for name, _, _ in world.erasures():

@@ -5,6 +5,7 @@ loaded again at any message boundary in between, and whenever `take_dirty` was c
 """
 
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -149,15 +150,38 @@ class Learner:
             self._replace(row, item_id, text, vector)
         elif not ts or ts < self.matrix.clock:
             item = PendingItem(key, item_id, text, vector, ts or 0.0, order)
-            fresh = self._describe(item)
-            m = self.matrix.arrays
-            kernels.start_row(m, fresh, self.config.start)
-            kernels.activate(m, fresh, ts or max(0.0, self.matrix.clock))
-            self.matrix.mark(fresh, kernels.DIRTY_STATIC | kernels.DIRTY_DENSE)
+            self._activate(self._describe(item), ts or max(0.0, self.matrix.clock))
         else:
             self.pending[key] = PendingItem(key, item_id, text, vector, ts, order)
             self._dirty_pending.add(key)
             heapq.heappush(self._heap, (ts, order, key))
+
+    def _activate(self, row: int, ts: float) -> None:
+        """The item is a candidate, since ts."""
+        kernels.start_row(self.matrix.arrays, row, self.config.start)
+        kernels.activate(self.matrix.arrays, row, ts)
+        self.matrix.mark(row, kernels.DIRTY_STATIC | kernels.DIRTY_DENSE)
+
+    def pass_time(self, now: float) -> None:
+        """The log's clock is at `now` (Unix s) at least, without an event: pending items whose ts it passes enter."""
+        m = self.matrix.arrays
+        m.scalar[kernels.CLOCK] = max(float(m.scalar[kernels.CLOCK]), now)
+        while (ts := self.pending_ts) < self.matrix.clock:
+            item = self.pending[heapq.heappop(self._heap)[2]]
+            self._activate(self._take_pending(item), ts)
+        self.matrix.version += 1
+
+    @property
+    def pending_ts(self) -> float:
+        """The least ts (Unix s) of the pending items; inf where there is none."""
+        while self._heap and not self._waits(*self._heap[0]):
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else math.inf
+
+    def _waits(self, ts: float, order: int, key: int) -> bool:
+        """Whether an entry of the heap is still its item's."""
+        item = self.pending.get(key)
+        return item is not None and item.order == order
 
     @property
     def pending(self) -> dict[int, PendingItem]:
@@ -291,11 +315,8 @@ class Learner:
         entries: list[tuple[int, int, float]] = []  # (moment, row, ts)
         if self._heap:
             clock = np.maximum(np.maximum.accumulate(examples.ts[:n]), self.matrix.clock)
-            while self._heap and self._heap[0][0] < clock[-1]:
-                ts, order, key = heapq.heappop(self._heap)
-                item = self.pending.get(key)
-                if item is None or item.order != order:
-                    continue
+            while (ts := self.pending_ts) < clock[-1]:
+                item = self.pending[heapq.heappop(self._heap)[2]]
                 moment = 2 * int(np.searchsorted(clock, ts, side="right"))
                 entries.append((moment, self._take_pending(item), ts))
         created = self._find_rows(examples)

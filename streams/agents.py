@@ -17,6 +17,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar, cast
 
 import numpy as np
 import structlog
+from aiokafka.errors import KafkaError
 
 from model.evaluate import LiveMetrics
 from model.learner import HALF_LIVES_POSITIVES
@@ -46,6 +47,8 @@ ROW_OVERHEAD_BYTES: Final = 150  # two headers of bytes, and a place in a dict t
 SWEEP_IDLE_S: Final = 1.0
 PROGRESS_S: Final = 1.0  # between two words on how far a state that is learnt again has come
 SHOWN_EVENTS_MAX: Final = 5  # of a batch, told to those who watch
+NEW_ITEM_S_MAX: Final = 86_400.0  # an item that waits for an older time is of a recorded stream: its events tell that
+TIME_KEY: Final = b"time"  # of the message of a time; others have their source partition
 FINISH_BYTES_MAX: Final = 32 << 20  # of item rows flushed on a stop: it has 5 s; the examples log holds the rest
 assert INBOX_RECORDS_LOW >= BATCH_EVENTS_MAX, "a resumed partition must not run dry while it fetches"
 
@@ -522,6 +525,8 @@ class LearnerKeeper(Keeper[bytes]):
         self._flushed_s = 0.0
         self._entered = False
         self._flushing: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
+        self._told = -1  # offset of the last message of a time that this keeper has sent
         self._executor = ThreadPoolExecutor(1, "learner")
 
     def applied(self) -> dict[str, int]:
@@ -614,7 +619,7 @@ class LearnerKeeper(Keeper[bytes]):
             self.counts["messages"] += 1
             self.counts["examples"] += one.examples
             self.counts["items"] += one.entries
-            self._entered |= one.entries > 0 or one.adapted
+            self._entered |= one.entries > 0 or one.urgent
             if one.outcome is not None:
                 self.live.observe(one.outcome)
         self.around.metrics.learnt(learnt, self.live, self.around.now())
@@ -635,10 +640,24 @@ class LearnerKeeper(Keeper[bytes]):
         return self.around.now() - self._flushed_s >= max(self._flush_min_s, budget_s)
 
     async def idle(self) -> None:
-        """A quiet log is flushed too, so that replicas and a restart have it all."""
+        """A quiet log is flushed too, so that replicas and a restart have it all; and it is told the time."""
+        self._tell_time()
         if self.is_flush_due():
             await self.flush()
         await super().idle()
+
+    def _tell_time(self) -> None:
+        """Where an item waits for a time that has come, and no event says so: the log is told, for all who read it."""
+        now = self.around.now()
+        under_way = self.offset < self._told or (self._telling is not None and not self._telling.done())
+        if not under_way and now - NEW_ITEM_S_MAX < self.learner.learner.pending_ts < now:
+            self._telling = asyncio.get_running_loop().create_task(self._tell(now))
+
+    async def _tell(self, now: float) -> None:
+        try:
+            self._told = await self.around.reach.publish_examples([(TIME_KEY, examples.pack_time(now))])
+        except KafkaError as failure:
+            log.warning("the examples log was not told the time; it will be", reason=repr(failure))
 
     async def finish(self) -> None:
         """The matrix as it is, so that the next owner starts from here; a large one is left to the log."""
@@ -672,6 +691,6 @@ class LearnerKeeper(Keeper[bytes]):
     async def close(self) -> None:
         """As every keeper's, and the learner's thread ends."""
         await super().close()
-        if self._flushing is not None:
-            await asyncio.gather(self._flushing, return_exceptions=True)
+        under_way = [task for task in (self._flushing, self._telling) if task is not None]
+        await asyncio.gather(*under_way, return_exceptions=True)
         self._executor.shutdown()

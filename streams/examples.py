@@ -1,6 +1,7 @@
 """Messages of the examples log, byte for byte (format version 1, little endian). One message is one micro-batch.
 
-    header      8 B   version u1 | kind u1 (1 = examples, 2 = items, 3 = adapter, 4 = removals) | source partition u2
+    header      8 B   version u1 | kind u1 (1 = examples, 2 = items, 3 = adapter, 4 = removals,
+                      5 = time) | source partition u2
                       | count u2 | flags u2 (kind 3: 1 = taken back; kind 4: 1 = more of the same removal follows)
     kind 1, `count` times:
       example  32 B   item key i8 | ts f8 | position u8 (state.rows.position) | label u1 (1 positive, 0 low rating)
@@ -11,6 +12,7 @@
     kind 2: a MessagePack array of `count` ItemEntry
     kind 3: model.adapter.Adapter.pack, or nothing (count 0): texts are compared through it from the next message on
     kind 4: offset u8 of the erasure in `erasures`, then `count` times: position u8 of an event that is to be left out
+    kind 5: now f8, Unix s: the time has come to there (count 0), and no event has said so
 
 The learner drops what is at or below the highest offset that it has applied of the example's (topic, partition):
 repeats vanish, those of a fenced worker too.
@@ -38,6 +40,8 @@ KIND_EXAMPLES: Final = 1
 KIND_ITEMS: Final = 2
 KIND_ADAPTER: Final = 3
 KIND_REMOVALS: Final = 4
+KIND_TIME: Final = 5
+KINDS: Final = (KIND_EXAMPLES, KIND_ITEMS, KIND_ADAPTER, KIND_REMOVALS, KIND_TIME)
 MESSAGE_EXAMPLES_MAX: Final = 64  # examples a message: the micro-batch; 64 costs 1 % of the hits against 1
 REMOVALS_MAX: Final = 32_768  # positions a message
 MESSAGE_BYTES_MAX: Final = 400_000  # of examples in a message: ranked ones of heavy users are large; a batch is 512 KiB
@@ -48,6 +52,7 @@ FLAG_RANKED: Final = 2
 HEADER: Final = struct.Struct("<BBHHH")
 EXAMPLE: Final = struct.Struct("<qdQBBBBf")
 TEXT: Final = struct.Struct("<ff")
+TIME: Final = struct.Struct("<d")
 COUNT: Final = struct.Struct("<I")
 
 TOPICS: Final = ("clicks", "comments", "items")  # topic codes: the index is stored, so append only
@@ -132,6 +137,18 @@ def pack_adapter(adapter: Adapter | None, taken_back: bool = False) -> bytes:
     return HEADER.pack(MESSAGE_VERSION, KIND_ADAPTER, 0, adapter is not None, taken_back) + body
 
 
+def pack_time(now: float) -> bytes:
+    """The message that moves the learner's clock on to `now` (Unix s), for items that wait for it."""
+    return HEADER.pack(MESSAGE_VERSION, KIND_TIME, 0, 0, 0) + TIME.pack(now)
+
+
+def unpack_time(message: bytes) -> float:
+    """The time, Unix s, of a message of kind 5. Raises ValueError when the bytes do not fit the header."""
+    if len(message) != HEADER.size + TIME.size:
+        raise ValueError(f"message of a time has {len(message)} bytes")
+    return float(TIME.unpack_from(message, HEADER.size)[0])
+
+
 def unpack_adapter(message: bytes) -> tuple[Adapter | None, bool]:
     """(the adapter, whether it was taken back) of a message of kind 3. Raises AdapterError."""
     count, taken_back = HEADER.unpack_from(message)[3:]
@@ -141,7 +158,7 @@ def unpack_adapter(message: bytes) -> tuple[Adapter | None, bool]:
 def read_header(message: bytes) -> tuple[int, int, int]:
     """(kind, source partition, count). Raises MessageVersionError."""
     version, kind, partition, count, _ = HEADER.unpack_from(message)
-    if version != MESSAGE_VERSION or kind not in (KIND_EXAMPLES, KIND_ITEMS, KIND_ADAPTER, KIND_REMOVALS):
+    if version != MESSAGE_VERSION or kind not in KINDS:
         raise MessageVersionError(
             f"message of version {version}, kind {kind} in the examples log; this build reads version "
             f"{MESSAGE_VERSION}: deploy the build that wrote it, or one that is newer"

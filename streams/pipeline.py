@@ -291,7 +291,7 @@ class Learnt(NamedTuple):
     entries: int
     newest_ts: float
     outcome: Outcome | None
-    adapted: bool = False  # texts are compared through another adapter from here on
+    urgent: bool = False  # replicas do not wait for it: another adapter, or items that are candidates now
     ends_removal: bool = False  # see `ItemLearner.owes_replay` and `ItemLearner.asked`
 
 
@@ -402,7 +402,10 @@ class ItemLearner:
         self.offset = offset
         if kind == examples.KIND_ADAPTER:
             self._adapt(examples.unpack_adapter(message)[0])
-            return Learnt(partition, 0, 0, 0.0, None, adapted=True)
+            return Learnt(partition, 0, 0, 0.0, None, urgent=True)
+        if kind == examples.KIND_TIME:
+            self.learner.pass_time(examples.unpack_time(message))
+            return Learnt(partition, 0, 0, 0.0, None, urgent=True)
         entered = self._enter(examples.unpack_items(message), self._applied(partition))
         return Learnt(partition, 0, entered, 0.0, None)
 

@@ -1,6 +1,7 @@
 """Keepers as a worker opens them, and what they tell its operators."""
 
 import asyncio
+import math
 import os
 import platform
 import subprocess
@@ -11,14 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka.errors import KafkaConnectionError
 from structlog.testing import capture_logs
 
 from bench.doubles import MemoryLog
 from bench.words import WordVectors
 from state.partition import Partition
 from state.store import RocksDisk, StoreCorruptError
-from streams import agents
-from streams.agents import ROW_OVERHEAD_BYTES, LearnerKeeper, RowCache, UserKeeper
+from streams import agents, examples
+from streams.agents import NEW_ITEM_S_MAX, ROW_OVERHEAD_BYTES, LearnerKeeper, RowCache, UserKeeper
 from streams.settings import Settings
 from streams.worker import TP, Worker
 from tests.records import record
@@ -43,7 +45,7 @@ def rows_keeper(path: Path, log: MemoryLog) -> RowsKeeper:
         now=lambda: 0.0, merge_hold_s=0.0, metrics=SimpleNamespace(restored=lambda kind, seconds: None), sealer=None,
         end_of=lambda topic, partition: None, failed=None, flush_linger_s=0.0,
     )  # fmt: skip
-    learner: Any = lambda: SimpleNamespace(learner=SimpleNamespace(dirty_bytes=0))  # noqa: E731
+    learner: Any = lambda: SimpleNamespace(learner=SimpleNamespace(dirty_bytes=0, pending_ts=math.inf))  # noqa: E731
     return RowsKeeper(3, partition, {"examples": "examples"}, around, learner, 1.0, 0.0, 100)
 
 
@@ -119,6 +121,50 @@ async def test_items_that_are_being_written_are_not_flushed_again(tmp_path: Path
     await keeper._flushed()
     await keeper.partition.drain()
     assert keeper.is_flush_due()
+    await keeper.close()
+
+
+class Told:
+    """The examples log, of which only what it is told is of interest."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.is_away = False
+
+    async def publish_examples(self, records: list[tuple[bytes, bytes]]) -> int:
+        if self.is_away:
+            raise KafkaConnectionError
+        self.times += [examples.unpack_time(message) for _, message in records]
+        return 10 * len(self.times)
+
+
+async def test_a_quiet_log_is_told_the_time_that_a_new_item_waits_for(tmp_path: Path) -> None:
+    keeper = rows_keeper(tmp_path / "p", MemoryLog())
+    waits = keeper.learner.learner
+    around: Any = keeper.around
+    around.reach = log = Told()
+
+    async def idle(now: float, pending_ts: float) -> list[float]:
+        around.now, waits.pending_ts = lambda: now, pending_ts  # type: ignore[misc]
+        keeper._tell_time()
+        if keeper._telling is not None:
+            await keeper._telling
+        return log.times
+
+    now = 1e9
+    assert await idle(now, math.inf) == []
+    assert await idle(now, now) == []  # strictly later
+    assert await idle(now, now + 5) == []
+    assert await idle(now, now - NEW_ITEM_S_MAX) == []  # a recorded stream, which has its own time
+    log.is_away = True
+    with capture_logs() as lines:
+        assert await idle(now, now - 1) == []
+    assert [line["log_level"] for line in lines] == ["warning"]
+    log.is_away = False
+    assert await idle(now + 1, now - 1) == [now + 1]
+    assert await idle(now + 2, now - 1) == [now + 1]  # it is on its way
+    keeper.offset = 10
+    assert await idle(now + 3, now + 2) == [now + 1, now + 3]
     await keeper.close()
 
 

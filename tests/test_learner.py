@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from model import kernels
 from model.examples import Examples, new_examples
-from model.items import ItemMatrix
+from model.items import ItemMatrix, row_key
 from model.kernels import (
     COEFFICIENTS,
     FEATURES,
@@ -354,6 +354,41 @@ def test_an_item_is_a_candidate_only_for_events_strictly_later_than_its_ts() -> 
     assert counts == [5, 5, 6]
     assert learner.matrix.names[learner.matrix.index(9)] == "late"
     assert not learner.pending
+
+
+def test_an_item_is_a_candidate_once_time_has_passed_its_ts_without_an_event() -> None:
+    learner = Learner(SMALL)
+    enter_all(learner, 5, late=0)
+    learner.learn(one(1, START_TS), 0)
+    for key, ts in ((9, START_TS + 100), (8, START_TS + 50), (7, START_TS + 200)):
+        learner.enter(key, str(key), "", vector_of(key, 12), ts)
+    learner.enter(8, "8 anew", "", vector_of(8, 12), START_TS + 60)
+    assert learner.pending_ts == START_TS + 60
+    learner.take_dirty()
+    learner.pass_time(START_TS + 100)  # not strictly later than 9's
+    assert learner.matrix.names[5:] == ["8 anew"]
+    learner.pass_time(START_TS + 101)
+    learner.pass_time(START_TS + 30)  # time does not go back
+    assert learner.matrix.names[5:] == ["8 anew", "9"] and learner.matrix.clock == START_TS + 101
+    assert learner.pending_ts == START_TS + 200
+    copy = Learner(SMALL)
+    copy.load(learner.matrix.rows())
+    assert copy.digest() == learner.digest()
+    assert learner.learn(one(1, START_TS + 102, ranked=True), 1).candidates[0] == 7
+    learner.pass_time(START_TS + 300)
+    assert learner.matrix.names[5:] == ["8 anew", "9", "7"] and learner.pending_ts == math.inf
+
+
+def test_passed_time_starts_an_item_as_an_event_does() -> None:
+    by_time, by_event = Learner(SMALL), Learner(SMALL)
+    for learner in (by_time, by_event):
+        enter_all(learner, 5, late=0)
+        learner.enter(9, "late", "its text", vector_of(9, 12), START_TS + 100)
+    by_event.learn(one(1, START_TS + 101, label=0), 0)  # a low rating: nothing is a negative of it
+    by_time.pass_time(START_TS + 101)
+    rows = [dict(learner.matrix.rows()) for learner in (by_time, by_event)]
+    for kind in (b"s", b"d"):
+        assert rows[0][row_key(kind, 9)] == rows[1][row_key(kind, 9)]
 
 
 def test_rows_are_numbered_in_the_order_of_activation() -> None:

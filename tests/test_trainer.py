@@ -133,7 +133,7 @@ async def test_a_switch_by_hand_is_watched_and_taken_back(
         settings.kafka_options(), settings.internal_topic("examples"), 0, 0, trainer.tuning.offset
     ):
         for record in batch:
-            if replayed.learn(record.offset, record.value or b"").adapted:
+            if replayed.learn(record.offset, record.value or b"").urgent:
                 adapters += [replayed.learner.matrix.adapter]
     assert [a and a.name for a in adapters] == [bad.name, None]
     assert replayed.learner.digest() == trainer.tuning.champion.learner.digest()

@@ -170,6 +170,22 @@ def nothing_differs(found: dict[str, Any]) -> bool:
     return bool(found["ended"] == [])
 
 
+def test_an_item_of_now_is_listed_though_nothing_else_happens(deployment: Deployment, outside: Outside) -> None:
+    """It is a candidate for what comes strictly later than its ts, as any question that is asked now."""
+    worker = deployment.start_worker()
+    outside.films()
+    outside.send("items", "solaris", {"item_id": "solaris", "text": FILMS["alien"], "ts": time.time()})
+    outside.send("items", "sequel", {"item_id": "sequel", "text": FILMS["alien"], "ts": time.time() + 3600})
+    position = outside.position("comments", "v", {"user_id": "v", "text": "a creature in deep space, horror"})
+    worker.wait_ready()
+    worker.wait_until("the new film", lambda: "solaris" in recommended(worker, "v", at_least=position))
+    assert "sequel" not in recommended(worker, "v")
+    assert worker.get("/v1/items/sequel")["candidate"] is False
+    quiet = worker.get("/v1/model")["learner"]["applied"]
+    worker.wait_quiet()
+    assert worker.get("/v1/model")["learner"]["applied"] == quiet  # told once
+
+
 def test_a_killed_worker_goes_on_where_it_was(broker: str, tmp_path: Path) -> None:
     """kill -9 in mid-stream, once with the disk deleted."""
     site = chaos.Site(broker, broker)
