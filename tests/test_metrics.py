@@ -2,13 +2,14 @@
 
 import re
 import subprocess
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from monitoring.metrics import Metrics
+from streams.trainer import TrainerMetrics
 from tests.promtool import promtool
 
 CONTRACT: Final = {  # name as exposed: its labels
@@ -28,7 +29,7 @@ CONTRACT: Final = {  # name as exposed: its labels
     "log_loss": set(),
     "drift_detections_total": {"signal"},
     "learning_rate": {"parameter"},
-    "checkpoint_info": {"encoder"},
+    "checkpoint_info": {"encoder", "adapter"},
     "rebalances_total": set(),
     "restore_seconds": {"kind"},
     "erasures_total": set(),
@@ -36,13 +37,27 @@ CONTRACT: Final = {  # name as exposed: its labels
 }
 MORE: Final[dict[str, set[str]]] = {"learnt_seconds": set()}  # beyond the contract
 METRICS: Final = CONTRACT | MORE
+TRAINER: Final[dict[str, set[str]]] = {  # what `headwater trainer` exposes, on a port of its own
+    "trainer_examples_total": set(),
+    "trainer_steps_total": set(),
+    "trainer_loss": {"of"},
+    "trainer_evidence": {"that"},
+    "trainer_decisions_total": {"kind"},
+    "trainer_lag_records": set(),
+    "checkpoint_info": {"encoder", "adapter"},
+}
+AnyMetrics = TypeVar("AnyMetrics", Metrics, TrainerMetrics)
 UNITS_NOT_BASE: Final = re.compile(r"_(ms|milliseconds|minutes|hours|kb|mb|mib|percent|kilobytes|micros\w*)(_|$)")
 
 
 def exercised() -> Metrics:
-    """Every metric with a value, under some label."""
-    metrics = Metrics()
-    metrics.checkpoint.info({"encoder": "some-model:0123456789abcdef"})
+    """Every metric of a worker with a value, under some label."""
+    return touched(Metrics())
+
+
+def touched(metrics: AnyMetrics) -> AnyMetrics:
+    """Every metric of these with a value, under some label."""
+    metrics.checkpoint.info({"encoder": "some-model:0123456789abcdef", "adapter": "0123456789ab"})
     for metric in list(vars(metrics).values()):
         labels = getattr(metric, "_labelnames", ())
         child: Any = metric.labels(*["some"] * len(labels)) if labels else metric
@@ -53,34 +68,39 @@ def exercised() -> Metrics:
     return metrics
 
 
-def families() -> dict[str, Any]:
+def trained() -> bytes:
+    """What a trainer exposes, every metric with a value."""
+    return generate_latest(touched(TrainerMetrics()).registry)
+
+
+def families(exposed: bytes) -> dict[str, Any]:
     """The exposed metrics of ours, by name."""
-    found = text_string_to_metric_families(exercised().render()[0].decode())
+    found = text_string_to_metric_families(exposed.decode())
     return {family.name: family for family in found if family.name.startswith("headwater_")}
 
 
-@pytest.mark.parametrize("name", METRICS)
-def test_metric_is_exposed_with_its_labels(name: str) -> None:
-    family = families()["headwater_" + name.removesuffix("_total")]
-    labels = set().union(*(sample.labels for sample in family.samples)) - {"le"}
-    assert labels == METRICS[name]
-    assert family.documentation
+@pytest.mark.parametrize(
+    ("listed", "exposed"), [(METRICS, exercised().render()[0]), (TRAINER, trained())], ids=["worker", "trainer"]
+)
+def test_metrics_are_exposed_with_their_labels_and_no_other_is(listed: dict[str, set[str]], exposed: bytes) -> None:
+    found = {name: family for name, family in families(exposed).items() if not name.endswith("_created")}
+    labels = {
+        name: set().union(*(sample.labels for sample in family.samples)) - {"le"} for name, family in found.items()
+    }
+    assert labels == {"headwater_" + name.removesuffix("_total"): own for name, own in listed.items()}
+    assert all(family.documentation for family in found.values())
 
 
-def test_no_metric_is_exposed_that_is_not_listed_here() -> None:
-    exposed = {name for name in families() if not name.endswith("_created")}
-    assert exposed == {"headwater_" + name.removesuffix("_total") for name in METRICS}
-
-
-def test_units_are_base_units_and_no_label_is_an_id() -> None:
-    for name, family in families().items():
+@pytest.mark.parametrize("exposed", [exercised().render()[0], trained()], ids=["worker", "trainer"])
+def test_units_are_base_units_and_no_label_is_an_id(exposed: bytes) -> None:
+    for name, family in families(exposed).items():
         assert not UNITS_NOT_BASE.search(name), name
         for sample in family.samples:
             assert not {label for label in sample.labels if label.endswith("id")}, name
 
 
 def test_histograms_are_classic_and_their_buckets_rise() -> None:
-    for name, family in families().items():
+    for name, family in families(exercised().render()[0]).items():
         if family.type == "histogram":
             edges = [float(s.labels["le"]) for s in family.samples if s.name.endswith("_bucket")]
             assert edges == sorted(set(edges)), name
@@ -88,10 +108,9 @@ def test_histograms_are_classic_and_their_buckets_rise() -> None:
             assert len(edges) <= 20, f"{name}: each bucket is a series"
 
 
-def test_promtool_finds_nothing() -> None:
-    found = subprocess.run(
-        [promtool(), "check", "metrics"], input=exercised().render()[0], capture_output=True, check=False
-    )
+@pytest.mark.parametrize("exposed", [exercised().render()[0], trained()], ids=["worker", "trainer"])
+def test_promtool_finds_nothing(exposed: bytes) -> None:
+    found = subprocess.run([promtool(), "check", "metrics"], input=exposed, capture_output=True, check=False)
     assert (found.returncode, found.stdout, found.stderr) == (0, b"", b"")
 
 

@@ -1,6 +1,7 @@
 """Dashboard, alerts and the deployment speak of metrics, settings, files and services that exist."""
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -12,10 +13,11 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from model.gate import level
 from streams.__main__ import app
 from streams.settings import Settings
 from tests.promtool import promtool
-from tests.test_metrics import METRICS, exercised
+from tests.test_metrics import METRICS, TRAINER, exercised, trained
 
 ROOT: Final = Path(__file__).parent.parent
 DASHBOARD: Final = ROOT / "monitoring" / "grafana" / "dashboards" / "headwater.json"
@@ -29,10 +31,10 @@ GROUPING: Final = re.compile(r"\b(?:by|on|without|ignoring)\s*\(([^)]*)\)")
 
 
 def _series() -> dict[str, set[str]]:
-    """{name of a series: its labels} of all that a worker exposes."""
+    """{name of a series: its labels} of all that a worker or a trainer exposes."""
     found: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(exercised().render()[0].decode()):
-        for sample in family.samples:
+    for exposed in (exercised().render()[0], trained()):
+        for sample in (s for family in text_string_to_metric_families(exposed.decode()) for s in family.samples):
             found.setdefault(sample.name, set()).update(sample.labels)
     return found
 
@@ -90,8 +92,23 @@ def test_legends_and_annotations_use_labels_that_their_expressions_keep() -> Non
 
 def test_every_metric_is_on_the_dashboard() -> None:
     shown = " ".join(expression for where, expression in _expressions() if where.startswith("panel"))
-    missing = {name for name in METRICS if not re.search(rf"\bheadwater_{name}(_bucket|_count|_sum)?\b", shown)}
-    assert not missing
+    every = METRICS | TRAINER
+    missing = {name for name in every if not re.search(rf"\bheadwater_{name}(_bucket|_count|_sum)?\b", shown)}
+    assert missing == {"trainer_lag_records"}, "the trainer sets it to 0 alone: that it lags shows in its examples"
+
+
+def test_the_evidence_is_drawn_with_the_line_that_decides_the_first_duel() -> None:
+    (panel,) = [panel for panel in _panels() if "headwater_trainer_evidence" in panel["targets"][0]["expr"]]
+    line = panel["fieldConfig"]["defaults"]["thresholds"]["steps"][1]["value"]
+    assert line == pytest.approx(-math.log10(level(Settings().tuning_alpha, 1)), abs=0.01)
+    assert f"{line}" in panel["description"]
+
+
+def test_what_is_told_of_workers_leaves_the_trainers_series_of_the_same_name_out() -> None:
+    both = {f"headwater_{name}" for name in METRICS.keys() & TRAINER.keys()}
+    for where, expression in _expressions():
+        for name, matchers in SELECTOR.findall(expression):
+            assert name not in both or 'job="headwater"' in matchers, where
 
 
 def test_promtool_reads_every_expression(tmp_path: Path) -> None:
@@ -136,18 +153,18 @@ def test_dashboard_reads_the_provisioned_source_and_its_panels_do_not_overlap() 
 
 
 def test_compose_sets_only_settings_that_exist_to_values_that_hold() -> None:
-    workers = 0
+    commands = []
     for name, service in _compose()["services"].items():
         environment = service.get("environment", {})
         ours = {key: value for key, value in environment.items() if key.startswith("HEADWATER_")}
         if service.get("image", "").startswith("headwater"):
-            workers += service["command"] == ["worker"]
+            commands += [service["command"][0]] if "entrypoint" not in service else []
             fields = {key.removeprefix("HEADWATER_").lower(): value for key, value in ours.items()}
             assert set(fields) <= set(Settings.model_fields), name
             Settings(**fields)
         else:
             assert not ours, name
-    assert workers == 2
+    assert sorted(commands) == ["topics", "trainer", "worker", "worker"]
 
 
 def test_compose_commands_exist() -> None:
@@ -182,14 +199,30 @@ def test_compose_services_are_checked_and_wait_for_what_they_need() -> None:
     assert services["topics"]["depends_on"]["kafka"]["condition"] == "service_healthy"
 
 
-def test_prometheus_scrapes_each_worker_of_the_compose_file() -> None:
+def test_prometheus_scrapes_each_worker_and_the_trainer_of_the_compose_file() -> None:
     scraped = yaml.safe_load((ROOT / "monitoring" / "prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"]
-    targets = {target for job in scraped for static in job["static_configs"] for target in static["targets"]}
+    targets = {job["job_name"]: {t for s in job["static_configs"] for t in s["targets"]} for job in scraped}
     services = _compose()["services"]
-    assert targets == {f"{name}:8080" for name, s in services.items() if s.get("command") == ["worker"]}
-    for target in targets:
+
+    def running(command: str, port: int) -> set[str]:
+        return {f"{name}:{port}" for name, s in services.items() if s.get("command") == [command]}
+
+    port = Settings().trainer_port
+    assert targets == {"headwater": running("worker", 8080), "headwater-trainer": running("trainer", port)}
+    for target in targets["headwater"]:
         environment = services[target.partition(":")[0]]["environment"]
         assert environment["HEADWATER_ADVERTISED_URL"] == f"http://{target}"
+    assert f":{port}/metrics" in services["trainer"]["healthcheck"]["test"][-1]
+
+
+def test_the_trainer_runs_where_it_is_asked_for_and_keeps_what_it_made() -> None:
+    trainer = _compose()["services"]["trainer"]
+    assert trainer["profiles"] == ["trainer"] and "ports" not in trainer
+    kept = tuple(volume.partition(":")[2] for volume in trainer["volumes"])
+    for name in ("CHECKPOINTS", "TRAINER_DIR"):
+        assert trainer["environment"][f"HEADWATER_{name}"].startswith(kept), name
+    others = [name for name, service in _compose()["services"].items() if "trainer" in service.get("depends_on", ())]
+    assert not others
 
 
 def test_image_has_what_it_copies() -> None:
