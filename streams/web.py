@@ -679,14 +679,14 @@ def _worker_routes(app: FastAPI, http: Http, gate: Gate) -> None:
 
     @app.get("/healthz", operation_id="getHealth", response_model=None)
     async def health() -> Response:
-        return _json({"status": "ok"})
+        return _json(answers.Alive("ok"))
 
     @app.get("/readyz", operation_id="getReadiness", response_model=None)
     async def ready() -> Response:
         reasons = view.ready()
         if reasons:
             raise Problem("not-ready", "; ".join(reasons), retry_after_s=RETRY_AFTER_S, reasons=reasons)
-        return _json({"status": "ready"})
+        return _json(answers.Ready("ready"))
 
     @app.get("/metrics", operation_id="getMetrics", response_model=None)
     async def metrics() -> Response:

@@ -10,10 +10,13 @@ import msgspec
 import numpy as np
 from prometheus_client import CollectorRegistry, Histogram
 
+from model.evaluate import LiveMetrics
 from model.items import ItemMatrix
 from model.learner import LearnerConfig
 from model.ranker import Ranker
-from streams import codec, examples, pipeline, serving
+from state.partition import digest
+from streams import answers, codec, examples, pipeline, serving
+from streams.agents import POPULARITIES
 from streams.answers import Certificate, StateErased
 from streams.erasure import erasure_id
 from streams.events import Click, Comment, Erasure, Item
@@ -24,6 +27,7 @@ from tests.records import record
 TEXT_DIM: Final = 32
 PARTITIONS: Final = 4
 START_S: Final = 1_700_000_000.0
+URL: Final = "http://127.0.0.1:8080"
 EVIDENCE: Final = EvidenceConfig(rank_sample=1.0)
 TOPIC_CODES: Final = {name: code for code, name in examples.USER_SOURCES.items()}
 LIST: Final = 10  # first places that count as a hit
@@ -71,6 +75,8 @@ class World:
         self.listeners: list[asyncio.Queue[dict[str, Any]]] = []
         config = LearnerConfig(dim=16, text_dim=TEXT_DIM, negatives=32, neighbours_max=32, rank_items=0)
         self.settings_digest = settings_digest(self.encoder, config, EVIDENCE)
+        self._config = config
+        self._live = LiveMetrics(POPULARITIES)
         self._learner = ItemLearner(config, TEXT_DIM)
         self._replica = ItemMatrix(config.dim, config.text_dim, config.neighbours_max)
         self._ranker = Ranker(self._replica, cooccurrence_history=config.cooccurrence_history)
@@ -153,15 +159,23 @@ class World:
             raise ConnectionError("the broker is gone")
         return self.applied(partition)[topic] < offset <= self._ends.get((topic, partition), -1)
 
-    def digest(self) -> dict[str, Any]:
-        return {"partitions": {str(p): {"applied": self.applied(p)} for p in range(self.partitions)}}
+    def digest(self) -> answers.Digests:
+        found = []
+        for partition in range(self.partitions):
+            own = sorted((u, row) for u, row in self._rows.items() if self.partition_of(u.decode()) == partition)
+            applied = self.applied(partition)
+            found.append(answers.PartitionDigest("users", partition, applied, digest(own, applied)))
+        return answers.Digests(URL, [URL], self.encoder, found)
 
-    def model_info(self) -> dict[str, Any]:
-        return {
-            "model_version": self.model_version, "learner": {"applied": {"examples": self._examples_end - 1}},
-            "encoder": {"name": self.encoder, "dim": TEXT_DIM, "adapter": None},
-            "replica": {"items": len(self._replica), "active": self._replica.active_count},
-        }  # fmt: skip
+    def model_info(self) -> answers.ModelView:
+        replica, applied = self._replica, {"examples": self._examples_end - 1}
+        return answers.ModelView(
+            "0.1.0", self.model_version, answers.EncoderView(self.encoder, TEXT_DIM, None),
+            answers.LearnerView(applied, replica.positives, len(replica), self._examples_end), self._config.__dict__,
+            answers.ReplicaView(len(replica), replica.active_count, replica.positives, applied),
+            sum(end + 1 for end in self._ends.values()), len(replica), replica.positives,
+            msgspec.convert(self._live.report(), answers.Prequential),
+        )  # fmt: skip
 
     def ready(self) -> list[str]:
         return self.waits_for
@@ -246,6 +260,7 @@ class World:
         for message in messages:
             outcome = self._learner.learn(self._examples_end, message).outcome
             if outcome is not None:
+                self._live.observe(outcome)
                 ranked = ~np.isnan(outcome.rank)
                 ranks = (outcome.rank[ranked], outcome.pop_rank[ranked, -1], outcome.knn_rank[ranked])
                 self.hits.extend(zip(*((rank <= LIST).tolist() for rank in ranks), strict=True))

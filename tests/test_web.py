@@ -15,9 +15,13 @@ import jsonschema
 import msgspec
 import pytest
 
+from model.evaluate import LiveMetrics
 from streams import serving, tokens
+from streams.agents import POPULARITIES
+from streams.answers import Certificate, Prequential
 from streams.broker import free_port
-from streams.events import ID_CHARS_MAX, Item
+from streams.events import ID_CHARS_MAX, Comment, Item
+from streams.openapi import OPERATIONS
 from streams.problems import KINDS
 from streams.settings import Settings
 from streams.web import (
@@ -31,16 +35,18 @@ from streams.web import (
     HttpService,
     create_app,
 )
+from tests.serving_world import URL as BASE
 from tests.serving_world import World, is_sorted, small_world
 
-BASE = "http://127.0.0.1:8080"
 FAN = "space-fan-0"
 JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture
 def world() -> World:
-    return small_world()
+    made = small_world()
+    made.certificates[ERASURE] = Certificate(ERASURE, "complete")
+    return made
 
 
 def client_of(app: Edge) -> httpx.AsyncClient:
@@ -62,6 +68,32 @@ def assert_problem(response: httpx.Response, slug: str) -> dict[str, Any]:
     assert body["detail"] and body["request_id"] == response.headers["x-request-id"]
     assert (kind.status in (429, 503)) == ("retry-after" in response.headers)
     return body
+
+
+ERASURE = "erasures:0:0"
+BODIES: dict[str, Any] = {
+    "rank": {"user_id": FAN, "item_ids": ["space-1"], "explain": True},
+    "postEvents": [{"type": "click", "user_id": FAN, "item_id": "space-1", "action": "like"}],
+    "whatIf": {"with": [{"type": "comment", "user_id": FAN, "text": "no more westerns"}]},
+}
+
+
+def operation(document: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the document says of it."""
+    return next(o for methods in document["paths"].values() for o in methods.values() if o["operationId"] == name)
+
+
+def requests(document: dict[str, Any]) -> dict[str, tuple[str, str, Any]]:
+    """Operation -> a request of it that small_world answers: method, path, body. All that the document has; the user
+    is deleted last."""
+    found = {}
+    for template, methods in document["paths"].items():
+        path = template.format(user_id=FAN, item_id="space-1", erasure_id=ERASURE)
+        for method, told in methods.items():
+            name = told["operationId"]
+            found[name] = (method.upper(), path, BODIES[name] if "requestBody" in told else None)
+    found["deleteUser"] = found.pop("deleteUser")
+    return found
 
 
 # -- users
@@ -395,8 +427,8 @@ async def test_health_readiness_digest_model_metrics(api: httpx.AsyncClient, wor
     assert (await api.get("/readyz")).json() == {"status": "ready"}
     world.waits_for = ["users-3 opens"]
     assert assert_problem(await api.get("/readyz"), "not-ready")["reasons"] == ["users-3 opens"]
-    assert (await api.get("/v1/digest")).json() == world.digest()
-    assert (await api.get("/v1/model")).json() == world.model_info()
+    assert (await api.get("/v1/digest")).json() == msgspec.to_builtins(world.digest())
+    assert (await api.get("/v1/model")).json() == msgspec.to_builtins(world.model_info())
     await api.get(f"/v1/users/{FAN}/recommendations")
     metrics = await api.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")
@@ -485,23 +517,61 @@ async def test_openapi_is_valid_and_says_what_is_answered(api: httpx.AsyncClient
             jsonschema.validate(content["example"], resolved(document, content["schema"]))
 
 
-async def test_answers_fit_their_schemas(api: httpx.AsyncClient) -> None:
+def closed(schema: Any) -> Any:
+    """The schema, that of an object as one of no other properties than it names."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    told = {name: closed(part) for name, part in schema.items()}
+    return {"additionalProperties": False, **told} if isinstance(schema.get("properties"), dict) else told
+
+
+async def test_every_answer_is_what_the_document_says_and_nothing_else(api: httpx.AsyncClient) -> None:
     document = (await api.get("/openapi.json")).json()
-    event = {"type": "comment", "user_id": FAN, "text": "western", "item_id": "western-1"}
-    sent = await api.post("/v1/events", json=event)
-    calls = [
-        ("/v1/events", "post", sent),
-        ("/v1/users/{user_id}/state", "get", await api.get(f"/v1/users/{FAN}/state")),
-        ("/v1/users/{user_id}/recommendations", "get", await api.get(f"/v1/users/{FAN}/recommendations?explain=true")),
-        ("/v1/rank", "post", await api.post("/v1/rank", json={"user_id": FAN, "item_ids": ["space-1"]})),
-        ("/v1/items/{item_id}", "get", await api.get("/v1/items/space-1")),
-        ("/v1/items/{item_id}", "get", await api.get("/v1/items/nothing")),
-        ("/v1/items/{item_id}/similar", "get", await api.get("/v1/items/space-1/similar")),
-    ]
-    for path, method, response in calls:
-        answers = document["paths"][path][method]["responses"][str(response.status_code)]["content"]
-        schema = answers[response.headers["content-type"]]["schema"]
-        jsonschema.validate(response.json(), resolved(document, schema))
+    shapes = closed(document)
+    query = {"explain": True, "parts": True, "texts": True, "words": True}  # of lists; others pass it over
+    names = []
+    for name, (method, path, body) in requests(document).items():
+        if name == "getStream":  # it has no end
+            continue
+        response = await api.request(method, path, json=body, params=query)
+        told = operation(document, name)["responses"][str(response.status_code)]["content"]
+        content = told[response.headers["content-type"].partition(";")[0]]
+        assert response.is_success, (name, response.text)
+        if "json" in response.headers["content-type"] and name != "getOpenapi":
+            assert "$ref" in content["schema"], f"{name}: any object would do"
+            jsonschema.validate(response.json(), resolved(shapes, content["schema"]))
+            names.append(name)
+    assert len(names) == 13 and {"getDigest", "getModel", "getHealth", "getReadiness", "getErasure"} <= set(names)
+    for path in ("/v1/items/nothing", "/v1/users/u/state?at_least=x"):
+        problem = await api.get(path)
+        jsonschema.validate(problem.json(), resolved(shapes, {"$ref": "#/components/schemas/ProblemDetails"}))
+
+
+async def test_examples_are_what_a_worker_could_answer(api: httpx.AsyncClient, world: World) -> None:
+    """No name is missing and none is invented; what can be checked of the values is."""
+    for name, told in OPERATIONS.items():
+        if isinstance(told.shape, type):
+            whole = msgspec.json.encode(msgspec.convert(told.example, told.shape))
+            assert json.loads(whole) == json.loads(json.dumps(told.example)), name
+    world.take(Comment(FAN, "western romance", ts=world.clock_s))
+    shown, state = OPERATIONS["getState"].example, (await api.get(f"/v1/users/{FAN}/state")).json()
+    assert [part["name"] for part in shown["parts"]] == [part["name"] for part in state["parts"]]
+    figures = LiveMetrics(POPULARITIES).report()
+    assert set(OPERATIONS["getModel"].example["prequential"]) == set(Prequential.__struct_fields__) == set(figures)
+    assert msgspec.to_builtins(msgspec.convert(figures, Prequential)) == figures
+    for name in ("getRecommendations", "rank", "whatIf"):
+        shown = OPERATIONS[name].example
+        token = tokens.read(shown["token"])
+        assert token.list == tokens.list_digest((item["item_id"], item["logit"]) for item in shown["items"])
+        assert {topic: [token.partition, offset] for topic, offset in token.applied.items()} == shown["applied"]
+        for item in shown["items"]:
+            given = item["explanation"]
+            assert given["bias"] == pytest.approx(sum(given["bias_parts"].values()))
+            assert all(c["value"] == pytest.approx(sum(c["parts"].values())) for c in given["contributions"])
+            values = sum(c["value"] for c in given["contributions"])
+            assert given["bias"] + values + given["rest"] == pytest.approx(item["logit"])
 
 
 async def test_docs_tell_every_operation_and_problem_without_scripts(api: httpx.AsyncClient) -> None:
