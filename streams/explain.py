@@ -17,12 +17,13 @@ from model.ranker import Ranker
 from state import rows
 from state.rows import UserRow
 from state.sealing import Rows, SealedRows
-from state.store import RocksDisk
+from state.store import RocksDisk, Store
 from streams import kafka, rebuild, serving, tokens
 from streams.answers import RankedItem
 from streams.datakeys import sealer_of
 from streams.encoding import Encoder
 from streams.pipeline import ItemLearner
+from streams.rebuild import Cut
 from streams.serving import ListOptions, Origin, Read, WorkerView
 from streams.settings import Fault, Settings
 from streams.tokens import Token
@@ -93,6 +94,7 @@ class _Rebuild:
         self.disk = RocksDisk()
         self.sealer = sealer_of(settings)
         self.applied = {name: offset for name, offset in token.applied.items() if offset >= 0}
+        self._changelog: tuple[Store, list[Cut]] | None = None
 
     async def run(self, item_ids: Sequence[str]) -> Rebuilt:
         start = await self._start(EXAMPLES, LEARNER_PARTITION)
@@ -106,11 +108,14 @@ class _Rebuild:
         options = ListOptions(self.token.limit, True, self.token.exclude_seen, True, True)
         ranked = self.token.kind == tokens.RANK
         items = serving.ordered(reader, item_ids, options) if ranked else serving.best(reader, options)
-        found = tokens.list_digest((item.item_id, item.logit) for item in items)
-        return Rebuilt(user_id, items, found == self.token.list)
+        is_equal = tokens.list_digest((item.item_id, item.logit) for item in items) == self.token.list
+        if user_id is None and not is_equal and (lost := await self._lost()):
+            raise CannotRebuildError(f"{lost}, and neither what is left nor the changelog names the list's user")
+        return Rebuilt(user_id, items, is_equal)
 
     async def _user(self) -> str | None:
-        """Whose id has the token's digest, by the keys of the user's own records."""
+        """Whose id has the token's digest: by the keys of the user's own records, or, where retention may have taken
+        those, of the changelog's rows, which data keys make pseudonyms."""
         for name, last in self.applied.items():
             bar = self._bar(f"finding in {name}", last + 1)
             async for records in self._read(name, self.token.partition, 0, last):
@@ -118,23 +123,18 @@ class _Rebuild:
                     if record.key is not None and tokens.digest_of(record.key) == self.token.user:
                         return str(record.key.decode())
                 bar(len(records))
-        return None
+        if not await self._lost():
+            return None
+        restored, _ = await self._restored()
+        return next((key.decode() for key, _ in restored.items() if tokens.digest_of(key) == self.token.user), None)
 
     async def _row(self, user_id: str) -> UserRow:
         partition = self.token.partition
-        restored = self.disk.open(self.folder / "changelog")
-        topic = self.settings.internal_topic("users-changelog")
-        end = await kafka.log_end(self.options, topic, partition)
-        log = kafka.read_log(self.options, topic, partition, 0, end - 1)
-        cuts = await rebuild.changelog_rows(log, self.token.applied, restored)
+        restored, cuts = await self._restored()
         if cuts and cuts[-1].is_complete and rebuild.is_at(cuts[-1].applied, self.token.applied):
             return _unpacked(restored if self.sealer is None else SealedRows(restored, self.sealer), user_id)
-        lost = [name for name in self.applied if await self._start(name, partition) > 0]
-        if lost:
-            raise CannotRebuildError(
-                f"the beginning of {' and '.join(lost)}, partition {partition}, is gone (retention), and the changelog "
-                "has no flush of the list's offsets any more"
-            )
+        if lost := await self._lost():
+            raise CannotRebuildError(f"{lost}, and the changelog has no flush of the list's offsets any more")
         folded = self.disk.open(self.folder / "rows")
         await rebuild.user_rows(
             self._read, partition, self.token.applied, folded, self.encoder, self.settings.evidence_config(),
@@ -142,6 +142,22 @@ class _Rebuild:
             progress=self._bar("folding", sum(o + 1 for o in self.applied.values())),
         )  # fmt: skip
         return _unpacked(folded, user_id)
+
+    async def _restored(self) -> tuple[Store, list[Cut]]:
+        """The changelog's rows up to the list's offsets, and the flushes that made them; read once."""
+        if self._changelog is None:
+            topic, partition = self.settings.internal_topic("users-changelog"), self.token.partition
+            end = await kafka.log_end(self.options, topic, partition)
+            log = kafka.read_log(self.options, topic, partition, 0, end - 1)
+            store = self.disk.open(self.folder / "changelog")
+            self._changelog = store, await rebuild.changelog_rows(log, self.token.applied, store)
+        return self._changelog
+
+    async def _lost(self) -> str:
+        """Which source logs have lost their beginning, for people; empty: they are whole."""
+        partition = self.token.partition
+        lost = [name for name in self.applied if await self._start(name, partition) > 0]
+        return f"the beginning of {' and '.join(lost)}, partition {partition}, is gone (retention)" if lost else ""
 
     @property
     def _config(self) -> Any:

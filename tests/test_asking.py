@@ -11,7 +11,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from bench.deployment import Deployment, WorkerProcess
 from bench.fuzz import FILMS
 from headwater import Click, Client, Comment
 from model.encoder import Encoder
-from streams import rebuild, tokens
+from streams import kafka, rebuild, tokens
 from streams.explain import CannotRebuildError, rebuild_list
 from streams.openapi import OPERATIONS
 from tests.readme import example, run_shell
@@ -176,6 +176,39 @@ def test_tokens_of_a_run_are_made_again_bit_for_bit(asked: Asked, monkeypatch: p
     monkeypatch.setattr("streams.kafka.log_start", starts_at_five)
     with pytest.raises(CannotRebuildError, match="examples log begins at offset 5"):
         rebuild_list(settings, another, encoder, [], steps)
+
+
+def test_a_list_whose_user_left_the_source_logs_is_made_again_or_the_log_is_named(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retention has taken all of clicks and comments: the changelog names the user as long as it has the flush."""
+    worker, settings = asked.worker, asked.worker.settings
+    lists = [worker.get(f"/v1/users/{user}/recommendations", limit=4) for user in ("reader-2", "nobody")]
+    told, nobody = (tokens.read(one["token"]) for one in lists)
+    encoder = Encoder(settings.encoder)
+    whole_start, whole_read = kafka.log_start, kafka.read_records
+    emptied = {settings.topic("clicks"), settings.topic("comments")}
+
+    async def start(options: Any, topic: str, partition: int) -> int:
+        return 1000 if topic in emptied else await whole_start(options, topic, partition)
+
+    async def read(options: Any, topic: str, *more: Any, **options_too: Any) -> AsyncIterator[list[Any]]:
+        if topic not in emptied:
+            async for batch in whole_read(options, topic, *more, **options_too):
+                yield batch
+
+    monkeypatch.setattr("streams.kafka.log_start", start)
+    monkeypatch.setattr("streams.kafka.read_records", read)
+    found = rebuild_list(settings, told, encoder, [], unseen)
+    assert (found.user_id, found.is_equal) == ("reader-2", True)
+    assert rebuild_list(settings, nobody, encoder, [], unseen).is_equal, "nothing was ever known of this one"
+    monkeypatch.setattr("streams.rebuild.changelog_rows", no_flush)
+    with pytest.raises(CannotRebuildError, match=r"of clicks and comments, partition \d, is gone .* the list's user"):
+        rebuild_list(settings, told, encoder, [], unseen)
+
+
+def unseen(stage: str, done: int, total: int) -> None:
+    """Steps that nobody looks at."""
 
 
 async def no_flush(batches: Any, upto: Any, rows: Any) -> list[rebuild.Cut]:
