@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from streams import keys
+from streams.answers import Certificate
 from streams.audit import Audit, Record, Verifier, pseudonym
 from streams.keys import FAILURES_BURST, Buckets, Gate, KeysError
 from streams.openapi import OPERATIONS
@@ -19,7 +20,7 @@ from streams.problems import Problem
 from streams.settings import Settings
 from streams.web import FORWARDED_HEADER, Http, create_app
 from tests.serving_world import World, small_world
-from tests.test_web import BASE, FAN, assert_problem, client_of
+from tests.test_web import BASE, ERASURE, FAN, assert_problem, client_of, operation, requests
 
 NOW_S = 1_790_000_000.0
 KEY_SECRET_AT = len("hw_123456789abc_")
@@ -256,7 +257,9 @@ class Sent:
 
 @pytest.fixture
 def world() -> World:
-    return small_world()
+    made = small_world()
+    made.certificates[ERASURE] = Certificate(ERASURE, "complete")
+    return made
 
 
 @pytest.fixture
@@ -282,6 +285,7 @@ async def api(
     audit = Audit(sent, lambda: NOW_S)
     async with httpx.AsyncClient() as forwarder:
         app = create_app(world, forwarder, None, Gate(path, 1000.0, clock), audit)
+        app.app.state.http.closing.set()  # /v1/stream ends as soon as it has begun
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with Client(transport=transport, base_url=BASE) as client:
             client.audit, client.auditing = audit, asyncio.create_task(audit.run())
@@ -293,55 +297,45 @@ def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-def requests() -> dict[str, tuple[str, str, Any]]:
-    """Operation -> a request of it."""
-    event = {"type": "click", "user_id": FAN, "item_id": "space-1", "action": "like"}
-    known: dict[str, tuple[str, str, Any]] = {
-        "getState": ("GET", f"/v1/users/{FAN}/state", None),
-        "getRecommendations": ("GET", f"/v1/users/{FAN}/recommendations", None),
-        "rank": ("POST", "/v1/rank", {"user_id": FAN, "item_ids": ["space-1"]}),
-        "postEvents": ("POST", "/v1/events", [event]),
-        "getItem": ("GET", "/v1/items/space-1", None),
-        "getSimilar": ("GET", "/v1/items/space-1/similar", None),
-    }
-    return known
+NEEDED: dict[str, str | None] = {  # the scope of each operation
+    **dict.fromkeys(("getHealth", "getReadiness", "getOpenapi", "getDocs")),
+    **dict.fromkeys(
+        ("getState", "getRecommendations", "rank", "whatIf", "getItem", "getSimilar", "getErasure"), "read"
+    ),
+    **dict.fromkeys(("getDigest", "getModel", "getStream", "getMetrics"), "read"),
+    "postEvents": "write",
+    "deleteUser": "admin",
+}
 
 
-async def test_without_a_key_everything_but_health_and_the_documents_is_401(api: Client) -> None:
+@pytest.mark.parametrize("held", ["none", "wrong", "revoked", *keys.SCOPES])
+async def test_every_operation_lets_in_the_keys_of_its_scope_and_no_others(
+    api: Client, made: dict[str, str], path: Path, clock: Clock, held: str
+) -> None:
+    made |= {"wrong": f"hw_{12 * 'd'}_{43 * 'x'}", "revoked": keys.add(path, "the-revoked", "admin", NOW_S)}
+    keys.revoke(path, "the-revoked")
     document = (await api.get("/openapi.json")).json()
-    tried = 0
-    for template, methods in document["paths"].items():
-        for method, operation in methods.items():
-            url = template.replace("{user_id}", FAN).replace("{item_id}", "space-1").replace("{", "").replace("}", "")
-            scope = OPERATIONS[operation["operationId"]].scope_for(method.upper())
-            response = await api.request(method, url)
-            if scope is None:
-                assert operation["security"] == []
-                assert response.status_code == 200, template
-                continue
-            tried += 1
+    asked = requests(document)
+    assert asked.keys() == NEEDED.keys() == OPERATIONS.keys()
+    for name, (method, url, body) in asked.items():
+        response = await api.request(method, url, json=body, headers=bearer(made[held]) if held != "none" else {})
+        needed, told = NEEDED[name], operation(document, name)
+        assert told["x-scope"] == needed
+        assert told["security"] == ([] if needed is None else [{"bearer": []}, {"apiKey": []}])
+        if needed is None or (held in keys.SCOPES and keys.SCOPES.index(held) >= keys.SCOPES.index(needed)):
+            assert response.is_success, (name, response.text)
+            continue
+        assert {"401", "403", "429"} <= set(told["responses"])
+        if held in keys.SCOPES:
+            assert_problem(response, "forbidden")
+        else:
             assert_problem(response, "unauthenticated")
             assert response.headers["www-authenticate"].startswith("Bearer")
-            assert operation["security"] == [{"bearer": []}, {"apiKey": []}]
-            assert {"401", "403", "429"} <= set(operation["responses"])
-    assert tried >= 10
-    opened = {name for name, o in OPERATIONS.items() if o.scope is None}
-    assert opened == {"getHealth", "getReadiness", "getOpenapi", "getDocs"}
+        clock.s += 60  # wrong keys are told of at once again
+
+
+async def test_the_page_needs_no_key_and_either_header_takes_one(api: Client, made: dict[str, str]) -> None:
     assert (await api.get("/")).status_code == (await api.get("/page/app.js")).status_code == 200
-
-
-async def test_a_read_key_reads_and_is_403_on_writes_and_erasures(api: Client, made: dict[str, str]) -> None:
-    for operation, (method, url, body) in requests().items():
-        for scope, key in made.items():
-            response = await api.request(method, url, json=body, headers=bearer(key))
-            needed = OPERATIONS[operation].scope_for(method)
-            assert needed is not None
-            if keys.SCOPES.index(scope) < keys.SCOPES.index(needed):
-                assert_problem(response, "forbidden")
-            else:
-                assert response.is_success, (operation, scope, response.text)
-    changing = {name for name, o in OPERATIONS.items() if o.scope_for("DELETE") == "admin"}
-    assert "rank" not in changing and "postEvents" not in changing
     for name in ("x-api-key", "X-API-Key"):
         assert (await api.get(f"/v1/users/{FAN}/state", headers={name: made["read"]})).status_code == 200
 
@@ -376,7 +370,8 @@ async def test_a_hundred_wrong_keys_are_limited_and_every_one_is_audited(
 async def test_the_audit_log_tells_who_did_what_to_whom(
     api: Client, sent: Sent, made: dict[str, str], world: World
 ) -> None:
-    for method, url, body in requests().values():
+    document = (await api.get("/openapi.json")).json()
+    for method, url, body in requests(document).values():
         await api.request(method, url, json=body, headers={**bearer(made["write"]), "x-request-id": f"{method}-1"})
     await api.post("/v1/events", json=[], headers=bearer(made["read"]))
     await api.get(f"/v1/users/{FAN}/state", headers={**bearer(made["read"]), FORWARDED_HEADER: "1"})
@@ -387,8 +382,11 @@ async def test_the_audit_log_tells_who_did_what_to_whom(
         ("opened", "", 0, [], False),
         ("getState", "the-write", 200, fan, False),
         ("getRecommendations", "the-write", 200, fan, False),
+        ("whatIf", "the-write", 200, fan, False),
         ("rank", "the-write", 200, fan, False),
         ("postEvents", "the-write", 202, fan, False),
+        ("getStream", "the-write", 200, ["*"], False),
+        ("deleteUser", "the-write", 403, fan, False),
         ("postEvents", "the-read", 403, [], False),
         ("getState", "the-read", 200, fan, True),
         ("closed", "", 0, [], False),

@@ -35,9 +35,9 @@ from streams.web import (
     HttpService,
     create_app,
 )
-from tests.serving_world import URL as BASE
-from tests.serving_world import World, is_sorted, small_world
+from tests.serving_world import URL, World, is_sorted, small_world
 
+BASE = URL
 FAN = "space-fan-0"
 JSON = {"content-type": "application/json"}
 
