@@ -583,6 +583,13 @@ class LearnerKeeper(Keeper[bytes]):
                 model.removed, model.messages = int(fresh.left_out[0]), offset
         learner = self.learner if fresh is None else fresh
         learner.settled(offset)
+        adapter = learner.learner.matrix.adapter
+        if adapter is not None and model.exact and learner.removed and (fresh is None or model.removed):
+            model.exact = False
+            model.reason = (
+                f"the encoder's adapter in use, {adapter.name}, may have been trained on the user's examples and is "
+                "not trained again; all else is the state of a log without them, under this adapter"
+            )
         loop = asyncio.get_running_loop()
         model.digest = await loop.run_in_executor(self._executor, learner.learner.digest)
         model.seconds = self.around.now() - started

@@ -111,8 +111,9 @@ class Book:
             return None
         model = self._models.get(name)
         gone = {topic: begin for topic, begin in (found.unlearn_from or {}).items() if begin > 0}
-        if model is not None and model.exact and gone:
+        if model is not None and model.done and gone:
             reason = f"the logs begin at {gone}: which examples came from events before that is not known any more"
+            reason = reason if model.reason is None else f"{model.reason}; and {reason}"
             model = msgspec.structs.replace(model, exact=False, reason=reason)
         return msgspec.structs.replace(found, model=model)
 

@@ -194,6 +194,21 @@ async def test_unlearning_is_not_called_exact_where_the_users_first_events_are_g
     assert not told.model.exact and "clicks" in (told.model.reason or "")
 
 
+async def test_a_certificate_tells_every_reason_why_unlearning_is_not_exact() -> None:
+    world = World(clicks_begin=1)
+    await live(world, "first")
+    book = Book(world.certify)
+    for key, value in world.topic:
+        book.take(key, value)
+    await book.write_model(NAME, ModelUnlearnt(False, 3, 2, reason="the adapter is not trained again"))
+    told = book.get(NAME)
+    assert told is not None and told.model is not None and told.model.reason is not None
+    assert told.model.reason.startswith("the adapter is not trained again; and the logs begin at {'clicks': 1}")
+    await book.write_model(NAME, ModelUnlearnt(False, 3, done=False, progress=0.5))
+    told = book.get(NAME)
+    assert told is not None and told.model is not None and told.model.reason is None, "nothing is decided yet"
+
+
 async def test_a_fenced_owner_leaves_the_rest_to_the_next() -> None:
     world = World()
     book = Book(world.certify)

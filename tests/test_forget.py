@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench import verdict
 from bench.claims import learn_without
 from bench.deployment import Deployment, WorkerProcess
+from model.adapter import Adapter
 from model.learner import LearnerConfig
-from streams import kafka
+from streams import examples, kafka
 from streams.pipeline import ItemLearner
+from streams.trainer import ADAPTER_KEY
 from tests.test_verify import verified
 from tests.test_worker import FILMS, Outside, catalogue_known
 
@@ -154,6 +157,44 @@ def test_a_user_is_forgotten_everywhere_and_by_the_model(
     assert worker.get(f"/v1/users/{USER}/state", at_least=back)["events"] == 1
     worker.wait_until("not found", lambda: worker.http.get("/v1/erasures/erasures:0:77").status_code == 404)
     assert worker.stop()[0] == 0
+
+
+def test_an_adapter_in_use_that_may_have_learnt_from_the_user_is_in_the_certificate(
+    deployment: Deployment, outside: Outside
+) -> None:
+    """All but the adapter is unlearnt, so it is not called exact; from who had no example, it cannot have learnt."""
+    worker = deployment.start_worker()
+    outside.films()
+    worker.wait_ready()
+    catalogue_known(worker, len(FILMS))
+    for user in (USER, "other"):
+        sent = stream(outside, user, ["alien", "amelie"])
+        assert worker.get(f"/v1/users/{user}/state", at_least=sent)["events"] == 3
+    left, right = np.random.default_rng(1).standard_normal((2, TEXT_DIM, 4)).astype(np.float32) / 6
+    adapter = Adapter(worker.get("/v1/model")["encoder"]["name"], left, right, 1.2)
+    asyncio.run(switch_to(deployment, adapter))
+    worker.wait_until("the switch", lambda: worker.get("/v1/model")["encoder"]["adapter"] == adapter.name)
+
+    def forgotten(user: str) -> dict[str, Any]:
+        asked = worker.http.delete(f"/v1/users/{user}", params={"unlearn": "true"})
+        told: dict[str, Any] = complete(worker, asked.json()["erasure_id"])["model"]
+        return told
+
+    nobody, model = forgotten("nobody"), forgotten(USER)
+    assert (nobody["exact"], nobody["removed"]) == (True, 0)
+    assert (model["exact"], model["removed"]) == (False, 2) and adapter.name in model["reason"]
+    assert cut(messages(deployment), own_positions(deployment)).learner.digest() == model["digest"]
+    assert worker.get("/v1/model")["encoder"]["adapter"] == adapter.name
+    assert worker.stop()[0] == 0
+
+
+async def switch_to(deployment: Deployment, adapter: Adapter) -> None:
+    """As the trainer does."""
+    producer = kafka.Producer(deployment.settings.kafka_options())
+    await producer.start()
+    topic = deployment.settings.internal_topic("examples")
+    await producer.send(topic, 0, [(ADAPTER_KEY, examples.pack_adapter(adapter))])
+    await producer.stop()
 
 
 def own_positions(deployment: Deployment) -> set[int]:
