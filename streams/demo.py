@@ -6,8 +6,11 @@ rate while the visitor acts, and every act is followed by a read that waits unti
 
 import asyncio
 import contextlib
+import fcntl
 import gzip
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +43,9 @@ POLL_S: Final = 0.1
 LEARNT_POLL_S: Final = 0.3  # each look makes the worker compute its live figures
 LOG_LINES_SHOWN: Final = 15
 HTTP_TIMEOUT_S: Final = 15.0
+BROKER_LOG: Final = "broker.log"  # in the state folder: of a broker that the demo has started
+STORE_NAME: Final = re.compile(r"(users|catalogue|learner)-\d+")  # of a partition's folder in a worker's state folder
+STORE_LOCK: Final = "LOCK"  # RocksDB's, in each; held while the store is open
 
 Report: TypeAlias = dict[str, Any]
 
@@ -60,7 +66,7 @@ class Options:
 
 def run(settings: Settings, options: Options, now: Callable[[], float]) -> None:
     """The whole demo. Raises Fault, with what to do."""
-    console = Console(stderr=True, highlight=False)
+    console, results = Console(stderr=True, highlight=False), Console(highlight=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave the blocks in order
     console.print(f"data: {movielens.LICENCE}", style="dim")
     stream = movielens.fetch(cache_dir() / "ml-100k")
@@ -69,18 +75,57 @@ def run(settings: Settings, options: Options, now: Callable[[], float]) -> None:
             state_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headwater-demo-")))
         else:
             state_dir = options.state_dir
-        address = settings.broker or stack.enter_context(EmbeddedBroker(log_file=state_dir / "broker.log")).address
+            _make_folder(state_dir)
+            if not settings.broker:
+                _remove_left_state(state_dir, console)
+        address = settings.broker or stack.enter_context(EmbeddedBroker(log_file=state_dir / BROKER_LOG)).address
         console.print(f"broker: {address}{'' if settings.broker else ' (embedded, in memory)'}")
         ours = _settings(settings, address, state_dir)
         _make_topics(ours)
         worker = stack.enter_context(_Worker(ours, console))
-        report = _learn(ours, stream, options, worker, console, now)
+        report = _learn(ours, stream, options, worker, results, now)
         if options.report is not None:
             options.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        _print(report, console)
+        _print(report, results)
         if not options.once:
             console.print(f"\nthe page: [bold]{ours.http_url()}/[/]   (Ctrl-C ends the demo)")
             worker.wait()
+
+
+def _make_folder(state_dir: Path) -> None:
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise DemoError(f"{state_dir}: {problem.strerror}: give a folder that can be made with --state") from None
+
+
+def _remove_left_state(state_dir: Path, console: Console) -> None:
+    """Removes what the worker of an earlier demo has left: it is of logs that were in the memory of that demo's broker.
+
+    Only folders that hold a store of the program, and only where a demo with a broker of its own was before. Raises
+    DemoError, with nothing removed, where they may be of other logs or a worker has them open.
+    """
+    locks = {path: path / STORE_LOCK for path in sorted(state_dir.iterdir()) if STORE_NAME.fullmatch(path.name)}
+    stores = [path for path, lock in locks.items() if lock.is_file() and not path.is_symlink()]
+    if not stores:
+        return
+    if not (state_dir / BROKER_LOG).exists():
+        raise DemoError(
+            f"{state_dir} has the state of a worker beside another broker: give another folder with --state, or set "
+            "HEADWATER_BROKER to that broker"
+        )
+    with contextlib.ExitStack() as stack:
+        for path in stores:
+            lock = stack.enter_context(locks[path].open("r+b"))
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise DemoError(
+                    f"a worker is running on {state_dir}: end it, or give another folder with --state"
+                ) from None
+        for path in stores:
+            shutil.rmtree(path)
+    console.print(f"state: {len(stores)} partitions in {state_dir} were of an earlier demo's broker, and are removed")
 
 
 def _settings(settings: Settings, address: str, state_dir: Path) -> Settings:
@@ -186,10 +231,10 @@ class _Worker:
 
 
 def _learn(
-    settings: Settings, stream: movielens.Stream, options: Options, worker: _Worker, console: Console,
+    settings: Settings, stream: movielens.Stream, options: Options, worker: _Worker, results: Console,
     now: Callable[[], float],
 ) -> Report:  # fmt: skip
-    """Replays, lets the visitor act, waits until all is learnt: the report."""
+    """Replays, lets the visitor act, waits until all is learnt: the report. Prints what the visitor is shown."""
     items, ratings = _count(stream.items), _count(stream.events)
     total = min(options.events or ratings, ratings)
     paced = min(PACED_EVENTS_MAX, total // 10)
@@ -210,7 +255,7 @@ def _learn(
     progress.wait_until_learnt(total + freshness.published, items)
     seconds = time.monotonic() - started
     info = worker.model()  # before the visit below: the figures are the stream's
-    visitor.visit(console)
+    visitor.visit(results)
     return {
         "events": done.events + paced_done.events, "seconds": round(seconds, 2),
         "events_per_s": round(done.events / full_seconds, 1),

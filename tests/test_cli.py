@@ -13,15 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kafka.errors import NodeNotReadyError
 from typer.testing import CliRunner
 
-from streams.__main__ import app
+from streams import topics
+from streams.__main__ import _require_topics, app
+from streams.settings import Settings
 
 COMMANDS = (
     "demo", "broker", "worker", "topics", "replay", "evaluate", "digest", "verify", "state", "recommend", "forget",
-    "settings", "keys", "audit",
+    "settings", "keys", "audit", "trainer", "checkpoints", "explain",
 )  # fmt: skip
-GROUPED = ("keys add", "keys list", "keys revoke", "audit verify", "audit show")
+GROUPED = (
+    "keys add", "keys list", "keys revoke", "audit verify", "audit show", "checkpoints list", "checkpoints show",
+    "checkpoints promote", "checkpoints rollback", "checkpoints prune",
+)  # fmt: skip
 APPLIED = {"clicks": [1, 41], "comments": [1, -1]}
 EXPLANATION = {
     "bias": -2.0, "rest": 0.25,
@@ -124,6 +130,13 @@ def run(*arguments: str, **settings: object) -> Any:
     return CliRunner().invoke(app, list(arguments), env=env)
 
 
+def start(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
+    """As `run`, in a process of its own: for commands that change theirs."""
+    env = {f"HEADWATER_{name.upper()}": str(value) for name, value in settings.items()}
+    command = [sys.executable, "-m", "streams", *arguments]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+
+
 def test_help_lists_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0
@@ -131,7 +144,7 @@ def test_help_lists_every_command() -> None:
         assert f" {command} " in result.stdout
 
 
-@pytest.mark.parametrize("command", [*(c for c in COMMANDS if c not in ("keys", "audit")), *GROUPED])
+@pytest.mark.parametrize("command", [*COMMANDS, *GROUPED])
 def test_help_of_a_command_has_an_example(command: str) -> None:
     result = run(*command.split(), "--help")
     assert result.exit_code == 0
@@ -185,10 +198,45 @@ def test_replay_refuses_a_speed_that_is_none(speed: str) -> None:
     assert "number of events per second" in " ".join(result.stderr.replace("│", " ").split())
 
 
-def test_no_broker_is_an_error_that_says_what_to_do(free_port: int) -> None:
-    result = run("topics", broker=f"127.0.0.1:{free_port}")
+@pytest.mark.parametrize("command", ["topics", "worker"])
+def test_no_broker_is_an_error_that_says_what_to_do(command: str, free_port: int) -> None:
+    result = start(command, broker=f"127.0.0.1:{free_port}")
+    assert result.returncode == 1
+    assert "headwater broker" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["worker", "trainer"])
+def test_topics_that_are_not_there_are_told_and_not_made(command: str, broker: str) -> None:
+    """Brokers make a topic that a worker's clients ask for, with partitions and a retention of their own."""
+    own = {"broker": broker, "topic_prefix": f"none-{command}.", "app_id": "none"}
+    result = start(command, **own)
+    assert result.returncode == 1
+    assert "headwater topics" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert run("topics", **own).exit_code == 0, "all of them are made as planned"
+
+
+def test_a_broker_of_several_that_is_away_keeps_no_worker_from_its_start(
+    broker: str, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes as far as its encoder: where its first address answers nobody, and where one asked has just gone."""
+    own = {"broker": f"127.0.0.1:{free_port},{broker}", "topic_prefix": f"away-{broker[-2:]}.", "app_id": "away"}
+    assert run("topics", **own).exit_code == 0
+    assert "no such folder" in start("worker", encoder="/no/such", **own).stderr
+
+    def go(*_: object) -> None:
+        raise NodeNotReadyError
+
+    monkeypatch.setattr(topics, "require", go)
+    _require_topics(Settings())
+
+
+@pytest.mark.parametrize("arguments", [("evaluate", "--items", "i", "--events", "e"), ("verify",)])
+def test_an_encoder_that_is_not_there_is_an_error_that_says_what_to_do(
+    arguments: tuple[str, ...], http_port: int
+) -> None:
+    result = run(*arguments, encoder="/no/such", http_port=http_port)
     assert result.exit_code == 1
-    assert "headwater broker" in result.stderr
+    assert "HEADWATER_ENCODER" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("arguments", [("digest",), ("state", "u"), ("recommend", "u")])
@@ -216,7 +264,9 @@ def test_problem_of_the_worker_is_told_with_what_to_do(user: str, advice: str, h
 def test_of_an_unknown_user_it_is_said_that_nothing_is_known(http_port: int) -> None:
     state = run("state", "unknown", http_port=http_port)
     assert state.exit_code == 1 and "nothing is known of user 'unknown'" in state.stderr
-    assert json.loads(run("state", "unknown", "--json", http_port=http_port).stdout)["events"] == 0
+    for_scripts = run("state", "unknown", "--json", http_port=http_port)
+    assert for_scripts.exit_code == 1 and for_scripts.stderr == state.stderr
+    assert json.loads(for_scripts.stdout)["events"] == 0
     shown = run("recommend", "unknown", http_port=http_port)
     assert shown.exit_code == 0 and "i7" in shown.stdout
     assert "this is what newcomers see" in shown.stderr
@@ -309,6 +359,26 @@ def test_evaluate_prints_the_figures_and_writes_the_report(tmp_path: Path) -> No
     missing = run("evaluate", "--items", str(items), "--events", str(tmp_path / "none.jsonl"))
     assert missing.exit_code == 1
     assert "none.jsonl" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("demo", "--report"),
+        *(("evaluate", "--items", "i", "--events", "e", x) for x in ("--report", "--ranks", "--html")),
+    ],
+)
+def test_files_that_cannot_be_written_are_told_before_the_work(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    for path, told in ((tmp_path / "none" / "r.json", "no folder"), (tmp_path, "cannot be written")):
+        result = run(*arguments, str(path))
+        assert result.exit_code == 2
+        assert told in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_checkpoints_alone_lists_them(tmp_path: Path) -> None:
+    alone, listed = (run(*command, checkpoints=tmp_path) for command in (("checkpoints",), ("checkpoints", "list")))
+    assert alone.exit_code == listed.exit_code == 0
+    assert alone.stdout == listed.stdout and alone.stdout.startswith("checkpoint ")
 
 
 def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:

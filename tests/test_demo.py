@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from streams import movielens
+from streams.demo import BROKER_LOG, DemoError, _remove_left_state
 from streams.movielens import DataError
+from streams.settings import PREFIX
 from streams.visitor import LIKED
 
 FILMS = 60
@@ -47,15 +50,19 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
+def demo(cache: Path, *options: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """`headwater demo --once`, with settings in its environment."""
+    env = {PREFIX + name.upper(): value for name, value in settings.items()} | {"XDG_CACHE_HOME": str(cache)}
+    command = [sys.executable, "-m", "streams", "demo", "--once", *options]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=600)
+
+
 def test_demo_learns_everything_reports_and_ends_with_0(
     cache: Path, tmp_path: Path, free_port: int, clean_environment: None
 ) -> None:
     report_file, state_dir = tmp_path / "r.json", tmp_path / "state"
-    options = ("--once", "--report", str(report_file), "--port", str(free_port), "--state", str(state_dir))
-    command = [sys.executable, "-m", "streams", "demo", *options]
-    done = subprocess.run(
-        command, env={**os.environ, "XDG_CACHE_HOME": str(cache)}, capture_output=True, text=True, timeout=600
-    )
+    options = ("--report", str(report_file), "--port", str(free_port), "--state", str(state_dir))
+    done = demo(cache, *options)
     assert done.returncode == 0, done.stderr
     report = json.loads(report_file.read_text())
     assert report["events"] == EVENTS
@@ -65,8 +72,49 @@ def test_demo_learns_everything_reports_and_ends_with_0(
     assert any(name.startswith("popularity") for name in report["baselines"])
     assert report["freshness_ms"]["p50"] > 0
     assert {part["kind"] for part in report["state"]["partitions"]} == {"users", "catalogue", "learner"}
-    assert "a visitor likes" in " ".join(done.stderr.split())
+    told, said = (" ".join(printed.split()) for printed in (done.stdout, done.stderr))
+    for words in ("a visitor likes", "HR@10", "freshness:"):
+        assert words in told and words not in said, "the report alone is on stdout"
     assert (state_dir / "worker.log").exists()
+    (state_dir / "users-9").mkdir()
+    (state_dir / "users-9" / "notes").write_text("mine")
+    again = demo(cache, *options)
+    assert again.returncode == 0, again.stderr
+    assert "of an earlier demo's broker" in " ".join(again.stderr.split())
+    assert json.loads(report_file.read_text())["events"] == EVENTS
+    assert (state_dir / "users-9" / "notes").read_text() == "mine"
+
+
+def test_demo_beside_a_broker_keeps_its_state_from_a_demo_with_a_broker_of_its_own(
+    cache: Path, tmp_path: Path, embedded_broker: str, clean_environment: None
+) -> None:
+    state_dir = tmp_path / "not" / "there"
+    done = demo(cache, "--state", str(state_dir), broker=embedded_broker, topic_prefix="demo.")
+    assert done.returncode == 0, done.stderr
+    before = sorted(state_dir.rglob("*"))
+    refused = demo(cache, "--state", str(state_dir))
+    assert refused.returncode == 1 and "HEADWATER_BROKER" in refused.stderr
+    assert sorted(state_dir.rglob("*")) == before
+
+
+def test_state_that_a_worker_has_open_is_left_alone(tmp_path: Path) -> None:
+    stores = [tmp_path / name for name in ("learner-0", "users-0")]
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom state.store import RocksDisk\n"
+        "closed, held = (RocksDisk().open(Path(path)) for path in sys.argv[1:])\nclosed.close()\n"
+        "print(flush=True)\nsys.stdin.read()\n"
+    )
+    (tmp_path / BROKER_LOG).touch()
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, stores)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as worker:
+        assert worker.stdout is not None and worker.stdout.readline()
+        with pytest.raises(DemoError, match="end it"):
+            _remove_left_state(tmp_path, Console())
+        assert all(path.is_dir() for path in stores)
+        worker.kill()
+    _remove_left_state(tmp_path, Console())
+    assert [path.name for path in tmp_path.iterdir()] == [BROKER_LOG]
 
 
 def _distinct(ratings: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from bench import encode as bench
-from model.encoder import DEFAULT_MODEL, F4, WINDOWS_MAX, Encoder, EncoderConfig, _padded, locate
+from model.encoder import DEFAULT_MODEL, F4, WINDOWS_MAX, Encoder, EncoderConfig, EncoderError, _padded, locate
 
 SCRIPTS = ["good film", "хороший фильм", "好电影", "جيد جدا", "ดีมาก", "좋은 영화", "मज़ेदार", "🎬🍿", "ταινία", "סרט טוב"]
 TEXTS = [
@@ -199,10 +199,10 @@ def test_pooling_is_read_from_the_sentence_transformers_files(small_model: Path)
 
 
 def test_missing_model_and_device_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="no-such-model"):
+    with pytest.raises(EncoderError, match=r"no-such-model.*there is no such folder.*HEADWATER_ENCODER"):
         Encoder(str(tmp_path / "no-such-model"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="CUDA"):
+    with pytest.raises(EncoderError, match=r"CUDA.*HEADWATER_DEVICE"):
         Encoder(device="cuda")
 
 
@@ -212,6 +212,9 @@ def test_missing_model_and_device_are_told(monkeypatch: pytest.MonkeyPatch, tmp_
         lambda v: max(map(abs, v)) > 1e-3
     )
 )
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(EncoderError, match=r"cannot be loaded.*HEADWATER_ENCODER"):
+        Encoder(str(tmp_path))
 def test_projected_vector_is_a_unit_vector_of_the_texts_length(encoder: Encoder, plain: list[float]) -> None:
     vector = encoder.project(plain)
     assert vector.shape == (encoder.dim,)
