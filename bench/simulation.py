@@ -584,7 +584,7 @@ class SimProducer:
     async def stop(self) -> None: ...
 
     async def partitions(self, topic: str) -> int:
-        return 1 if topic.endswith(("examples", "items-changelog")) else self.world.partitions
+        return 1 if topic.endswith(("examples", "items-changelog", "-encoder")) else self.world.partitions
 
     async def send(self, topic: str, partition: int, records: Sequence[tuple[bytes, bytes | None]]) -> int:
         tp = TP(topic, partition)

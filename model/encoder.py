@@ -52,7 +52,8 @@ PROJECTIONS_MAX: Final = 8  # matrices kept: one a dimension of the items' own v
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """How texts are cut, batched and kept. The window and the precision are part of `Encoder.name`."""
+    """How texts are cut, batched and kept. The window is part of `Encoder.name`; the precision is not, for vectors of
+    any can be compared."""
 
     window_tokens: int = 128  # with the special ones; less where the model reads less
     overlap_tokens: int = 32  # of a window with the one before
@@ -86,11 +87,11 @@ class _Window(NamedTuple):
     weight: float  # tokens that are not special, less by WINDOW_DECAY a window
 
 
-class Encoder:
 class EncoderError(ValueError):
     """A model or device that cannot be used: why, and what to give instead."""
 
 
+class Encoder:
     """A sentence encoder with a bounded cache. Safe to call from several threads; calls take turns."""
 
     def __init__(self, model: str = DEFAULT_MODEL, device: str = "auto", config: EncoderConfig | None = None) -> None:
@@ -239,7 +240,10 @@ class EncoderError(ValueError):
         return vectors
 
     def _digest(self) -> str:
-        """16 hex digits of all that a vector depends on: weights, tokenizer, window, pooling, precision."""
+        """16 hex digits of what a vector means: weights (to bfloat16's precision), tokenizer, window, pooling.
+
+        Not of its last digits: a GPU's vectors, a processor's, and one's that has no bfloat16, are of one space.
+        """
         digest = hashlib.blake2b(digest_size=8)
         how = asdict(self.config)
         lengths = sorted({_padded(tokens) for tokens in range(1, self._window_tokens + 1)})
@@ -250,13 +254,13 @@ class EncoderError(ValueError):
             WINDOW_DECAY,
             lengths,
             self._pooling,
-            self.precision,
         ]
         digest.update(json.dumps(facts).encode())
         digest.update(self._tokenizer.to_str().encode())
         for name, tensor in sorted(self._model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            weights = tensor.detach().to("cpu", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
+            digest.update(weights.contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
 
@@ -278,10 +282,6 @@ def _pick_precision(precision: str, device: torch.device) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def locate(model: str) -> tuple[str, dict[str, Any]]:
-    """Where the model's files are, and from_pretrained's options: a folder is never looked for on the network."""
-    if model in ("", DEFAULT_MODEL):
-        spec = importlib.util.find_spec(DEFAULT_PACKAGE)
 @contextmanager
 def _loading(model: str) -> Iterator[None]:
     """Whatever transformers says of a model's files, of which there are many kinds, becomes an EncoderError."""
@@ -296,6 +296,10 @@ def _loading(model: str) -> Iterator[None]:
         ) from problem
 
 
+def locate(model: str) -> tuple[str, dict[str, Any]]:
+    """Where the model's files are, and from_pretrained's options: a folder is never looked for on the network."""
+    if model in ("", DEFAULT_MODEL):
+        spec = importlib.util.find_spec(DEFAULT_PACKAGE)
         if spec is None or not spec.submodule_search_locations:
             raise EncoderError(
                 f"the package {DEFAULT_MODEL} is not installed: pip install {DEFAULT_MODEL}, or set HEADWATER_ENCODER"
@@ -304,12 +308,12 @@ def _loading(model: str) -> Iterator[None]:
     if Path(model).is_dir():
         return model, {"local_files_only": True}
     name, _, revision = model.partition("@")
+    if not HUB_ID.fullmatch(name):
+        raise EncoderError(f"encoder {model!r}: there is no such folder, and it is no Hugging Face id. {WHAT_TO_GIVE}")
     return name, {"revision": revision} if revision else {}
 
 
 def _read_json(source: str, file: str, options: dict[str, Any]) -> Any:
-    if not HUB_ID.fullmatch(name):
-        raise EncoderError(f"encoder {model!r}: there is no such folder, and it is no Hugging Face id. {WHAT_TO_GIVE}")
     """The file's content, or None where the model has none."""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(source, file, **quiet, **options)

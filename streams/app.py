@@ -30,7 +30,7 @@ from streams.assignor import CopartitionedAssignor
 from streams.audit import Audit, audit_key
 from streams.encoding import Encoder
 from streams.keys import Gate
-from streams.settings import Settings
+from streams.settings import Fault, Settings
 from streams.worker import SEEK_WAIT_MAX_S, TP, Worker
 
 log = structlog.get_logger(__name__)
@@ -228,7 +228,11 @@ def build(settings: Settings, worker: Worker, source: FaustSource, assignor: Cop
         """Stops in the order: take no more, finish, flush, commit; with a watchdog."""
 
         async def on_start(self) -> None:
-            await worker.start()
+            try:
+                await worker.start()
+            except Fault as fault:
+                log.error("worker does not start", reason=str(fault))
+                os._exit(1)
             await super().on_start()
 
         async def on_stop(self) -> None:

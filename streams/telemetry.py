@@ -90,15 +90,15 @@ class Telemetry:
         for values in losses:
             for value in values[~np.isnan(values)].tolist():
                 self.metrics.log_loss.observe(value)
-        if live.drift.detections > self._drifts:
-            self.metrics.drift_detections_total.labels(live.drift.signal).inc(live.drift.detections - self._drifts)
-            self._drifts = live.drift.detections
         if now - self._reported_s >= REPORT_INTERVAL_S:
             self._reported_s = now
             self.publish(live)
 
     def publish(self, live: LiveMetrics) -> None:
         """The live figures, as of now."""
+        found = live.drift.detections
+        self.metrics.drift_detections_total.labels(live.drift.signal).inc(found - self._drifts)  # 0 first: then it rises
+        self._drifts = found
         self.report = live.report()
         for name, figures in self.report.items():
             if not isinstance(figures, dict) or figures.get("hr@10") is None:

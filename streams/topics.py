@@ -11,6 +11,7 @@ from typing import Any, Final
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, NewTopic
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
+from streams import space
 from streams.settings import Fault, Settings
 
 UNKNOWN_TOPIC: Final = 3  # Kafka's error codes
@@ -63,6 +64,7 @@ def planned(settings: Settings) -> list[Topic]:
     kept = {"cleanup.policy": "delete", "retention.ms": _ms(settings.retention_hours)}
     examples = {"cleanup.policy": "delete", "retention.ms": _ms(settings.examples_retention_hours)}
     audit = {"cleanup.policy": "delete", "retention.ms": _ms(settings.audit_retention_hours)}
+    forever = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
     lag = {"cleanup.policy": "compact", "min.compaction.lag.ms": _ms(settings.compaction_lag_hours)}
     rolled = lag | {"segment.ms": _ms(settings.compaction_lag_hours)}  # only closed segments are compacted
     # Records of a user who was erased are deleted, which Kafka refuses for a topic that is compacted alone.
@@ -78,6 +80,7 @@ def planned(settings: Settings) -> list[Topic]:
             for name in ("clicks", "comments", "items", "erasures")
         ),
         (settings.topic("encoder-checkpoints"), 1, lag, "published encoders"),
+        (settings.internal_topic(space.TOPIC), 1, forever, "whose vectors there are"),
         (settings.internal_topic("examples"), 1, examples, "training examples and catalogue entries"),
         (settings.internal_topic("audit"), 1, audit, "who read or changed which user"),
         (settings.internal_topic("users-changelog"), many, cut, "user rows"),

@@ -23,10 +23,11 @@ from model.adapter import AdapterError
 from model.learner import warm_up
 from state.changelog import Reader
 from state.sealing import SealError, is_sealed
-from streams import checkpoints, examples, kafka
-from streams.checkpoints import Checkpoints, Manifest
+from streams import checkpoints, examples, kafka, space
+from streams.checkpoints import CheckpointError, Checkpoints, Manifest
 from streams.datakeys import sealer_of
 from streams.settings import Fault, Settings
+from streams.space import Space
 from streams.tracking import Tracking
 from streams.tuning import Decision, Tuning
 from streams.worker import LEARNER_PARTITION, crash_at
@@ -34,6 +35,7 @@ from streams.worker import LEARNER_PARTITION, crash_at
 log = structlog.get_logger(__name__)
 
 SAVE_MESSAGES: Final = 256
+CLAIM_POLL_S: Final = 1.0
 NICE: Final = 10  # the workers of this machine go first
 ADAPTER_KEY: Final = b"adapter"  # of the message of a switch; others have their source partition
 STATE_FILE: Final = "tuning.msgpack"
@@ -67,9 +69,13 @@ class Trainer:
 
     def __init__(
         self, settings: Settings, base: str, text_dim: int, now: Callable[[], float],
-        crash: Callable[[str], None] | None = None,
+        crash: Callable[[str], None] | None = None, metrics: TrainerMetrics | None = None,
+        stopping: threading.Event | None = None,
     ) -> None:  # fmt: skip
-        """crash: called with the name of each step, for tests that end the process there; else as `crash_at` says."""
+        """stopping: set by others to `stop` it.
+
+        crash: called with the name of each step, for tests that end the process there; else as `crash_at` says.
+        """
         self.settings, self.now = settings, now
         self._crash = crash or crash_at(settings.crash_at)
         self.options = settings.kafka_options()
@@ -77,14 +83,13 @@ class Trainer:
         self._sealer = sealer_of(settings)
         self.tuning = self._new_tuning(base, text_dim)
         self.folder = Checkpoints(settings.checkpoints, self._crash)
-        self.metrics = TrainerMetrics()
-        self.metrics.checkpoint.info({"encoder": base, "adapter": ""})
+        self.metrics = metrics or TrainerMetrics()
         self._producer = kafka.Producer(self.options)
         facts = {"encoder": base, "app_id": settings.app_id, "topic_prefix": settings.topic_prefix}
         self._tracking = Tracking(settings.trainer_dir / "events", settings.mlflow, facts, now)
         self._training_since = 0.0
         self._step_began = 0.0  # CPU seconds of the training thread
-        self._stopping = threading.Event()
+        self._stopping = stopping or threading.Event()
         self._unsaved = 0
         self._asked = -1  # offset of the switch that was asked for last
 
@@ -104,6 +109,7 @@ class Trainer:
         await self._producer.start()
         try:
             await self._restore()
+            self._tell_adapter()
             while not self._stopping.is_set():
                 await self._follow()
         except _Stopped:
@@ -130,10 +136,10 @@ class Trainer:
                         await self._reach_back()
                         await asyncio.to_thread(self._save)
                         return
-                self.metrics.lag.set(0)
                 if self._stopping.is_set():
                     return
                 if not batch:  # at the end of the log: what was asked for is not in it
+                    self.metrics.lag.set(0)
                     await self._ask()
 
     async def _take(self, offset: int, message: bytes) -> None:
@@ -145,6 +151,7 @@ class Trainer:
         self._unsaved += 1
         if decisions or self._unsaved >= SAVE_MESSAGES:
             self._observe()
+            self.metrics.lag.set(await kafka.log_end(self.options, self.topic, LEARNER_PARTITION) - 1 - offset)
             await asyncio.to_thread(self._save)
 
     def _opened(self, value: bytes) -> bytes:
@@ -185,8 +192,7 @@ class Trainer:
         for manifest in await asyncio.to_thread(record, self.folder, decision, self.now()):
             await self._announce(manifest)
         if decision.kind == "switched":
-            name = "" if decision.adapter is None else decision.adapter.name
-            self.metrics.checkpoint.info({"encoder": self.tuning.base, "adapter": name})
+            self._tell_adapter()
         if decision.kind == "candidate":
             texts = decision.facts["examples"] * self.tuning.config.finetune.epochs
             texts_per_s = texts / max(1e-3, self.now() - self._training_since)
@@ -194,6 +200,10 @@ class Trainer:
             for of in ("loss", "loss_frozen", "loss_champion"):
                 self.metrics.loss.labels(of.removeprefix("loss_").replace("loss", "candidate")).set(decision.facts[of])
             self.folder.prune(self.settings.checkpoints_keep)
+
+    def _tell_adapter(self) -> None:
+        name = "" if self.tuning.current is None else self.tuning.current.name
+        self.metrics.checkpoint.info({"encoder": self.tuning.base, "adapter": name})
 
     async def _announce(self, manifest: Manifest) -> None:
         await announce(self._producer, self.settings, manifest)
@@ -298,36 +308,61 @@ async def announce(producer: kafka.Producer, settings: Settings, manifest: Manif
 
 def run(settings: Settings, now: Callable[[], float]) -> None:
     """Runs the trainer until SIGTERM or SIGINT. Raises Fault, and KafkaError where no broker answers."""
-    from model.encoder import Encoder  # torch: for its name and dimension alone
-
     os.nice(NICE)
-    encoder = Encoder(settings.encoder, device="cpu")
-    trainer = Trainer(settings, encoder.name, encoder.dim, now)
-    del encoder
+    metrics = TrainerMetrics()
+    start_http_server(settings.trainer_port, settings.http_host, metrics.registry)
+    asyncio.run(_until_signal(settings, metrics, now))
+
+
+async def _until_signal(settings: Settings, metrics: TrainerMetrics, now: Callable[[], float]) -> None:
+    loop, stopping = asyncio.get_running_loop(), threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    tuned = await _claimed(settings, stopping)
+    if tuned is None:
+        return
+    trainer = Trainer(settings, tuned.encoder, tuned.dim, now, metrics=metrics, stopping=stopping)
     warm_up(trainer.tuning.champion.learner.config)
-    start_http_server(settings.trainer_port, settings.http_host, trainer.metrics.registry)
     if hasattr(os, "SCHED_IDLE"):  # from here on it gives way at once: a worker that wakes waits for no slice of it
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    asyncio.run(_until_signal(trainer))
-
-
-async def _until_signal(trainer: Trainer) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, trainer.stop)
-    log.info("trainer follows", topic=trainer.topic, checkpoints=trainer.folder.url)
+    log.info("trainer follows", topic=trainer.topic, checkpoints=trainer.folder.url, encoder=tuned.encoder)
     try:
         await trainer.run()
     except (SealError, AdapterError) as problem:
         raise Fault(str(problem)) from problem
 
 
+async def _claimed(settings: Settings, stopping: threading.Event) -> Space | None:
+    """The space of the workers' vectors, once there is a worker; None where this process is to end before."""
+    claims = _claims(settings, kafka.Producer(settings.kafka_options()))
+    found = await space.claimed(claims)
+    if found is None:
+        log.info("waits for the first worker: it says whose vectors the logs have")
+    while found is None and not stopping.is_set():
+        await asyncio.sleep(CLAIM_POLL_S)
+        found = await space.claimed(claims)
+    return found
+
+
+def _claims(settings: Settings, producer: kafka.Producer) -> kafka.ChangelogTopic:
+    return kafka.ChangelogTopic(settings.internal_topic(space.TOPIC), 0, producer, settings.kafka_options())
+
+
 async def switch(settings: Settings, manifest: Manifest | None, folder: Checkpoints, taken_back: bool) -> int:
-    """Puts the switch to a checkpoint (None: the encoder as it is) into the examples log; its offset."""
+    """Puts the switch to a checkpoint (None: the encoder as it is) into the examples log; its offset.
+
+    Raises CheckpointError for a checkpoint of another encoder than the workers': no learner would go on after it.
+    """
     adapter = None if manifest is None else folder.adapter(manifest)
     producer = kafka.Producer(settings.kafka_options())
     await producer.start()
     try:
+        workers = await space.claimed(_claims(settings, producer))
+        if manifest is not None and workers is not None and workers.encoder != manifest.base:
+            raise CheckpointError(
+                f"checkpoint {manifest.name} is of the encoder {manifest.base}, the workers' is {workers.encoder}: "
+                "take a checkpoint that was trained behind that one"
+            )
         topic = settings.internal_topic("examples")
         message = examples.pack_adapter(adapter, taken_back)
         offset = await producer.send(topic, LEARNER_PARTITION, [(ADAPTER_KEY, message)])

@@ -21,7 +21,7 @@ from state.changelog import Accepted, Reader
 from state.partition import INLINE_ROWS_MAX, Fenced, Partition
 from state.sealing import SealedPartition
 from state.store import RocksDisk, StoreError, StoreLockedError
-from streams import audit, heap, kafka
+from streams import audit, heap, kafka, space
 from streams.agents import (
     CatalogueKeeper,
     Keeper,
@@ -38,6 +38,7 @@ from streams.erasure import Book, KafkaReach
 from streams.events import Click, Comment, Erasure
 from streams.pipeline import ItemLearner, Replica
 from streams.settings import Settings
+from streams.space import Space
 from streams.telemetry import Telemetry
 from streams.topics import TopicsError, other_partitions, planned
 
@@ -530,10 +531,11 @@ class Worker:
     # -- life
 
     async def start(self) -> None:
-        """Before the agents: the producer, the topics' partitions checked, the tail."""
+        """Before the agents: the producer, the topics' partitions and the encoder checked, the tail."""
         await self.producer.start()
         await self.item_producer.start()
         await self._check_partitions()
+        await self._claim_space()
         self._spawn(self._guarded(self.tail()), "tail")
         self._spawn(self._guarded(self.follow_certificates()), "certificates")
         self._spawn(self._guarded(self._every(COMMIT_INTERVAL_S, self.commit)), "commit")
@@ -543,11 +545,25 @@ class Worker:
 
     async def _check_partitions(self) -> None:
         """Raises TopicsError unless every topic has as many partitions as the state was laid out for."""
+        claims = self.settings.internal_topic(space.TOPIC)
         for topic in planned(self.settings):
-            if topic.name in self.topic_kinds or topic.name.endswith("-changelog"):
+            if topic.name in {*self.topic_kinds, claims} or topic.name.endswith("-changelog"):
                 found = await self.producer.partitions(topic.name)
                 if found != topic.partitions:
                     raise TopicsError(f"topic {topic.name}: {other_partitions(found, topic.partitions)}")
+
+    async def _claim_space(self) -> None:
+        """Raises OtherSpaceError unless this encoder's vectors are what the deployment's logs and rows have."""
+        claims = kafka.ChangelogTopic(self.settings.internal_topic(space.TOPIC), 0, self.producer, self.options)
+        mine = Space(self.encoding.encoder.name, self.encoding.dim)
+        while True:
+            try:
+                return await space.claim(claims, mine, self.settings.app_id)
+            except KafkaError as failure:
+                if not failure.retriable:
+                    raise
+                log.warning("the encoder is not claimed yet; trying again", reason=repr(failure))
+            await asyncio.sleep(REOPEN_WAIT_S)
 
     async def _every(self, interval_s: float, work: Any) -> None:
         while not self.stopping:

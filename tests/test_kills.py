@@ -67,7 +67,11 @@ class MemoryBroker:
                 yield batch
                 await asyncio.sleep(0)
 
+        async def log_end(*_: Any) -> int:
+            return len(broker.log)
+
         monkeypatch.setattr("streams.kafka.Producer", Producer)
+        monkeypatch.setattr("streams.kafka.log_end", log_end)
         monkeypatch.setattr("streams.kafka.ChangelogTopic", Changelog)
         monkeypatch.setattr("streams.kafka.read_records", read_records)
 

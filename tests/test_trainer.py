@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,14 @@ from typer.testing import CliRunner
 
 from bench.deployment import Deployment
 from state.sealing import SealError, is_sealed
-from streams import checkpoints, examples, kafka
+from streams import checkpoints, examples, kafka, space
 from streams.__main__ import app
 from streams.checkpoints import CheckpointError, Checkpoints, Manifest
 from streams.datakeys import sealer_of
 from streams.pipeline import ItemLearner
 from streams.settings import Settings, environment
-from streams.trainer import Trainer
+from streams.space import Space
+from streams.trainer import Trainer, _claimed, switch
 from streams.tuning import TuningConfig
 from tests.tuning_world import BASE, DIM, LEARNER, TUNING, SmallTrainer, harmful, history, messages, planted
 
@@ -96,6 +98,30 @@ async def test_trainer_promotes_announces_and_a_killed_one_goes_on(broker: str, 
     assert history(other.checkpoints) == history(settings.checkpoints)
     assert fresh.tuning.champion.learner.digest() == trainer.tuning.champion.learner.digest()
     assert await kafka.log_end(settings.kafka_options(), settings.internal_topic("examples"), 0) == end
+
+
+async def test_a_trainer_waits_for_the_workers_encoder_and_switches_to_none_of_another(
+    broker: str, tmp_path: Path
+) -> None:  # fmt: skip
+    settings = settings_of(broker, tmp_path, "trainer-e")
+    Deployment(broker, tmp_path / "d", topic_prefix=settings.topic_prefix, partitions=1).create_topics()
+    waits = asyncio.create_task(_claimed(settings, threading.Event()))
+    producer = kafka.Producer(settings.kafka_options())
+    await producer.start()
+    claims = kafka.ChangelogTopic(settings.internal_topic(space.TOPIC), 0, producer, settings.kafka_options())
+    await space.claim(claims, Space("newer:1", DIM), settings.app_id)
+    assert await asyncio.wait_for(waits, WAIT_S_MAX) == Space("newer:1", DIM)
+    folder, adapter = Checkpoints(settings.checkpoints), harmful()
+    name = checkpoints.name_of(5, adapter)
+    folder.add(adapter, Manifest(
+        name=name, adapter=adapter.name, base=BASE, parent="", offset=5, rank=4, digest="", created=0
+    ))  # fmt: skip
+    with pytest.raises(CheckpointError, match=f"of the encoder {BASE}, the workers' is newer:1"):
+        await switch(settings, folder.get(name), folder, taken_back=False)
+    assert folder.current() is None
+    assert await kafka.log_end(settings.kafka_options(), settings.internal_topic("examples"), 0) == 0
+    assert await switch(settings, None, folder, taken_back=True) == 0  # the encoder as it is goes with every space
+    await producer.stop()
 
 
 async def test_a_switch_by_hand_is_watched_and_taken_back(

@@ -204,6 +204,38 @@ def test_a_zombie_is_fenced_and_a_cut_network_heals(tmp_path: Path) -> None:
     assert found["faults"]["network cut"] == 1
 
 
+# A worker whose texts are encoded by another encoder, to vectors that look alike.
+OTHER_ENCODER = """
+from bench import words
+encoder = words.WordVectors()
+encoder.name = "others"
+words.run(encoder)
+"""
+
+
+def test_a_worker_with_another_encoder_than_the_deployments_does_not_start(broker: str, tmp_path: Path) -> None:
+    made = Deployment(broker, tmp_path, topic_prefix=f"space{next(_numbers)}-", partitions=1, module="bench.words")
+    made.create_topics()
+    outside = Outside(made)
+    worker = made.start_worker()
+    try:
+        worker.wait_ready()
+        outside.films()
+        foreign = made.start_worker("foreign", [sys.executable, "-c", OTHER_ENCODER])
+        assert foreign.process.wait(60) == 1
+        assert "are of the encoder words, and this one is others" in foreign.tail()
+        assert "Traceback" not in foreign.tail(), foreign.tail(9000)
+        position = outside.position("comments", "v", {"user_id": "v", "text": "a creature in deep space"})
+        assert recommended(worker, "v", at_least=position)
+        assert worker.stop()[0] == 0
+        again = made.start_worker()
+        again.wait_ready()  # and its own comes back
+        assert again.stop()[0] == 0
+    finally:
+        outside.close()
+        made.close()
+
+
 def test_two_workers_share_users_and_answer_for_each_other(deployment: Deployment, outside: Outside) -> None:
     """Any worker answers for any user; when one is killed, the other takes all its users over."""
     outside.films()
