@@ -25,7 +25,10 @@ DATA_KEY = bytes(range(32))
 KEY_SECRET_AT = len("hw_123456789abc_")
 WORDS = "my grandmother adored zanzibar lighthouses"
 BAD_WORDS = "quixotic marmalade telegrams"
+SUPPOSED = "velvet accordion midnight"  # in what-ifs
+LEFT_WORDS = "tangerine waltz overture"  # of who is forgotten
 USER = "user-sesquipedalian"
+LEAVER = "user-antidisestablished"
 STRANGER = "user-nobody-asked-for"
 WRONG = f"hw_{12 * 'd'}_{43 * 'Q'}"
 ITEM_TEXT = "Casablanca: love and war in Morocco"
@@ -39,7 +42,7 @@ def deployment(request: pytest.FixtureRequest, broker: str, tmp_path: Path) -> I
     made = {scope: keys.add(path, f"the-{scope}", scope, NOW_S) for scope in keys.SCOPES}
     deployed = Deployment(
         broker, tmp_path, topic_prefix=f"privacy{next(_numbers)}-", partitions=2, api_keys_file=path,
-        api_key=made["admin"], **sealed,
+        api_key=made["admin"], log_level="debug", **sealed,
     )  # fmt: skip
     deployed.keys = made  # type: ignore[attr-defined]
     deployed.create_topics()
@@ -48,7 +51,7 @@ def deployment(request: pytest.FixtureRequest, broker: str, tmp_path: Path) -> I
 
 
 def use(worker: WorkerProcess, made: dict[str, str]) -> None:
-    """Events, reads, and every kind of wrong request."""
+    """Events, reads, what-ifs, an erasure, and every kind of wrong request."""
 
     def ask(method: str, path: str, key: str | None, **more: Any) -> int:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
@@ -75,6 +78,28 @@ def use(worker: WorkerProcess, made: dict[str, str]) -> None:
     assert ask("GET", "/metrics", made["read"]) == 200
     with worker.http.stream("GET", "/v1/stream") as stream:
         assert stream.status_code == 200
+    told = {"explain": True, "words": True, "exclude_seen": False}
+    what_if = f"/v1/users/{USER}/what-if"
+    for user, status in ((USER, 200), (STRANGER, 422)):
+        supposed = {"with": [{"type": "comment", "user_id": user, "text": SUPPOSED}]}
+        assert ask("POST", what_if, made["admin"], json=supposed, params=told) == status
+        assert ask("POST", what_if, made["read"], json=supposed, params=told) == (403 if status == 200 else status)
+    assert ask("POST", what_if, made["read"], json={"with": SUPPOSED}) == 400
+    lists = f"/v1/users/{USER}/recommendations"
+    assert ask("GET", lists, made["write"], params=told) == 403
+    worker.wait_until("the words", lambda: WORDS in worker.http.get(lists, params=told).text, 30)
+
+
+def forget(worker: WorkerProcess, made: dict[str, str]) -> None:
+    """A user writes, and is erased; not by a key that may not."""
+    path, comment = f"/v1/users/{LEAVER}", {"type": "comment", "user_id": LEAVER, "text": LEFT_WORDS}
+    sent = worker.http.post("/v1/events", json=comment).json()["positions"]
+    assert worker.get(f"{path}/state", at_least=sent)["events"] == 1
+    refused = worker.http.delete(path, headers={"authorization": f"Bearer {made['write']}"})
+    assert refused.status_code == 403
+    asked = worker.http.delete(path)
+    assert asked.status_code == 202
+    worker.wait_until("the erasure", lambda: worker.get(asked.headers["location"])["status"] == "complete")
 
 
 def everything_written(settings: Settings, folder: Path) -> dict[str, bytes]:
@@ -110,6 +135,7 @@ def test_no_key_and_no_word_of_a_user_is_in_what_a_worker_writes(deployment: Dep
     worker.wait_ready()
     worker.wait_until("the item", lambda: worker.get("/v1/model")["replica"]["active"] == 1)
     use(worker, made)
+    forget(worker, made)
     worker.wait_until("the example", lambda: worker.get("/v1/model")["replica"]["positives"] == 1)
     keys.revoke(deployment.settings.api_keys_file or Path(), "the-read")
     revoked = {"authorization": f"Bearer {made['read']}"}
@@ -120,9 +146,9 @@ def test_no_key_and_no_word_of_a_user_is_in_what_a_worker_writes(deployment: Dep
     written = everything_written(worker.settings, deployment.folder)
     where = {name for name, content in written.items() if ITEM_TEXT.encode() in content}
     assert any("as read" in name for name in where) and "examples:0" in where  # the search finds what is there
-    for secret in [*(key[KEY_SECRET_AT:] for key in made.values()), 43 * "Q", WORDS, BAD_WORDS, STRANGER]:
+    for secret in [*(key[KEY_SECRET_AT:] for key in made.values()), 43 * "Q", STRANGER]:
         assert [name for name, content in written.items() if secret.encode() in content] == []
-    for word in {*WORDS.split(), *BAD_WORDS.split()} - {"my"}:
+    for word in {*" ".join((WORDS, BAD_WORDS, SUPPOSED, LEFT_WORDS)).split()} - {"my"}:
         assert [name for name, content in written.items() if word.encode() in content] == []
     is_sealed = bool(worker.settings.data_keys.get_secret_value())
     users = {n: c for n, c in written.items() if "users-" in n or n == "examples:0"}
@@ -132,8 +158,9 @@ def test_no_key_and_no_word_of_a_user_is_in_what_a_worker_writes(deployment: Dep
     assert (b"=\x81" in written["examples:0"]) is is_sealed
     assert not any(key in c for c in written.values() for key in (DATA_KEY, base64.b64encode(DATA_KEY)))
     logs = [content for name, content in written.items() if name.endswith(".log") and "worker" in name]
-    assert logs and USER.encode() not in b"".join(logs)
-    assert USER.encode() not in written["audit:0"] and USER.encode() not in written["examples:0"]
+    assert logs and b"[debug" in b"".join(logs)
+    for user in (USER, LEAVER):
+        assert not any(user.encode() in content for content in (*logs, written["audit:0"], written["examples:0"]))
 
     audit_key = audit.audit_key(sealer_of(worker.settings))
     verifier = Verifier(audit_key)
@@ -146,6 +173,10 @@ def test_no_key_and_no_word_of_a_user_is_in_what_a_worker_writes(deployment: Dep
         ("getState", "the-admin", 200, pseudonym(USER, audit_key)),
         ("getState", "", 401),
         ("getStream", "the-admin", 200, "*"),
+        ("whatIf", "the-admin", 200, pseudonym(USER, audit_key)),
+        ("getRecommendations", "the-admin", 200, pseudonym(USER, audit_key)),
+        ("deleteUser", "the-write", 403, pseudonym(LEAVER, audit_key)),
+        ("deleteUser", "the-admin", 202, pseudonym(LEAVER, audit_key)),
         ("getModel", "", 401),
     }
     _ask_the_audit_log(worker.settings, len(records))
@@ -165,7 +196,7 @@ def _ask_the_audit_log(settings: Settings, records: int) -> None:
     code, verdict = run("verify")
     assert (code, verdict["records"], verdict["faults"]) == (0, records, [])
     _, shown = run("show", USER)
-    assert {r["operation"] for r in shown} == {"postEvents", "getState", "getStream"}
+    assert {r["operation"] for r in shown} == {"postEvents", "getState", "getStream", "whatIf", "getRecommendations"}
     assert run("show", "somebody-else")[1] == [r for r in shown if r["operation"] == "getStream"]
     asyncio.run(_forge(settings))
     code, verdict = run("verify")
