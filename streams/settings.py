@@ -211,6 +211,11 @@ class Settings(BaseSettings):
     tuning_watch_tests: int = _setting(
         1000, "tests", "Ranked targets for which a promotion is watched, and taken back when it proves worse.", ge=10
     )
+    tuning_rank_items: int = _setting(
+        1000, "item scores",
+        "That ranking targets in full may cost the trainer an example, on average: its tests. 0: all of rank_sample.",
+        ge=0, le=10_000_000,
+    )  # fmt: skip
     tuning_alpha: float = _setting(
         0.01, "probability", "That any candidate which is no better is ever promoted.", gt=0, lt=1
     )

@@ -96,9 +96,9 @@ class Telemetry:
 
     def publish(self, live: LiveMetrics) -> None:
         """The live figures, as of now."""
-        found = live.drift.detections
-        self.metrics.drift_detections_total.labels(live.drift.signal).inc(found - self._drifts)  # 0 first: then it rises
-        self._drifts = found
+        drifts = self.metrics.drift_detections_total.labels(live.drift.signal)  # told from 0 on: an alert sees it rise
+        drifts.inc(live.drift.detections - self._drifts)
+        self._drifts = live.drift.detections
         self.report = live.report()
         for name, figures in self.report.items():
             if not isinstance(figures, dict) or figures.get("hr@10") is None:

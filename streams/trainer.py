@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -94,7 +95,9 @@ class Trainer:
         self._asked = -1  # offset of the switch that was asked for last
 
     def _new_tuning(self, base: str, text_dim: int) -> Tuning:
-        return Tuning(base, text_dim, self.settings.learner_config(text_dim), self.settings.tuning_config())
+        """Its learners rank more than the workers', which changes how their p are calibrated, and no rank."""
+        learner = replace(self.settings.learner_config(text_dim), rank_items=self.settings.tuning_rank_items)
+        return Tuning(base, text_dim, learner, self.settings.tuning_config())
 
     @property
     def _state_path(self) -> Path:

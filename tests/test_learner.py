@@ -586,3 +586,19 @@ def test_ranking_in_full_costs_what_it_may_and_no_more() -> None:
     enter_all(free, late=0)
     asked = [free.learn(x, position).candidates for position, x in enumerate(ask_all(20, config))]
     assert sum(int((candidates > 0).sum()) for candidates in asked) * ITEMS > 10 * 20 * 8
+
+
+def test_ranking_more_changes_the_calibration_and_nothing_else_that_is_learnt() -> None:
+    """So that a trainer may test more than the workers do."""
+    config = replace(SMALL, rank_items=10)
+    thrifty, lavish = Learner(config), Learner(replace(config, rank_items=0))
+    tests = [0, 0]
+    enter_all(thrifty, late=0)
+    enter_all(lavish, late=0)
+    for position, x in enumerate(ask_all(60, config)):
+        for n, learner in enumerate((thrifty, lavish)):
+            tests[n] += int((learner.learn(x, position).candidates > 0).sum())
+    assert tests[1] > 2 * tests[0]
+    for learner in (thrifty, lavish):
+        learner.matrix.arrays.scalar[[kernels.RANK_CREDIT, kernels.SHARP, kernels.SHARP_SQUARE]] = 0
+    assert thrifty.digest() == lavish.digest()

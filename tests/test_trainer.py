@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -98,6 +99,13 @@ async def test_trainer_promotes_announces_and_a_killed_one_goes_on(broker: str, 
     assert history(other.checkpoints) == history(settings.checkpoints)
     assert fresh.tuning.champion.learner.digest() == trainer.tuning.champion.learner.digest()
     assert await kafka.log_end(settings.kafka_options(), settings.internal_topic("examples"), 0) == end
+
+
+def test_a_trainer_ranks_more_than_the_workers_do(tmp_path: Path) -> None:
+    settings = settings_of("127.0.0.1:1", tmp_path, "ranks")
+    config = Trainer(settings, BASE, DIM, time.time).tuning.champion.learner.config
+    assert config == replace(settings.learner_config(DIM), rank_items=settings.tuning_rank_items)
+    assert config.rank_items > 10 * settings.learner_rank_items
 
 
 async def test_a_trainer_waits_for_the_workers_encoder_and_switches_to_none_of_another(
