@@ -123,7 +123,7 @@ def worker() -> None:
     settings = load()
     with faults():
         gate = Gate.of(settings)
-        _require_topics(settings)
+    with _broker_faults(settings):
         log.set_up(settings.log_level, settings.log_format)
         from streams import app as worker_app
 
@@ -289,25 +289,10 @@ def trainer() -> None:
     one_thread_each()
     settings = load()
     with _broker_faults(settings):
-        _require_topics(settings)
         log.set_up(settings.log_level, settings.log_format)
         from streams import trainer as tool
 
         tool.run(settings, time.time)
-
-
-def _require_topics(settings: "Settings") -> None:
-    """Raises Fault unless a broker answers and the topics are there.
-
-    Asked before anything else asks for one: many brokers make a topic that a client asks for, as none of ours may be.
-    """
-    from kafka.errors import KafkaError
-
-    from streams import topics as ours
-
-    names = [topic.name for topic in ours.planned(settings) if not topic.name.endswith(ANY_PARTITIONS)]
-    with suppress(KafkaError):  # a broker of several is away, and was asked: whoever needs it next waits for it
-        ours.require(settings, [name.removeprefix(settings.topic_prefix) for name in names])
 
 
 # -- the encoder's checkpoints
@@ -435,16 +420,31 @@ def _checkpoints() -> "Checkpoints":
 
 @contextmanager
 def _broker_faults(settings: "Settings") -> Iterator[None]:
-    """As `_faults`, where a broker is asked, too."""
+    """As `faults`, where a broker is asked, whose topics have to be there, too."""
     from aiokafka.errors import KafkaError
 
     with faults():
+        _require_topics(settings)
         try:
             yield
         except KafkaError as problem:
             from streams.topics import unreachable
 
             raise unreachable(settings, problem) from problem
+
+
+def _require_topics(settings: "Settings") -> None:
+    """Raises Fault unless a broker answers and the topics are there.
+
+    Asked before anything else asks for one: many brokers make a topic that a client asks for, as none of ours may be.
+    """
+    from kafka.errors import KafkaError
+
+    from streams import topics as ours
+
+    names = [topic.name for topic in ours.planned(settings) if not topic.name.endswith(ANY_PARTITIONS)]
+    with suppress(KafkaError):  # a broker of several is away, and was asked: whoever needs it next waits for it
+        ours.require(settings, [name.removeprefix(settings.topic_prefix) for name in names])
 
 
 # -- holding state against the logs
@@ -465,7 +465,7 @@ def verify(as_json: Json = False) -> None:
     settings = load()
     with running_worker() as client:
         told = client.digest()
-    with faults():
+    with _broker_faults(settings):
         from model.encoder import Encoder
         from streams import verify as tool
         from streams.progress import Bars
@@ -509,16 +509,17 @@ def explain(
 
     one_thread_each()
     settings = load()
-    with faults():
+    from streams import tokens
+
+    try:
+        told = tokens.read(token)
+    except tokens.TokenError as problem:
+        fail(str(problem))
+    with _broker_faults(settings):
         from model.encoder import Encoder
         from streams import explain as tool
-        from streams import tokens
         from streams.progress import Bars
 
-        try:
-            told = tokens.read(token)
-        except tokens.TokenError as problem:
-            fail(str(problem))
         encoder = Encoder(settings.encoder, device=settings.device)
         with Bars() as bars:
             found = tool.rebuild_list(settings, told, encoder, item or [], bars.steps_of)

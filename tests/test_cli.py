@@ -16,7 +16,7 @@ import pytest
 from kafka.errors import NodeNotReadyError
 from typer.testing import CliRunner
 
-from streams import topics
+from streams import tokens, topics
 from streams.__main__ import _require_topics, app
 from streams.settings import Settings
 
@@ -29,6 +29,7 @@ GROUPED = (
     "checkpoints promote", "checkpoints rollback", "checkpoints prune",
 )  # fmt: skip
 APPLIED = {"clicks": [1, 41], "comments": [1, -1]}
+TOKEN = tokens.write(tokens.Token(0, b"12345678", 3, {"clicks": 7}, 1, 9, b"settings", 1.5, 1.25, 10, True, b"list"))
 EXPLANATION = {
     "bias": -2.0, "rest": 0.25,
     "contributions": [
@@ -198,18 +199,18 @@ def test_replay_refuses_a_speed_that_is_none(speed: str) -> None:
     assert "number of events per second" in " ".join(result.stderr.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["topics", "worker"])
+@pytest.mark.parametrize("command", ["topics", "worker", "explain"])
 def test_no_broker_is_an_error_that_says_what_to_do(command: str, free_port: int) -> None:
-    result = start(command, broker=f"127.0.0.1:{free_port}")
+    result = start(command, *([TOKEN] if command == "explain" else []), broker=f"127.0.0.1:{free_port}")
     assert result.returncode == 1
     assert "headwater broker" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["worker", "trainer"])
+@pytest.mark.parametrize("command", ["worker", "trainer", "explain"])
 def test_topics_that_are_not_there_are_told_and_not_made(command: str, broker: str) -> None:
     """Brokers make a topic that a worker's clients ask for, with partitions and a retention of their own."""
     own = {"broker": broker, "topic_prefix": f"none-{command}.", "app_id": "none"}
-    result = start(command, **own)
+    result = start(command, *([TOKEN] if command == "explain" else []), **own)
     assert result.returncode == 1
     assert "headwater topics" in result.stderr and len(result.stderr.splitlines()) == 1
     assert run("topics", **own).exit_code == 0, "all of them are made as planned"
@@ -232,9 +233,11 @@ def test_a_broker_of_several_that_is_away_keeps_no_worker_from_its_start(
 
 @pytest.mark.parametrize("arguments", [("evaluate", "--items", "i", "--events", "e"), ("verify",)])
 def test_an_encoder_that_is_not_there_is_an_error_that_says_what_to_do(
-    arguments: tuple[str, ...], http_port: int
+    arguments: tuple[str, ...], embedded_broker: str, http_port: int
 ) -> None:
-    result = run(*arguments, encoder="/no/such", http_port=http_port)
+    own = {"broker": embedded_broker, "topic_prefix": "encoder.", "http_port": http_port}
+    assert run("topics", **own).exit_code == 0
+    result = run(*arguments, encoder="/no/such", **own)
     assert result.exit_code == 1
     assert "HEADWATER_ENCODER" in result.stderr and len(result.stderr.splitlines()) == 1
 
