@@ -44,12 +44,18 @@ class Wire(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parsed; then the head has to be whole or within its bound."""
+        """Parsed; then a head has to be whole or within its bound."""
         if self._is_refused:
             return
-        requests = self._requests
+        is_of_body, requests = not self._is_head, self._requests
         super().data_received(data)
-        if self._is_head and self._requests == requests:
+        if is_of_body:
+            # A request that was answered before its body came: the rest took uvicorn's timer away.
+            if not self._is_answering and self.timeout_keep_alive_task is None:
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
+        elif self._is_head and self._requests == requests:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES_MAX:
                 self._refuse(Problem("too-large", f"The request line and headers are over {HEAD_BYTES_MAX} bytes."))

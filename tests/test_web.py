@@ -691,6 +691,49 @@ async def test_what_is_no_request_is_refused_before_it_costs_anything(
         await service.stop()
 
 
+@contextlib.asynccontextmanager
+async def connected(world: World) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection to the service."""
+    port = free_port()
+    service = HttpService(world, Settings(http_port=port))
+    await service.start()
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        yield reader, writer
+        writer.close()
+    finally:
+        await service.stop()
+
+
+async def test_a_body_that_comes_after_its_head_is_no_head(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.wire.HEAD_BYTES_MAX", 1000)
+    body = b"[" + b" " * 2000 + b"]"
+    async with connected(world) as (reader, writer):
+        writer.write(
+            b"POST /v1/events HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body)
+        )
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(body)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 400")
+        assert b"0 events" in await reader.readuntil(b"}")
+
+
+async def test_a_request_that_was_answered_before_its_body_came_leaves_its_connection_open(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streams.wire.HEAD_S_MAX", 0.02)
+    async with connected(world) as (reader, writer):
+        writer.write(b"POST /v1/users/%FF/what-if HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 2\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 422")
+        await reader.readuntil(b"}]}")
+        writer.write(b"{}")
+        with pytest.raises(TimeoutError):  # which is several looks of the worker at its connections
+            await asyncio.wait_for(reader.read(1), 0.2)
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+
+
 def assert_refused(answer: bytes, slug: str) -> None:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % KINDS[slug].status) and b"application/problem+json" in head, answer
