@@ -527,6 +527,9 @@ class SimKafka:
             at = batch[-1].offset + 1 if batch else at
             await asyncio.sleep(0 if batch else 0.5)
 
+    def partition_of(self, key: bytes, partitions: int) -> int:
+        return int(key[1:]) % partitions
+
     async def log_end(self, options: Any, topic: str, partition: int) -> int:
         return self.world.logs[TP(topic, partition)].end
 

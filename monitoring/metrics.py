@@ -57,8 +57,8 @@ class Metrics:
 
     def _add_stream(self, own: CollectorRegistry) -> None:
         self.events_total = Counter(
-            "headwater_events_total", "Records of the source topics, by what became of them", ["topic", "outcome"],
-            registry=own,
+            "headwater_events_total", "Records of the source topics, by what became of them (misplaced: one a batch)",
+            ["topic", "outcome"], registry=own,
         )  # fmt: skip
         self.stage_seconds = Histogram(
             "headwater_stage_seconds", "Time of a batch in a stage of its way", ["stage"], buckets=FAST_BUCKETS_S,

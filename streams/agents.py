@@ -49,6 +49,7 @@ PROGRESS_S: Final = 1.0  # between two words on how far a state that is learnt a
 SHOWN_EVENTS_MAX: Final = 5  # of a batch, told to those who watch
 NEW_ITEM_S_MAX: Final = 86_400.0  # an item that waits for an older time is of a recorded stream: its events tell that
 TIME_KEY: Final = b"time"  # of the message of a time; others have their source partition
+MISPLACED_TOLD_S: Final = 60.0  # between two warnings
 FINISH_BYTES_MAX: Final = 32 << 20  # of item rows flushed on a stop: it has 5 s; the examples log holds the rest
 assert INBOX_RECORDS_LOW >= BATCH_EVENTS_MAX, "a resumed partition must not run dry while it fetches"
 
@@ -94,6 +95,7 @@ class Surroundings:
     evidence: EvidenceConfig
     encoding: Encoding
     end_of: Callable[[str, int], int | None]  # (topic, partition) -> where the log ends; None: not known, or not lately
+    partition_of: Callable[[bytes], int]  # where Kafka's default partitioner puts a key
     first_at: Callable[[str, int, int], Awaitable[tuple[int, int]]]  # streams.kafka.first_at_or_after
     dead_letter: Callable[[codec.DeadLetter], Awaitable[None]]
     durable: Callable[[str, int, int], None]  # (topic, partition, next offset): may be committed
@@ -122,6 +124,7 @@ class Keeper(ABC, Generic[T]):
         self.inbox: Inbox[T] = Inbox({}, around.merge_hold_s)
         self.report: OpenReport | None = None  # while it is open
         self._arrived = asyncio.Event()
+        self._misplaced_told_s = float("-inf")
         self._settling = False
         self._closing = False
         self._working = asyncio.Lock()
@@ -207,6 +210,22 @@ class Keeper(ABC, Generic[T]):
         self.inbox.put(topic, self.prepare(topic, records), records[-1].offset + 1, self.around.now(), size)
         self._arrived.set()
         return None
+
+    def _check_place(self, topic: str, records: Sequence[Record]) -> None:
+        """Tells of a producer whose partitioner is not Kafka's own: its events are learnt, and reads look elsewhere.
+
+        One record a batch is looked at: such a producer misplaces most of them, and murmur2 is slow here.
+        """
+        key = records[-1].key
+        if key is None or self.around.partition_of(key) == self.number:
+            return
+        self.around.metrics.misplaced(self.topics[topic])
+        now = self.around.now()
+        if now - self._misplaced_told_s >= MISPLACED_TOLD_S:
+            self._misplaced_told_s = now
+            log.warning("a record lies in another partition than its key's: set its producer's partitioner to murmur2 "
+                        "(librdkafka: murmur2_random)", topic=topic, partition=self.number,
+                        offset=records[-1].offset)  # fmt: skip
 
     def is_full(self, topic: str) -> bool:
         """Whether the consumer should pause this topic's partition for now."""
@@ -387,6 +406,7 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
 
     def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, Any]]:
         """Decodes, and starts the encoding of texts at once, ahead of their turn."""
+        self._check_place(topic, records)
         name = self.topics[topic]
         work: list[tuple[float, int, Any]] = []
         rejects = 0
@@ -473,6 +493,7 @@ class CatalogueKeeper(Keeper["_ItemWork | Reject"]):
 
     def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, Any]]:
         """Decodes, and starts the encoding of texts at once."""
+        self._check_place(topic, records)
         decoded = codec.decode_batch("items", records)
         self.around.metrics.consumed("items", len(decoded.events), len(decoded.rejects))
         work: list[tuple[float, int, Any]] = []

@@ -55,6 +55,10 @@ class Telemetry:
         if rejects:
             self.metrics.events_total.labels(topic, "rejected").inc(rejects)
 
+    def misplaced(self, topic: str) -> None:
+        """The record of a batch that was looked at lies in another partition than its key's."""
+        self.metrics.events_total.labels(topic, "misplaced").inc()
+
     def dead_letter(self, topic: str, reason: str) -> None:
         """A dead letter is in its log."""
         self.metrics.dead_letters_total.labels(topic, reason).inc()

@@ -139,9 +139,10 @@ class Worker:
         self.book = Book(self._publish_certificate)
         self.around = Surroundings(
             now=now, metrics=self.telemetry, evidence=settings.evidence_config(), encoding=self.encoding,
-            end_of=self._end_heard, first_at=self._first_at, dead_letter=self._dead_letter, durable=self._durable,
-            changed=self._changed, failed=self._failed, user_cache_bytes=self._user_cache_bytes,
-            merge_hold_s=settings.merge_hold_ms / 1e3, flush_linger_s=settings.flush_linger_ms / 1e3,
+            end_of=self._end_heard, partition_of=partial(kafka.partition_of, partitions=settings.partitions),
+            first_at=self._first_at, dead_letter=self._dead_letter, durable=self._durable, changed=self._changed,
+            failed=self._failed, user_cache_bytes=self._user_cache_bytes, merge_hold_s=settings.merge_hold_ms / 1e3,
+            flush_linger_s=settings.flush_linger_ms / 1e3,
             sealer=self.sealer, book=self.book, reach=KafkaReach(settings, self.producer, self.sealer, now),
         )  # fmt: skip
 

@@ -204,6 +204,23 @@ def test_a_zombie_is_fenced_and_a_cut_network_heals(tmp_path: Path) -> None:
     assert found["faults"]["network cut"] == 1
 
 
+def test_records_in_another_partition_than_their_keys_are_told_of(deployment: Deployment, outside: Outside) -> None:
+    """As librdkafka places them unless it is told otherwise: learnt, and not found by a read."""
+    told = 'headwater_events_total{{outcome="misplaced",topic="{}"}}'.format
+    worker = deployment.start_worker()
+    outside.films()
+    right = partition_of(b"u", 2)
+    click = json.dumps({"user_id": "u", "item_id": "alien", "action": "click"}).encode()
+    outside.producer.send(deployment.settings.topic("clicks"), click, b"u", partition=right).get(timeout=10)
+    worker.wait_ready()
+    worker.wait_until("the click", lambda: worker.get("/v1/users/u/state")["events"] == 1)
+    assert told("clicks") not in worker.metrics()
+    outside.producer.send(deployment.settings.topic("clicks"), click, b"u", partition=1 - right).get(timeout=10)
+    worker.wait_until("the metric", lambda: worker.metrics().get(told("clicks")) == 1)
+    assert "another partition than its key's" in worker.tail()
+    assert told("items") not in worker.metrics()
+
+
 # A worker whose texts are encoded by another encoder, to vectors that look alike.
 OTHER_ENCODER = """
 from bench import words
