@@ -224,9 +224,10 @@ def _erasure_step(told: "Certificate") -> str:
 
 
 def _model(model: "ModelUnlearnt") -> str:
-    if not model.exact:
+    if not model.exact and not model.removed:
         return f"not unlearnt: {model.reason}"
-    return f"{model.removed} examples taken back in {model.seconds:.1f} s; digest {model.digest}"
+    done = f"{model.removed} examples taken back in {model.seconds:.1f} s; digest {model.digest}"
+    return done if model.exact else f"{done}; not exact: {model.reason}"
 
 
 def _moment(unix_s: float) -> str:

@@ -16,8 +16,9 @@ import pytest
 from kafka.errors import NodeNotReadyError
 from typer.testing import CliRunner
 
-from streams import tokens, topics
+from streams import cli_asking, tokens, topics
 from streams.__main__ import _require_topics, app
+from streams.answers import ModelUnlearnt
 from streams.settings import Settings
 
 COMMANDS = (
@@ -415,6 +416,16 @@ def test_a_worker_off_the_loopback_address_does_not_start_without_keys() -> None
     refused = run("worker", http_host="0.0.0.0")
     assert refused.exit_code == 1
     assert "HEADWATER_API_KEYS_FILE" in refused.stderr and "127.0.0.1" in refused.stderr
+
+
+def test_a_certificate_says_what_was_unlearnt_and_what_is_not_exact() -> None:
+    told = [
+        ModelUnlearnt(True, 9, 2, 9, 1.5, "d1"), ModelUnlearnt(False, 9, 2, 9, 1.5, "d1", "the adapter has seen them"),
+        ModelUnlearnt(False, 9, digest="d1", reason="the log begins at 5"),
+    ]  # fmt: skip
+    done = "2 examples taken back in 1.5 s; digest d1"
+    shown = [done, f"{done}; not exact: the adapter has seen them", "not unlearnt: the log begins at 5"]
+    assert [cli_asking._model(model) for model in told] == shown
 
 
 def test_forget_waits_for_the_certificate_and_shows_what_was_removed_and_what_remains(http_port: int) -> None:
