@@ -220,12 +220,62 @@ class Digests(msgspec.Struct):
     partitions: list[PartitionDigest]
 
 
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class TrainingView(msgspec.Struct):
+    """What a candidate was trained on, and its loss there in nats beside those of the encoder as it came (frozen) and
+    of what was in use (champion). Empty where the trainer did not make it."""
+
+    messages: Count | UnsetType = UNSET
+    examples: Count | UnsetType = UNSET
+    loss: float | UnsetType = UNSET
+    loss_frozen: float | UnsetType = UNSET
+    loss_champion: float | UnsetType = UNSET
+
+
+class DecisionView(msgspec.Struct):
+    """What was decided at a position of the examples log: promote or drop (of a candidate), switched, kept or rollback
+    (after the watch of a switch). The evidence, where a duel was decided: its tests, and log10 of the e-values that the
+    candidate (of kept and rollback: the predecessor) is better, and that it is worse. verdict: better, worse or none.
+    taken_back: of a switch."""
+
+    kind: str
+    position: Count
+    tests: Count | UnsetType = UNSET
+    mean_difference: float | UnsetType = UNSET
+    log10_e_better: float | UnsetType = UNSET
+    log10_e_worse: float | UnsetType = UNSET
+    alpha: float | UnsetType = UNSET
+    verdict: str | UnsetType = UNSET
+    taken_back: bool | UnsetType = UNSET
+
+
+class CheckpointView(msgspec.Struct):
+    """A checkpoint of the encoder's adapter, as last announced. state: shadow, dropped, current, retired or taken back.
+    offset: of the examples log, up to where it was trained; created: Unix s. Evidence is told with a decision: a
+    candidate whose duel goes on has none. current_since: Unix s, of the first announcement known that it is."""
+
+    name: str
+    adapter: str
+    parent: str
+    offset: Count
+    created: float
+    state: str
+    training: TrainingView = msgspec.field(default_factory=TrainingView)
+    decisions: list[DecisionView] = []
+    current_since: float | UnsetType = UNSET
+
+
 class EncoderView(msgspec.Struct):
-    """The text encoder: name and digest, numbers a vector, and the adapter that texts are compared through."""
+    """The text encoder: name and digest, numbers a vector, and the adapter that texts are compared through or null.
+    checkpoints: of such adapters, newest first, as far as they are announced on `encoder-checkpoints`, whatever app id
+    of the topic prefix they were made for."""
 
     name: str
     dim: int
     adapter: str | None
+    checkpoints: list[CheckpointView]
 
 
 class LearnerView(msgspec.Struct):

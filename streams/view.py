@@ -185,7 +185,7 @@ class View:
         return ModelView(
             version("headwater"),
             self.model_version,
-            EncoderView(self.encoder, worker.encoding.dim, self._adapter()),
+            EncoderView(self.encoder, worker.encoding.dim, self._adapter(), worker.announced.newest()),
             learning,
             worker.learner_config.__dict__,
             ReplicaView(len(replica), replica.active_count, replica.positives, {"examples": worker.replica_applied}),

@@ -31,6 +31,7 @@ from streams.agents import (
     Surroundings,
     UserKeeper,
 )
+from streams.announced import Announced
 from streams.codec import DeadLetter
 from streams.datakeys import sealer_of
 from streams.encoding import Encoder, Encoding
@@ -137,6 +138,7 @@ class Worker:
         self._tasks: set[asyncio.Task[Any]] = set()
         self.source: Source = source
         self.book = Book(self._publish_certificate)
+        self.announced = Announced(encoder.name)
         self.around = Surroundings(
             now=now, metrics=self.telemetry, evidence=settings.evidence_config(), encoding=self.encoding,
             end_of=self._end_heard, partition_of=partial(kafka.partition_of, partitions=settings.partitions),
@@ -539,6 +541,9 @@ class Worker:
         await self._claim_space()
         self._spawn(self._guarded(self.tail()), "tail")
         self._spawn(self._guarded(self.follow_certificates()), "certificates")
+        checkpoints = self.settings.topic("encoder-checkpoints")
+        follow = self.announced.follow(self.options, self.producer, checkpoints)
+        self._spawn(self._guarded(follow), "checkpoints")
         self._spawn(self._guarded(self._every(COMMIT_INTERVAL_S, self.commit)), "commit")
         self._spawn(self._guarded(self._every(OBSERVE_INTERVAL_S, self.observe)), "observe")
         self._spawn(self._guarded(self._every(OBSERVE_INTERVAL_S, self.wipe_left_folders)), "wipe")

@@ -72,6 +72,8 @@ class World:
         self.rate = 12.0
         self.lag_s = 0.0
         self.hits: list[tuple[bool, ...]] = []  # of each ranked click: the model, popularity, item-kNN
+        self.adapter: str | None = None
+        self.checkpoints: list[answers.CheckpointView] = []
         self.listeners: list[asyncio.Queue[dict[str, Any]]] = []
         config = LearnerConfig(dim=16, text_dim=TEXT_DIM, negatives=32, neighbours_max=32, rank_items=0)
         self.settings_digest = settings_digest(self.encoder, config, EVIDENCE)
@@ -170,7 +172,7 @@ class World:
     def model_info(self) -> answers.ModelView:
         replica, applied = self._replica, {"examples": self._examples_end - 1}
         return answers.ModelView(
-            "0.1.0", self.model_version, answers.EncoderView(self.encoder, TEXT_DIM, None),
+            "0.1.0", self.model_version, answers.EncoderView(self.encoder, TEXT_DIM, self.adapter, self.checkpoints),
             answers.LearnerView(applied, replica.positives, len(replica), self._examples_end), self._config.__dict__,
             answers.ReplicaView(len(replica), replica.active_count, replica.positives, applied),
             sum(end + 1 for end in self._ends.values()), len(replica), replica.positives,

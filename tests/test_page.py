@@ -18,12 +18,13 @@ from axe_playwright_python.base import AXE_SCRIPT
 from playwright.async_api import Browser, ConsoleMessage, Page, ViewportSize, async_playwright, expect
 
 from streams import keys
+from streams.answers import CheckpointView, DecisionView, TrainingView
 from streams.broker import free_port
 from streams.events import Erasure
 from streams.keys import Gate
 from streams.settings import Settings
 from streams.web import HttpService
-from tests.serving_world import GENRES, MOODS, World, small_world
+from tests.serving_world import GENRES, MOODS, START_S, World, small_world
 
 CHROMIUM: Final = Path("/usr/bin/chromium")  # Debian's; `make test` installs it
 PICTURE: Final = os.environ.get("HEADWATER_TEST_PICTURE")
@@ -160,6 +161,82 @@ async def test_users_of_the_stream_can_be_picked_and_the_race_is_drawn(page: Pag
     assert await race.locator("canvas").evaluate(drawn)
 
 
+def checkpoint(name: str, state: str, *decisions: DecisionView, **more: float) -> CheckpointView:
+    trained = TrainingView(256, 12_288, 5.871, 5.93, 5.889)
+    offset = int(name.partition("-")[0])
+    adapter = name.partition("-")[2]
+    return CheckpointView(name, adapter, "", offset, START_S, state, trained, list(decisions), **more)
+
+
+def decision(kind: str, position: int, better: float, worse: float, verdict: str) -> DecisionView:
+    return DecisionView(
+        kind, position, 655, 0.01, log10_e_better=better, log10_e_worse=worse, alpha=0.005, verdict=verdict
+    )
+
+
+PROMOTED: Final = decision("promote", 1630, 2.314, 0.02, "better")
+SWITCHED: Final = DecisionView("switched", 1632, taken_back=False)
+
+
+async def facts(page: Page) -> dict[str, str]:
+    """The panel of encoder and model, of the answer that has just come."""
+    await page.reload()
+    await expect(page.locator("#model")).to_contain_text("Last decision")
+    names = await page.locator("#model dt").all_inner_texts()
+    values = await page.locator("#model dd").all_inner_texts()
+    return dict(zip(names, values, strict=True))
+
+
+async def test_the_encoder_tells_what_is_in_use_what_stands_in_shadow_and_what_was_decided(
+    page: Page, world: World
+) -> None:
+    shown = await facts(page)
+    assert shown["Adapter in use"] == "none: the encoder as it came"
+    assert (shown["Candidate in shadow"], shown["Last decision"]) == ("no candidate", "none yet")
+
+    world.checkpoints = [checkpoint("001417-7d0c", "shadow")]
+    shown = await facts(page)
+    trained = "7d0c, trained on 12,288 examples (loss 5.930 → 5.871), "
+    assert shown["Candidate in shadow"] == trained + "in shadow, not decided yet"
+    assert shown["Last decision"] == "none yet", "no figures are made up"
+
+    better = "(log10 e 2.31 that it is better, 0.02 that it is worse, 655 tests)"
+    promoted = f"promoted: it was better than what was in use {better}"
+    world.checkpoints = [checkpoint("001417-7d0c", "shadow", PROMOTED)]
+    shown = await facts(page)
+    assert shown["Candidate in shadow"] == trained + promoted
+    assert shown["Last decision"] == f"7d0c {promoted}"
+
+    world.adapter = "7d0c"
+    used = checkpoint("001417-7d0c", "current", PROMOTED, SWITCHED, current_since=START_S)
+    world.checkpoints = [used]
+    shown = await facts(page)
+    assert shown["Adapter in use"].startswith("7d0c since Nov 14, 2023")
+    assert (shown["Candidate in shadow"], shown["Last decision"]) == ("no candidate", f"7d0c {promoted}")
+    at = await page.locator("#model time").get_attribute("datetime")
+    assert at is not None and at.startswith("2023-11-14T22:13:20")
+
+    for verdict, words in (("worse", "it was worse than what is in use"), ("none", "nothing was shown")):
+        dropped = checkpoint("002180-c1e5", "dropped", decision("drop", 2400, 0.1, 2.5, verdict))
+        world.checkpoints = [dropped, used]
+        told = f"c1e5 dropped: {words} (log10 e 0.10 that it is better, 2.50 that it is worse, 655 tests)"
+        assert (await facts(page))["Last decision"] == told
+
+    predecessor = "(log10 e 2.50 that the predecessor is better, 0.10 that the predecessor is worse, 655 tests)"
+    for kind, state, words in (
+        ("kept", "current", "kept: its predecessor was not better"),
+        ("rollback", "taken back", "taken back: its predecessor was better"),
+    ):
+        watched = checkpoint("001417-7d0c", state, PROMOTED, SWITCHED, decision(kind, 1900, 2.5, 0.1, "better"))
+        world.checkpoints = [watched]
+        assert (await facts(page))["Last decision"] == f"7d0c {words} {predecessor}"
+    world.adapter = None
+    world.checkpoints = [checkpoint("001417-7d0c", "taken back", PROMOTED, SWITCHED)]
+    shown = await facts(page)
+    assert shown["Last decision"] == f"7d0c {promoted}; then taken back by hand"
+    assert shown["Adapter in use"] == "none: the encoder as it came"
+
+
 async def test_a_new_user_starts_from_what_everybody_gets(page: Page) -> None:
     await page.get_by_role("button", name="A new user").click()
     await expect(page.locator("#counts")).to_contain_text("Nothing is known")
@@ -201,8 +278,14 @@ async def test_a_phone_needs_no_sideways_scrolling_in_dark_and_light(page: Page)
 async def test_no_rule_of_axe_is_broken_anywhere_on_the_page(page: Page, world: World, tmp_path: Path) -> None:
     world.hits = [(n < 24, n < 10, n < 17) for n in range(100)]
     world.click("western-fan-1", "western-1", "like")
+    world.adapter = "7d0c41f2a9b3"
+    world.checkpoints = [
+        checkpoint("000000002180-c1e5f0a2d7b4", "shadow"),
+        checkpoint("000000001417-7d0c41f2a9b3", "current", PROMOTED, SWITCHED, current_since=START_S),
+    ]
+    await page.reload()
     await choose(page, FAN)
-    await expect(page.locator("#model")).to_contain_text("test-encoder")
+    await expect(page.locator("#model")).to_contain_text("7d0c41f2a9b3 promoted")
     await page.evaluate(AXE_SCRIPT)
     pictures = set()
     for supposes in (False, True):

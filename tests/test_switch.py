@@ -139,9 +139,52 @@ def test_switch_under_load_loses_no_answer_and_is_in_the_log(
     worker.wait_ready()
     worker.wait_until("the adapter again", lambda: model()["encoder"]["adapter"] == adapter.name)
     assert [part["digest"] for part in worker.digests() if part["kind"] == "learner"] == [learner["digest"]]
+    assert [(told["name"], told["state"]) for told in model()["encoder"]["checkpoints"]] == [(name, "current")]
     _check_trainer(deployment, adapter.name)
-    assert Checkpoints(deployment.settings.checkpoints).get(name).decisions[0]["kind"] == "switched"
+    decided = Checkpoints(deployment.settings.checkpoints).get(name).decisions
+    assert decided[0]["kind"] == "switched"
+    worker.wait_until("its decision", lambda: model()["encoder"]["checkpoints"][0]["decisions"] == decided)
     assert worker.stop()[0] == 0
+
+
+def test_what_is_announced_of_checkpoints_is_told(broker: str, tmp_path: Path) -> None:
+    """A candidate's way, as a trainer tells it, beside another encoder's and what is no manifest."""
+    made = Deployment(broker, tmp_path, topic_prefix=f"told-{tmp_path.name}-", partitions=1, module="bench.words")
+    made.create_topics()
+    producer = KafkaProducer(**made.settings.kafka_options())
+    duel = {"tests": 655, "mean_difference": 0.01, "log10_e_better": 2.5, "log10_e_worse": 0.1, "verdict": "better"}
+    shadow = {
+        "name": "000000000009-abc", "adapter": "abc", "parent": "", "offset": 9, "created": 1.7e9, "state": "shadow",
+        "training": {"messages": 4, "examples": 99, "loss": 5.5, "loss_frozen": 5.75, "loss_champion": 5.75},
+        "decisions": [],
+    }  # fmt: skip
+    promoted = {**shadow, "decisions": [{"kind": "promote", "position": 20, "alpha": 0.005, **duel}]}
+
+    def announce(told: dict[str, Any], base: str = "words") -> None:
+        value = json.dumps({**told, "base": base, "rank": 8, "digest": "d", "version": 1}).encode()
+        producer.send(made.settings.topic("encoder-checkpoints"), value, key=base.encode()).get(timeout=10)
+
+    def checkpoints_told() -> Any:
+        encoder = worker.get("/v1/model")["encoder"]
+        assert (encoder["name"], encoder["adapter"]) == ("words", None)
+        return encoder["checkpoints"]
+
+    try:
+        announce(shadow)
+        worker = made.start_worker()
+        worker.wait_ready()
+        worker.wait_until("the candidate", lambda: checkpoints_told() == [shadow])
+        tag = worker.http.get("/v1/model").headers["etag"]
+        producer.send(made.settings.topic("encoder-checkpoints"), b"{", key=b"words").get(timeout=10)
+        announce({**shadow, "name": "000000000010-def"}, base="others")
+        announce(promoted)
+        worker.wait_until("the evidence", lambda: checkpoints_told() == [promoted])
+        assert worker.http.get("/v1/model", headers={"If-None-Match": tag}).status_code == 200, "it is news"
+        assert worker.log_file.read_text().count("encoder-checkpoints cannot be read") == 1
+        assert worker.stop()[0] == 0
+    finally:
+        producer.close()
+        made.close()
 
 
 def _check_trainer(deployment: Deployment, adapter: str) -> None:

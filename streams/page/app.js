@@ -3,6 +3,7 @@
 import { call, listen, onRefused, post, setKey } from "./api.js";
 import { showRace } from "./chart.js";
 import { $, bar, duration, make, number, percent, signed, time, title } from "./elements.js";
+import { facts as encoderFacts } from "./encoder.js";
 import * as whatIf from "./whatif.js";
 
 const RECENT_MAX = 8;
@@ -268,12 +269,13 @@ async function readModel() {
 function showModel(model) {
   const { encoder, replica, learner } = model;
   const rows = [
-    ["Encoder", encoder.name], ["Dimensions of a text", number.format(encoder.dim)],
-    ["Adapter", encoder.adapter ?? "none: the encoder as it came"], ["Version", model.model_version],
+    ["Encoder", encoder.name], ["Dimensions of a text", number.format(encoder.dim)], ["Version", model.model_version],
     ["Items, listed", `${number.format(replica.items)}, ${number.format(replica.active)}`],
     ["Learner", learner ? `on this worker, examples up to ${number.format(learner.applied.examples)}` : "on another worker"],
+    ...encoderFacts(encoder),
   ];
-  $("model").replaceChildren(...rows.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+  const line = ([name, ...value]) => make("div", {}, make("dt", {}, name), make("dd", {}, ...value));
+  $("model").replaceChildren(...rows.map(line));
 }
 
 function say(told, words) {
