@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import pytest
 from pydantic import SecretStr
 from typer.testing import CliRunner
@@ -19,6 +20,7 @@ from bench.deployment import Deployment
 from state.sealing import SealError, is_sealed
 from streams import checkpoints, examples, kafka, space
 from streams.__main__ import app
+from streams.announced import Announced
 from streams.checkpoints import CheckpointError, Checkpoints, Manifest
 from streams.datakeys import sealer_of
 from streams.pipeline import ItemLearner
@@ -77,6 +79,12 @@ async def test_trainer_promotes_announces_and_a_killed_one_goes_on(broker: str, 
     assert [one["state"] for one in told] == ["shadow", "shadow", "current"] and {t["name"] for t in told} == {
         manifest.name
     }
+    followed = Announced(BASE)
+    for one in told:
+        followed.take(json.dumps(one).encode(), 1e9)
+    [shown] = msgspec.to_builtins(followed.newest())
+    assert (shown["state"], shown["current_since"], shown["decisions"]) == ("current", 1e9, manifest.decisions)
+    assert shown["training"].items() <= manifest.training.items() and "loss" in shown["training"]
     assert list((settings.trainer_dir / "events").glob("events.out.tfevents.*"))
     # Another one that is killed over and over ends in the same files, and asks for nothing twice.
     other = settings.model_copy(
