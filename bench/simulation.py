@@ -722,6 +722,9 @@ class _Silent:
         return lambda *arguments, **more: None
 
 
+async def _follow_nothing(*_: Any) -> None: ...
+
+
 class WordEncoder:
     """Vectors that follow from the text alone."""
 
@@ -1342,6 +1345,7 @@ def run_seed(seed: int, make: MakePartition = Partition, story: Story | None = N
                                 "log": _Silent()}),
             ("streams.erasure", {"kafka": SimKafka(world), "SWEEP_ROWS": chance.choice((2, 500)), "log": _Silent()}),
             ("streams.telemetry.Telemetry", {"publish": lambda *_: None}),  # figures for nobody
+            ("streams.announced.Announced", {"follow": _follow_nothing}),  # of checkpoints, which no state knows
             ("state.rows", {"HISTORY_MAX": 5, "SEEN_MAX": 8, "COMMENTS_MAX": 2}),
             ("model.learner", {"DENSE_FLOATS_MAX": 10_000}),
             ("model.items", {"CAPACITY_START": 16}),
