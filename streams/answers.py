@@ -329,8 +329,9 @@ class Prequential(msgspec.Struct):
 
 
 class ModelView(msgspec.Struct):
-    """Encoder, learner (null: it is another worker's) and replica. config: the learner's settings, by name. events_ and
-    items_applied: records of this worker's partitions whose examples are in their log; examples_applied: the learner's.
+    """Encoder, learner and replica. config: the learner's settings, by name. events_ and items_applied: records of this
+    worker's partitions whose examples are in their log. learner, examples_applied and prequential are the learning
+    worker's, whichever is asked; learner is null while that one does not answer.
     """
 
     version: str

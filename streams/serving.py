@@ -120,6 +120,9 @@ class WorkerView(Protocol):
     def owner_url(self, partition: int) -> str | None:
         """Address of the worker that has the partition; None: this one. Raises NotReady."""
 
+    def learner_url(self) -> str | None:
+        """Address of the worker that learns; None: this one, or nobody is known to."""
+
     def read(self, user_id: str) -> Read:
         """Of a user of an own partition. Raises NotReady while it opens or when it has just left."""
 

@@ -80,6 +80,12 @@ class View:
             raise NotReady("the user's partition is being restored", RETRY_AFTER_S)
         return url
 
+    def learner_url(self) -> str | None:
+        """Address of the worker that learns; None: this one, or nobody is known to."""
+        settings = self.worker.settings
+        url = self.worker.owner_of(settings.internal_topic("examples"), LEARNER_PARTITION)
+        return None if url == settings.http_url() else url
+
     def _keeper(self, kind: str, partition: int) -> Keeper[Any]:
         keeper = self.worker.open_keeper(kind, partition)
         if keeper is None:

@@ -442,6 +442,19 @@ class Http:
         kept = {name: given.headers[name] for name in FORWARDED_BACK if name in given.headers}
         return Response(given.content, given.status_code, kept, given.headers.get("content-type"))
 
+    async def with_learner(self, request: Request, mine: answers.ModelView) -> answers.ModelView:
+        """What is told of the model, with the learner's part from the worker that learns; without, if none answers."""
+        owner = self.view.learner_url()
+        if mine.learner is not None or owner is None or FORWARDED_HEADER in request.headers:
+            return mine
+        try:
+            given = await self.forward(request, owner)
+            theirs = msgspec.json.decode(bytes(given.body), type=answers.ModelView)
+        except (Problem, msgspec.DecodeError):  # DecodeError: of another build
+            return mine
+        learnt = {name: getattr(theirs, name) for name in ("learner", "examples_applied", "prequential")}
+        return msgspec.structs.replace(mine, **learnt)
+
     async def publish(self, events: list[tuple[str, bytes, bytes]]) -> list[str]:
         """Appends the events: one user's in their order, users side by side; their positions. Raises Problem."""
         positions: list[str | None] = [None] * len(events)
@@ -665,7 +678,7 @@ def _worker_routes(app: FastAPI, http: Http, gate: Gate) -> None:
 
     @app.get("/v1/model", operation_id="getModel", response_model=None)
     async def model(request: Request) -> Response:
-        told = view.model_info()
+        told = await http.with_learner(request, view.model_info())
         etag = _tag(view, msgspec.msgpack.encode(told))
         return _unchanged(request, etag) or _json(told, etag)
 

@@ -119,6 +119,9 @@ class World:
             raise serving.NotReady(f"partition {partition} opens", 2.0)
         return self.owners.get(partition)
 
+    def learner_url(self) -> str | None:
+        return None
+
     def read(self, user_id: str) -> serving.Read:
         origin = serving.Origin(1, self._examples_end - 1, self.settings_digest)
         return serving.Read(self._rows.get(user_id.encode()), self.applied(self.partition_of(user_id)), origin)

@@ -34,6 +34,7 @@ FILMS = {
     "notebook": "The Notebook. A poor man and a rich woman fall in love one summer. romance, drama",
 }
 TRANSACTIONS = 12
+LEARNERS = ("learner", "examples_applied", "prequential")
 _numbers = itertools.count()
 
 
@@ -277,6 +278,11 @@ def test_two_workers_share_users_and_answer_for_each_other(deployment: Deploymen
 
     for worker in (one, two):
         worker.wait_until("all users from one worker", lambda w=worker: answers(w))  # type: ignore[misc]
+    learns = [worker for worker in (one, two) if "learner" in {part["kind"] for part in worker.digests()}]
+    assert len(learns) == 1
+    told = [worker.get("/v1/model") for worker in (one, two)]
+    assert told[0]["learner"] is not None and told[0]["prequential"]["model"]
+    assert [told[0][name] for name in LEARNERS] == [told[1][name] for name in LEARNERS], "whichever is asked"
     two.kill()
     one.wait_until("takeover", lambda: len(one.applied("users")) == 2 and answers(one))
 
