@@ -46,6 +46,8 @@ MESSAGE_EXAMPLES_MAX: Final = 64  # examples a message: the micro-batch; 64 cost
 REMOVALS_MAX: Final = 32_768  # positions a message
 MESSAGE_BYTES_MAX: Final = 400_000  # of examples in a message: ranked ones of heavy users are large; a batch is 512 KiB
 
+KEYS_KEPT: Final = 1 << 18  # of items, with their ids
+
 FLAG_TEXT: Final = 1
 FLAG_RANKED: Final = 2
 
@@ -86,11 +88,18 @@ _encode_items = msgspec.msgpack.Encoder().encode
 _decode_items = msgspec.msgpack.Decoder(list[ItemEntry]).decode
 
 
-@lru_cache(maxsize=1 << 18)
+_ids: dict[bytes, str] = {}  # of the keys that were made last, KEYS_KEPT of them
+
+
+@lru_cache(maxsize=KEYS_KEPT)
 def key_bytes(item_id: str) -> bytes:
     """The 8 bytes by which an item is known in rows and messages: blake2b of its id (never all zero)."""
     digest = hashlib.blake2b(item_id.encode(), digest_size=8).digest()
-    return digest if any(digest) else b"\x01" + digest[1:]
+    key = digest if any(digest) else b"\x01" + digest[1:]
+    _ids[key] = item_id
+    while len(_ids) > KEYS_KEPT:
+        _ids.pop(next(iter(_ids)), None)
+    return key
 
 
 def item_key(item_id: str) -> int:
@@ -100,6 +109,15 @@ def item_key(item_id: str) -> int:
     True
     """
     return int.from_bytes(key_bytes(item_id), "little", signed=True)
+
+
+def id_of(key: int) -> str | None:
+    """The item_id of a key that this process has made lately: for items that no catalogue has named.
+
+    >>> id_of(item_key("242"))
+    '242'
+    """
+    return _ids.get(key.to_bytes(8, "little", signed=True))
 
 
 def pack_examples(partition: int, examples: list[bytes]) -> bytes:

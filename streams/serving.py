@@ -285,10 +285,16 @@ class Reader:
         return np.concatenate((self.slots["key"], self.row.seen_keys()))
 
     def _items(self, keys: npt.NDArray[np.int64]) -> list[tuple[str | UnsetType, str | UnsetType]]:
-        """Id and text of each item; unset where the catalogue does not know it, and of key 0."""
+        """Id and text of each item, and unset for key 0. Of one that no catalogue has named the id alone, and that only
+        where this worker has met it since its start."""
         matrix = self.view.ranker.matrix
         at = np.where(keys != 0, matrix.indices(np.ascontiguousarray(keys)), -1).tolist()
-        return [(matrix.names[a] or UNSET, matrix.texts[a] or UNSET) if a >= 0 else (UNSET, UNSET) for a in at]
+        return [
+            (matrix.names[a], matrix.texts[a] or UNSET)
+            if a >= 0 and matrix.names[a]
+            else ((examples.id_of(key) if key else None) or UNSET, UNSET)
+            for a, key in zip(at, keys.tolist(), strict=True)
+        ]
 
     def applied(self) -> dict[str, tuple[int, int]]:
         """Topic -> (partition, last applied offset)."""

@@ -205,6 +205,14 @@ def test_a_zombie_is_fenced_and_a_cut_network_heals(tmp_path: Path) -> None:
     assert found["faults"]["network cut"] == 1
 
 
+def test_an_item_that_no_catalogue_has_named_is_told_by_its_id(deployment: Deployment, outside: Outside) -> None:
+    worker = deployment.start_worker()
+    worker.wait_ready()
+    position = outside.position("clicks", "u", {"user_id": "u", "item_id": "unheard-of", "action": "click"})
+    state = worker.get("/v1/users/u/state", at_least=position)
+    assert [event["item_id"] for event in state["last_events"]] == ["unheard-of"]
+
+
 def test_records_in_another_partition_than_their_keys_are_told_of(deployment: Deployment, outside: Outside) -> None:
     """As librdkafka places them unless it is told otherwise: learnt, and not found by a read."""
     told = 'headwater_events_total{{outcome="misplaced",topic="{}"}}'.format
