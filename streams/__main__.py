@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -59,6 +59,7 @@ EventsFile = Annotated[Path, typer.Option("--events", help="The events: events.j
 ReportFile = Annotated[Path | None, typer.Option(callback=_output, help="Write the report to this file, as JSON.")]
 FROZEN: Final = "frozen"  # the encoder as it is
 ANY_PARTITIONS: Final = (".dlq", "encoder-checkpoints")  # the ends of topics that may have more than planned
+TUNING: Final = ("encoder", "examples", "items-changelog")  # internal topics of the trainer, and of switches by hand
 CheckpointName = Annotated[str, typer.Argument(help="The checkpoint's name, or its adapter's.")]
 
 
@@ -288,7 +289,7 @@ def trainer() -> None:
 
     one_thread_each()
     settings = load()
-    with _broker_faults(settings):
+    with _broker_faults(settings, TUNING):
         log.set_up(settings.log_level, settings.log_format)
         from streams import trainer as tool
 
@@ -365,7 +366,7 @@ def promote_checkpoint(name: CheckpointName) -> None:
     Example: `headwater checkpoints promote 000000000209-1f2e3d4c5b6a`
     """
     settings, folder = load(), _checkpoints()
-    with _broker_faults(settings):
+    with _broker_faults(settings, TUNING):
         import asyncio
 
         from streams import trainer as tool
@@ -382,7 +383,7 @@ def rollback_checkpoint() -> None:
     Example: `headwater checkpoints rollback`
     """
     settings, folder = load(), _checkpoints()
-    with _broker_faults(settings):
+    with _broker_faults(settings, TUNING):
         import asyncio
 
         from streams import trainer as tool
@@ -419,12 +420,12 @@ def _checkpoints() -> "Checkpoints":
 
 
 @contextmanager
-def _broker_faults(settings: "Settings") -> Iterator[None]:
-    """As `faults`, where a broker is asked, whose topics have to be there, too."""
+def _broker_faults(settings: "Settings", internal: Sequence[str] | None = None) -> Iterator[None]:
+    """As `faults`, where a broker is asked, whose topics have to be there, too: all, or these internal ones."""
     from aiokafka.errors import KafkaError
 
     with faults():
-        _require_topics(settings)
+        _require_topics(settings, internal)
         try:
             yield
         except KafkaError as problem:
@@ -433,8 +434,8 @@ def _broker_faults(settings: "Settings") -> Iterator[None]:
             raise unreachable(settings, problem) from problem
 
 
-def _require_topics(settings: "Settings") -> None:
-    """Raises Fault unless a broker answers and the topics are there.
+def _require_topics(settings: "Settings", internal: Sequence[str] | None = None) -> None:
+    """Raises Fault unless a broker answers and the topics are there, or of these the internal ones named.
 
     Asked before anything else asks for one: many brokers make a topic that a client asks for, as none of ours may be.
     """
@@ -442,7 +443,10 @@ def _require_topics(settings: "Settings") -> None:
 
     from streams import topics as ours
 
-    names = [topic.name for topic in ours.planned(settings) if not topic.name.endswith(ANY_PARTITIONS)]
+    if internal is None:
+        names = [topic.name for topic in ours.planned(settings) if not topic.name.endswith(ANY_PARTITIONS)]
+    else:
+        names = [settings.internal_topic(name) for name in internal]
     with suppress(KafkaError):  # a broker of several is away, and was asked: whoever needs it next waits for it
         ours.require(settings, [name.removeprefix(settings.topic_prefix) for name in names])
 

@@ -603,9 +603,10 @@ class LearnerKeeper(Keeper[bytes]):
                     return False
                 model.removed, model.messages = int(fresh.left_out[0]), offset
         learner = self.learner if fresh is None else fresh
+        named = self.learner.named
         learner.settled(offset)
         adapter = learner.learner.matrix.adapter
-        if adapter is not None and model.exact and learner.removed and (fresh is None or model.removed):
+        if adapter is not None and model.exact and (named if fresh is None else model.removed):
             model.exact = False
             model.reason = (
                 f"the encoder's adapter in use, {adapter.name}, may have been trained on the user's examples and is "

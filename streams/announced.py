@@ -47,7 +47,7 @@ class Announced:
             return
         try:
             found = self._read(value)
-        except (ValueError, RecursionError) as problem:
+        except (msgspec.DecodeError, ValueError, RecursionError) as problem:
             self._complain("a manifest on the topic encoder-checkpoints cannot be read; such are passed over", problem)
             return
         if found is None:

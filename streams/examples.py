@@ -22,6 +22,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
+from threading import Lock
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -89,6 +90,7 @@ _decode_items = msgspec.msgpack.Decoder(list[ItemEntry]).decode
 
 
 _ids: dict[bytes, str] = {}  # of the keys that were made last, KEYS_KEPT of them
+_ids_lock = Lock()
 
 
 @lru_cache(maxsize=KEYS_KEPT)
@@ -96,9 +98,10 @@ def key_bytes(item_id: str) -> bytes:
     """The 8 bytes by which an item is known in rows and messages: blake2b of its id (never all zero)."""
     digest = hashlib.blake2b(item_id.encode(), digest_size=8).digest()
     key = digest if any(digest) else b"\x01" + digest[1:]
-    _ids[key] = item_id
-    while len(_ids) > KEYS_KEPT:
-        _ids.pop(next(iter(_ids)), None)
+    with _ids_lock:
+        _ids[key] = item_id
+        if len(_ids) > KEYS_KEPT:
+            del _ids[next(iter(_ids))]
     return key
 
 

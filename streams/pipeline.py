@@ -323,6 +323,7 @@ class ItemLearner:
         self.left_out = np.zeros(1, np.int64)  # examples that were left out since this learner began
         self.asked: list[tuple[int, int]] = []  # (partition, offset) of erasures that wait for the replay
         self.owes_replay = False
+        self.named = False  # whether the erasures that wait name any event
         self._buffers: list[Examples] = []  # up to MESSAGES_MAX, as they are needed
 
     def again(self) -> "ItemLearner":
@@ -433,6 +434,7 @@ class ItemLearner:
 
     def _remove(self, offset: int, message: bytes) -> Learnt:
         removal = self.remove(message)
+        self.named |= len(removal.positions) > 0
         place = removal.partition, removal.erasure
         if place not in self.asked:
             self.asked.append(place)
@@ -443,7 +445,7 @@ class ItemLearner:
     def settled(self, offset: int) -> None:
         """The removals that were asked for up to here have their effect, or cannot have it."""
         self.offset = offset
-        self.asked, self.owes_replay = [], False
+        self.asked, self.owes_replay, self.named = [], False, False
 
     def take_dirty(self) -> dict[bytes, bytes | None]:
         """The rows that changed since the last call, those of OWN_KEYS among them."""
@@ -482,7 +484,7 @@ class ItemLearner:
     def _unpack_removed(self, value: bytes) -> None:
         row = msgspec.msgpack.decode(value, type=_Removed)
         self.removed = {p: np.frombuffer(at, "<i8") for p, at in row.positions.items()}
-        self.asked, self.owes_replay = row.asked, row.owes_replay
+        self.asked, self.owes_replay, self.named = row.asked, row.owes_replay, bool(row.asked)
 
     def _pack_sources(self) -> bytes:
         return b"".join(np.int64(p).tobytes() + self.sources[p].tobytes() for p in sorted(self.sources))

@@ -286,7 +286,7 @@ class Reader:
 
     def _items(self, keys: npt.NDArray[np.int64]) -> list[tuple[str | UnsetType, str | UnsetType]]:
         """Id and text of each item, and unset for key 0. Of one that no catalogue has named the id alone, and that only
-        where this worker has met it since its start."""
+        where this worker has met it lately."""
         matrix = self.view.ranker.matrix
         at = np.where(keys != 0, matrix.indices(np.ascontiguousarray(keys)), -1).tolist()
         return [

@@ -29,10 +29,8 @@ class OtherSpaceError(Fault):
 
 async def claimed(log: Log) -> Space | None:
     """The deployment's space; None where no worker has started yet. Raises what the log raises."""
-    async for batch in log.read(0, None):
-        for record in batch:
-            return msgspec.json.decode(record.value or b"", type=Space)
-    return None
+    found = [record async for batch in log.read(0, None) for record in batch]  # one, or a few that came too late
+    return msgspec.json.decode(found[0].value or b"", type=Space) if found else None
 
 
 async def claim(log: Log, mine: Space, app_id: str) -> None:

@@ -101,7 +101,7 @@ class Telemetry:
     def publish(self, live: LiveMetrics) -> None:
         """The live figures, as of now."""
         drifts = self.metrics.drift_detections_total.labels(live.drift.signal)  # told from 0 on: an alert sees it rise
-        drifts.inc(live.drift.detections - self._drifts)
+        drifts.inc(max(0, live.drift.detections - self._drifts))  # a learner that comes back begins to look anew
         self._drifts = live.drift.detections
         self.report = live.report()
         for name, figures in self.report.items():

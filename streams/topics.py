@@ -138,10 +138,15 @@ def require(settings: Settings, names: Sequence[str]) -> None:
 
 
 def _connect(settings: Settings) -> KafkaAdminClient:
-    try:
-        return KafkaAdminClient(**settings.kafka_options(), bootstrap_timeout_ms=BOOTSTRAP_WAIT_MS)
-    except (OSError, KafkaError) as problem:
-        raise unreachable(settings, problem) from problem
+    """By whichever broker answers: kafka-python gives all its time to one of them, drawn by lot."""
+    problems: list[OSError | KafkaError] = []
+    for server in settings.bootstrap():
+        options = {**settings.kafka_options(), "bootstrap_servers": [server]}
+        try:
+            return KafkaAdminClient(**options, bootstrap_timeout_ms=BOOTSTRAP_WAIT_MS)
+        except (OSError, KafkaError) as problem:
+            problems.append(problem)
+    raise unreachable(settings, problems[-1]) from problems[-1]
 
 
 def unreachable(settings: Settings, problem: BaseException) -> BrokerUnreachable:

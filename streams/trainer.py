@@ -11,13 +11,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import structlog
+from aiokafka.errors import KafkaError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info, start_http_server
 
 from model.adapter import AdapterError
@@ -154,8 +155,9 @@ class Trainer:
         self._unsaved += 1
         if decisions or self._unsaved >= SAVE_MESSAGES:
             self._observe()
-            self.metrics.lag.set(await kafka.log_end(self.options, self.topic, LEARNER_PARTITION) - 1 - offset)
             await asyncio.to_thread(self._save)
+            with suppress(KafkaError):  # it is a figure, and told again soon
+                self.metrics.lag.set(await kafka.log_end(self.options, self.topic, LEARNER_PARTITION) - 1 - offset)
 
     def _opened(self, value: bytes) -> bytes:
         """A message, or the saved state, as it is under the data keys. Raises SealError."""
@@ -338,13 +340,22 @@ async def _until_signal(settings: Settings, metrics: TrainerMetrics, now: Callab
 async def _claimed(settings: Settings, stopping: threading.Event) -> Space | None:
     """The space of the workers' vectors, once there is a worker; None where this process is to end before."""
     claims = _claims(settings, kafka.Producer(settings.kafka_options()))
-    found = await space.claimed(claims)
-    if found is None:
-        log.info("waits for the first worker: it says whose vectors the logs have")
-    while found is None and not stopping.is_set():
+    told = False
+    while not stopping.is_set():
+        try:
+            found = await space.claimed(claims)
+        except KafkaError as failure:
+            if not failure.retriable:
+                raise
+            log.warning("the workers' encoder is not known yet; asking again", reason=repr(failure))
+        else:
+            if found is not None:
+                return found
+            if not told:
+                told = True
+                log.info("waits for the first worker: it says whose vectors the logs have")
         await asyncio.sleep(CLAIM_POLL_S)
-        found = await space.claimed(claims)
-    return found
+    return None
 
 
 def _claims(settings: Settings, producer: kafka.Producer) -> kafka.ChangelogTopic:

@@ -54,6 +54,7 @@ BODY_S_MAX: Final = 30.0  # from a request's head to the end of its body
 DRAIN_BYTES_MAX: Final = 16_000_000  # of a body that is too large: a client that still sends may not see the answer
 ENCODE_WAIT_S: Final = 5.0  # a what-if's comments wait this long for the encoder
 AT_LEAST_CHECK_S: Final = 0.5  # after so long it asks the log whether there is such a record
+LEARNER_TIMEOUT_S: Final = 2.0  # then what it would have told is left out
 FORWARD_TIMEOUT_S: Final = AT_LEAST_WAIT_S + 10.0
 FORWARD_CONNECT_TIMEOUT_S: Final = 2.0
 FORWARD_CONNECTIONS_MAX: Final = 64
@@ -447,10 +448,13 @@ class Http:
         owner = self.view.learner_url()
         if mine.learner is not None or owner is None or FORWARDED_HEADER in request.headers:
             return mine
+        headers = {FORWARDED_HEADER: "1", "x-request-id": request.state.request_id}
+        headers |= {name: request.headers[name] for name in KEY_HEADERS if name in request.headers}
         try:
-            given = await self.forward(request, owner)
-            theirs = msgspec.json.decode(bytes(given.body), type=answers.ModelView)
-        except (Problem, msgspec.DecodeError):  # DecodeError: of another build
+            url = httpx.URL(owner).copy_with(path=request.url.path)
+            given = (await self.client.get(url, headers=headers, timeout=LEARNER_TIMEOUT_S)).raise_for_status()
+            theirs = msgspec.json.decode(given.content, type=answers.ModelView)
+        except (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError):  # DecodeError: of another build
             return mine
         learnt = {name: getattr(theirs, name) for name in ("learner", "examples_applied", "prequential")}
         return msgspec.structs.replace(mine, **learnt)

@@ -63,6 +63,7 @@ class World:
         self.partitions = PARTITIONS
         self.metrics: serving.ServingMetrics = Metrics()
         self.owners: dict[int, str] = {}
+        self.learns_at: str | None = None  # None: here
         self.closed: set[int] = set()
         self.waits_for: list[str] = []
         self.delay_s = 0.0
@@ -120,7 +121,7 @@ class World:
         return self.owners.get(partition)
 
     def learner_url(self) -> str | None:
-        return None
+        return self.learns_at
 
     def read(self, user_id: str) -> serving.Read:
         origin = serving.Origin(1, self._examples_end - 1, self.settings_digest)
@@ -174,12 +175,13 @@ class World:
 
     def model_info(self) -> answers.ModelView:
         replica, applied = self._replica, {"examples": self._examples_end - 1}
+        learner = answers.LearnerView(applied, replica.positives, len(replica), self._examples_end)
         return answers.ModelView(
             "0.1.0", self.model_version, answers.EncoderView(self.encoder, TEXT_DIM, self.adapter, self.checkpoints),
-            answers.LearnerView(applied, replica.positives, len(replica), self._examples_end), self._config.__dict__,
+            None if self.learns_at else learner, self._config.__dict__,
             answers.ReplicaView(len(replica), replica.active_count, replica.positives, applied),
             sum(end + 1 for end in self._ends.values()), len(replica), replica.positives,
-            msgspec.convert(self._live.report(), answers.Prequential),
+            msgspec.convert({} if self.learns_at else self._live.report(), answers.Prequential),
         )  # fmt: skip
 
     def ready(self) -> list[str]:

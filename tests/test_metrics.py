@@ -8,7 +8,9 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from model.evaluate import LiveMetrics
 from monitoring.metrics import Metrics
+from streams.telemetry import Telemetry
 from streams.trainer import TrainerMetrics
 from tests.promtool import promtool
 
@@ -48,6 +50,19 @@ TRAINER: Final[dict[str, set[str]]] = {  # what `headwater trainer` exposes, on 
 }
 AnyMetrics = TypeVar("AnyMetrics", Metrics, TrainerMetrics)
 UNITS_NOT_BASE: Final = re.compile(r"_(ms|milliseconds|minutes|hours|kb|mb|mib|percent|kilobytes|micros\w*)(_|$)")
+
+
+def test_drifts_of_a_learner_that_comes_back_are_counted_on() -> None:
+    """Its monitor begins anew; the counter, which an alert watches from 0 on, does not go back."""
+    metrics = Metrics()
+    told = Telemetry(metrics)
+    counts = []
+    for detections in (0, 2, 0, 1):
+        live = LiveMetrics()
+        live.drift.detections = detections
+        told.publish(live)
+        counts.append(metrics.registry.get_sample_value("headwater_drift_detections_total", {"signal": "log_loss"}))
+    assert counts == [0, 2, 2, 3]
 
 
 def exercised() -> Metrics:

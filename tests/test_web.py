@@ -335,6 +335,36 @@ async def test_a_lost_log_tells_which_events_were_accepted(api: httpx.AsyncClien
 # -- another worker's users
 
 
+@pytest.mark.parametrize("theirs", [httpx.Response(200, json={"version": "of another build"}), httpx.ReadTimeout("")])
+async def test_the_learners_figures_come_from_whoever_learns(world: World, theirs: httpx.Response | Exception) -> None:
+    """Also for one who has this worker's answer already; without them where that worker does not answer."""
+    asked: list[httpx.Request] = []
+    own = world.model_info()
+    world.learns_at = "http://10.0.0.2:8080"
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        if len(asked) <= 2:
+            return httpx.Response(200, content=msgspec.json.encode(own))
+        if isinstance(theirs, Exception):
+            raise theirs
+        return theirs
+
+    async with (
+        httpx.AsyncClient(transport=httpx.MockTransport(answer)) as asking,
+        client_of(create_app(world, asking)) as api,
+    ):
+        first = await api.get("/v1/model")
+        assert first.json()["learner"] == msgspec.to_builtins(own.learner)
+        assert first.json()["prequential"] == msgspec.to_builtins(own.prequential)
+        assert (await api.get("/v1/model", headers={"If-None-Match": first.headers["etag"]})).status_code == 304
+        left = await api.get("/v1/model")
+        assert (left.status_code, left.json()["learner"]) == (200, None)
+        assert (await api.get("/v1/model", headers={"X-Headwater-Forwarded": "1"})).json()["learner"] is None
+    assert [request.url.path for request in asked] == ["/v1/model"] * 3, "not for one who asks for another"
+    assert not any("if-none-match" in request.headers for request in asked)
+
+
 async def test_a_request_for_another_workers_user_is_forwarded_once(world: World) -> None:
     partition = world.partition_of(FAN)
     asked: list[httpx.Request] = []

@@ -271,7 +271,7 @@ function showModel(model) {
   const rows = [
     ["Encoder", encoder.name], ["Dimensions of a text", number.format(encoder.dim)], ["Version", model.model_version],
     ["Items, listed", `${number.format(replica.items)}, ${number.format(replica.active)}`],
-    ["Learner", learner ? `on this worker, examples up to ${number.format(learner.applied.examples)}` : "on another worker"],
+    ["Learner", learner ? `examples up to ${number.format(learner.applied.examples)}` : "does not answer"],
     ...encoderFacts(encoder),
   ];
   const line = ([name, ...value]) => make("div", {}, make("dt", {}, name), make("dd", {}, ...value));
