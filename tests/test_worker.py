@@ -21,6 +21,7 @@ from bench import chaos, load
 from bench.deployment import Deployment, WorkerProcess
 from bench.drain import PlainSource, PlainVectors
 from bench.kafka_node import KafkaNode
+from streams import topics
 from streams.agents import INBOX_RECORDS_MAX
 from streams.kafka import partition_of
 from streams.settings import Settings
@@ -239,7 +240,7 @@ words.run(encoder)
 """
 
 
-def test_a_worker_with_another_encoder_than_the_deployments_does_not_start(broker: str, tmp_path: Path) -> None:
+def test_a_worker_with_another_encoder_starts_under_an_app_id_of_its_own_alone(broker: str, tmp_path: Path) -> None:
     made = Deployment(broker, tmp_path, topic_prefix=f"space{next(_numbers)}-", partitions=1, module="bench.words")
     made.create_topics()
     outside = Outside(made)
@@ -253,7 +254,13 @@ def test_a_worker_with_another_encoder_than_the_deployments_does_not_start(broke
         assert "Traceback" not in foreign.tail(), foreign.tail(9000)
         position = outside.position("comments", "v", {"user_id": "v", "text": "a creature in deep space"})
         assert recommended(worker, "v", at_least=position)
-        assert worker.stop()[0] == 0
+        topics.ensure(foreign.settings.model_copy(update={"app_id": "next"}))
+        moved = made.start_worker("next", [sys.executable, "-c", OTHER_ENCODER], app_id="next")
+        moved.wait_ready()  # beside the one that answers, until it has learnt what there is
+        moved.wait_until("its own list", lambda: bool(recommended(moved, "v", at_least=position)))
+        names = [one.get("/v1/model")["encoder"]["name"] for one in (worker, moved)]
+        assert names == ["words", "others"]
+        assert [one.stop()[0] for one in (worker, moved)] == [0, 0]
         again = made.start_worker()
         again.wait_ready()  # and its own comes back
         assert again.stop()[0] == 0
