@@ -45,6 +45,7 @@ INBOX_BYTES_MAX: Final = 32 << 20  # as well: 20,000 of the longest comments wou
 INBOX_BYTES_LOW: Final = 8 << 20
 ROW_OVERHEAD_BYTES: Final = 150  # two headers of bytes, and a place in a dict that doubles as it grows
 SWEEP_IDLE_S: Final = 1.0
+REACH_WAIT_S: Final = 1.0
 PROGRESS_S: Final = 1.0  # between two words on how far a state that is learnt again has come
 SHOWN_EVENTS_MAX: Final = 5  # of a batch, told to those who watch
 NEW_ITEM_S_MAX: Final = 86_400.0  # an item that waits for an older time is of a recorded stream: its events tell that
@@ -590,7 +591,9 @@ class LearnerKeeper(Keeper[bytes]):
         asked, started = list(self.learner.asked), self.around.now()
         model, fresh = ModelUnlearnt(True, offset), None
         if self.learner.owes_replay:
-            begins = await self.around.reach.examples_begin()
+            begins = await self._reached(self.around.reach.examples_begin)
+            if begins is None:
+                return False
             if begins > 0:
                 model.exact = False
                 model.reason = (
@@ -598,7 +601,7 @@ class LearnerKeeper(Keeper[bytes]):
                     "told apart. Nothing was changed; a state that is learnt anew leaves the user out"
                 )
             else:
-                fresh = await self._learn_again(offset, asked, started)
+                fresh = await self._reached(lambda: self._learn_again(offset, asked, started))
                 if fresh is None:
                     return False
                 model.removed, model.messages = int(fresh.left_out[0]), offset
@@ -623,6 +626,18 @@ class LearnerKeeper(Keeper[bytes]):
         self.learner, self.offset = learner, offset
         await self.flush(gone)
         return True
+
+    async def _reached(self, ask: Callable[[], Awaitable[T | None]]) -> T | None:
+        """What the examples log answers, once it is in reach; None: the partition is to be given away before that."""
+        while not self._settling:
+            try:
+                return await ask()
+            except KafkaError as failure:
+                if not failure.retriable:
+                    raise
+                log.warning("an unlearning waits: the examples log is out of reach", reason=repr(failure))
+            await asyncio.sleep(REACH_WAIT_S)
+        return None
 
     async def _learn_again(
         self, offset: int, asked: list[tuple[int, int]], started: float

@@ -159,6 +159,7 @@ def test_a_user_is_forgotten_everywhere_and_by_the_model(
     assert worker.stop()[0] == 0
 
 
+@pytest.mark.embedded
 def test_an_adapter_in_use_that_may_have_learnt_from_the_user_is_in_the_certificate(
     deployment: Deployment, outside: Outside
 ) -> None:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import KafkaConnectionError, TopicAuthorizationFailedError
 from structlog.testing import capture_logs
 
 from bench.doubles import MemoryLog
@@ -122,6 +122,29 @@ async def test_items_that_are_being_written_are_not_flushed_again(tmp_path: Path
     await keeper.partition.drain()
     assert keeper.is_flush_due()
     await keeper.close()
+
+
+async def test_an_unlearning_waits_for_a_log_that_is_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(agents, "REACH_WAIT_S", 0.0)
+    keeper = rows_keeper(tmp_path / "p", MemoryLog())
+    answers: list[int | Exception] = [KafkaConnectionError(), KafkaConnectionError(), 7]
+
+    async def ask() -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with capture_logs() as lines:
+        assert await keeper._reached(ask) == 7
+    assert [line["log_level"] for line in lines] == ["warning"] * 2
+    answers[:] = [TopicAuthorizationFailedError("examples")]
+    with pytest.raises(TopicAuthorizationFailedError):
+        await keeper._reached(ask)
+    keeper._settling = True
+    assert await keeper._reached(ask) is None
 
 
 class Told:

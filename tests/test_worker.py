@@ -172,6 +172,7 @@ def nothing_differs(found: dict[str, Any]) -> bool:
     return bool(found["ended"] == [])
 
 
+@pytest.mark.embedded
 def test_an_item_of_now_is_listed_though_nothing_else_happens(deployment: Deployment, outside: Outside) -> None:
     """It is a candidate for what comes strictly later than its ts, as any question that is asked now."""
     worker = deployment.start_worker()
@@ -206,6 +207,7 @@ def test_a_zombie_is_fenced_and_a_cut_network_heals(tmp_path: Path) -> None:
     assert found["faults"]["network cut"] == 1
 
 
+@pytest.mark.embedded
 def test_an_item_that_no_catalogue_has_named_is_told_by_its_id(deployment: Deployment, outside: Outside) -> None:
     worker = deployment.start_worker()
     worker.wait_ready()
@@ -214,6 +216,7 @@ def test_an_item_that_no_catalogue_has_named_is_told_by_its_id(deployment: Deplo
     assert [event["item_id"] for event in state["last_events"]] == ["unheard-of"]
 
 
+@pytest.mark.embedded
 def test_records_in_another_partition_than_their_keys_are_told_of(deployment: Deployment, outside: Outside) -> None:
     """As librdkafka places them unless it is told otherwise: learnt, and not found by a read."""
     told = 'headwater_events_total{{outcome="misplaced",topic="{}"}}'.format
@@ -240,6 +243,7 @@ words.run(encoder)
 """
 
 
+@pytest.mark.embedded
 def test_a_worker_with_another_encoder_starts_under_an_app_id_of_its_own_alone(broker: str, tmp_path: Path) -> None:
     made = Deployment(broker, tmp_path, topic_prefix=f"space{next(_numbers)}-", partitions=1, module="bench.words")
     made.create_topics()
