@@ -304,6 +304,7 @@ def test_two_workers_share_users_and_answer_for_each_other(deployment: Deploymen
     one.wait_until("takeover", lambda: len(one.applied("users")) == 2 and answers(one))
 
 
+@pytest.mark.embedded
 def test_a_request_is_answered_or_told_to_come_back_while_nothing_is_assigned(deployment: Deployment) -> None:
     worker = deployment.start_worker()
     seen: set[int] = set()
@@ -519,6 +520,7 @@ def test_a_backlog_above_the_inbox_pauses_the_partition_and_is_worked_off(broker
         made.close()
 
 
+@pytest.mark.embedded
 def test_metrics_and_health_of_a_running_worker(deployment: Deployment, outside: Outside) -> None:
     worker = deployment.start_worker()
     outside.films()
