@@ -71,8 +71,7 @@ class Trainer:
 
     def __init__(
         self, settings: Settings, base: str, text_dim: int, now: Callable[[], float],
-        crash: Callable[[str], None] | None = None, metrics: TrainerMetrics | None = None,
-        stopping: threading.Event | None = None,
+        crash: Callable[[str], None] | None = None, stopping: threading.Event | None = None,
     ) -> None:  # fmt: skip
         """stopping: set by others to `stop` it.
 
@@ -85,7 +84,7 @@ class Trainer:
         self._sealer = sealer_of(settings)
         self.tuning = self._new_tuning(base, text_dim)
         self.folder = Checkpoints(settings.checkpoints, self._crash)
-        self.metrics = metrics or TrainerMetrics()
+        self.metrics = TrainerMetrics()
         self._producer = kafka.Producer(self.options)
         facts = {"encoder": base, "app_id": settings.app_id, "topic_prefix": settings.topic_prefix}
         self._tracking = Tracking(settings.trainer_dir / "events", settings.mlflow, facts, now)
@@ -314,20 +313,19 @@ async def announce(producer: kafka.Producer, settings: Settings, manifest: Manif
 def run(settings: Settings, now: Callable[[], float]) -> None:
     """Runs the trainer until SIGTERM or SIGINT. Raises Fault, and KafkaError where no broker answers."""
     os.nice(NICE)
-    metrics = TrainerMetrics()
-    start_http_server(settings.trainer_port, settings.http_host, metrics.registry)
-    asyncio.run(_until_signal(settings, metrics, now))
+    asyncio.run(_until_signal(settings, now))
 
 
-async def _until_signal(settings: Settings, metrics: TrainerMetrics, now: Callable[[], float]) -> None:
+async def _until_signal(settings: Settings, now: Callable[[], float]) -> None:
     loop, stopping = asyncio.get_running_loop(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     tuned = await _claimed(settings, stopping)
     if tuned is None:
         return
-    trainer = Trainer(settings, tuned.encoder, tuned.dim, now, metrics=metrics, stopping=stopping)
+    trainer = Trainer(settings, tuned.encoder, tuned.dim, now, stopping=stopping)
     warm_up(trainer.tuning.champion.learner.config)
+    start_http_server(settings.trainer_port, settings.http_host, trainer.metrics.registry)
     if hasattr(os, "SCHED_IDLE"):  # from here on it gives way at once: a worker that wakes waits for no slice of it
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     log.info("trainer follows", topic=trainer.topic, checkpoints=trainer.folder.url, encoder=tuned.encoder)
