@@ -128,6 +128,7 @@ async def _log(settings: Settings, topic: str, partition: int) -> list[bytes]:
     return [(r.key or b"") + b"=" + (r.value or b"") async for batch in batches for r in batch]
 
 
+@pytest.mark.embedded
 def test_no_key_and_no_word_of_a_user_is_in_what_a_worker_writes(deployment: Deployment) -> None:
     made: dict[str, str] = deployment.keys  # type: ignore[attr-defined]
     worker = deployment.start_worker()

@@ -85,6 +85,7 @@ async def replayed(deployment: Deployment, offset: int, base: str) -> ItemLearne
     return learner
 
 
+@pytest.mark.embedded
 def test_switch_under_load_loses_no_answer_and_is_in_the_log(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +148,7 @@ def test_switch_under_load_loses_no_answer_and_is_in_the_log(
     assert worker.stop()[0] == 0
 
 
+@pytest.mark.embedded
 def test_what_is_announced_of_checkpoints_is_told(broker: str, tmp_path: Path) -> None:
     """A candidate's way, as a trainer tells it, beside another encoder's and what is no manifest."""
     made = Deployment(broker, tmp_path, topic_prefix=f"told-{tmp_path.name}-", partitions=1, module="bench.words")

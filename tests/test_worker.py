@@ -103,6 +103,7 @@ def recommended(worker: WorkerProcess, user: str, **params: Any) -> list[str]:
     return [item["item_id"] for item in answer["items"]]
 
 
+@pytest.mark.embedded
 def test_the_way_of_events_of_an_outside_producer(deployment: Deployment, outside: Outside) -> None:
     """Clicks, a comment, items and poison: state, list, explanation and dead letters; then SIGTERM."""
     worker = deployment.start_worker()
@@ -145,6 +146,7 @@ def test_the_way_of_events_of_an_outside_producer(deployment: Deployment, outsid
     assert seconds < 5
 
 
+@pytest.mark.embedded
 def test_a_click_moves_the_list_and_a_withdrawn_item_leaves_it(deployment: Deployment, outside: Outside) -> None:
     worker = deployment.start_worker()
     outside.films()
@@ -271,6 +273,7 @@ def test_a_worker_with_another_encoder_starts_under_an_app_id_of_its_own_alone(b
         made.close()
 
 
+@pytest.mark.embedded
 def test_two_workers_share_users_and_answer_for_each_other(deployment: Deployment, outside: Outside) -> None:
     """Any worker answers for any user; when one is killed, the other takes all its users over."""
     outside.films()
@@ -454,6 +457,7 @@ runpy.run_module("bench.words", run_name="__main__")
 """
 
 
+@pytest.mark.embedded
 def test_a_worker_whose_commits_fail_goes_on_and_ends_with_0(broker: str, tmp_path: Path) -> None:
     made = Deployment(broker, tmp_path, topic_prefix=f"commit{next(_numbers)}-", partitions=1, module="bench.words")
     made.create_topics()
@@ -505,6 +509,7 @@ async def test_offsets_that_were_not_taken_are_committed_with_the_next(make_sett
     worker.encoding.close()
 
 
+@pytest.mark.embedded
 def test_a_backlog_above_the_inbox_pauses_the_partition_and_is_worked_off(broker: str, tmp_path: Path) -> None:
     made = Deployment(broker, tmp_path, topic_prefix=f"backlog{next(_numbers)}-", partitions=1, rank_sample=0.0)
     made.create_topics()
