@@ -1344,6 +1344,7 @@ def run_seed(seed: int, make: MakePartition = Partition, story: Story | None = N
                                 "BATCH_EVENTS_MAX": chance.choice((3, 1000)), "SWEEP_IDLE_S": SWEEP_S,
                                 "log": _Silent()}),
             ("streams.erasure", {"kafka": SimKafka(world), "SWEEP_ROWS": chance.choice((2, 500)), "log": _Silent()}),
+            ("streams.kafka", {"log": _Silent()}),
             ("streams.telemetry.Telemetry", {"publish": lambda *_: None}),  # figures for nobody
             ("streams.announced.Announced", {"follow": _follow_nothing}),  # of checkpoints, which no state knows
             ("state.rows", {"HISTORY_MAX": 5, "SEEN_MAX": 8, "COMMENTS_MAX": 2}),

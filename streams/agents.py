@@ -32,6 +32,7 @@ from streams.encoding import Encoding
 from streams.erasure import Book, Eraser, Reach, erasure_id
 from streams.events import Click, Comment, Erasure, Item, Withdrawn
 from streams.inbox import Entry, Inbox
+from streams.kafka import in_reach
 from streams.pipeline import EvidenceConfig, ItemLearner, Learnt, SourceEvent
 from streams.telemetry import Telemetry
 
@@ -629,15 +630,8 @@ class LearnerKeeper(Keeper[bytes]):
 
     async def _reached(self, ask: Callable[[], Awaitable[T | None]]) -> T | None:
         """What the examples log answers, once it is in reach; None: the partition is to be given away before that."""
-        while not self._settling:
-            try:
-                return await ask()
-            except KafkaError as failure:
-                if not failure.retriable:
-                    raise
-                log.warning("an unlearning waits: the examples log is out of reach", reason=repr(failure))
-            await asyncio.sleep(REACH_WAIT_S)
-        return None
+        waits = "an unlearning waits: the examples log is out of reach"
+        return await in_reach(ask, REACH_WAIT_S, waits, lambda: self._settling)
 
     async def _learn_again(
         self, offset: int, asked: list[tuple[int, int]], started: float

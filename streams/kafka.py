@@ -2,9 +2,9 @@
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -34,6 +34,8 @@ SCAN_RECORDS_MAX: Final = 2_000  # of a log that is searched beside everything e
 FETCH_BYTES_MAX: Final = 1 << 22
 FETCH_WAIT_MS: Final = 50
 ONE_FETCH_BYTES_MAX: Final = 1 << 16  # where one record is wanted: its batch, which comes whole however large
+T = TypeVar("T")
+
 assert BATCH_BYTES_MAX <= REQUEST_BYTES_MAX, "a batch must fit into a request"
 
 
@@ -338,6 +340,22 @@ async def delete_before(options: Mapping[str, Any], topic: str, partition: int, 
         await asyncio.sleep(DELETE_RETRY_S)
     await log_start(options, topic, partition)
     return f"the broker deletes no records of {topic} ({type(refusal).__name__})"
+
+
+async def in_reach(
+    ask: Callable[[], Awaitable[T]], wait_s: float, what: str, is_over: Callable[[], bool] = lambda: False
+) -> T | None:  # fmt: skip
+    """The answer, asked for again (after `wait_s`, with a warning that says `what` waits) while it fails by what may
+    pass; None: `is_over` before that. Raises KafkaError for all else that a broker or client says."""
+    while not is_over():
+        try:
+            return await ask()
+        except KafkaError as failure:
+            if not failure.retriable:
+                raise
+            log.warning(what, reason=repr(failure))
+        await asyncio.sleep(wait_s)
+    return None
 
 
 async def log_start(options: Mapping[str, Any], topic: str, partition: int) -> int:

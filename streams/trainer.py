@@ -340,18 +340,13 @@ async def _claimed(settings: Settings, stopping: threading.Event) -> Space | Non
     claims = _claims(settings, kafka.Producer(settings.kafka_options()))
     told = False
     while not stopping.is_set():
-        try:
-            found = await space.claimed(claims)
-        except KafkaError as failure:
-            if not failure.retriable:
-                raise
-            log.warning("the workers' encoder is not known yet; asking again", reason=repr(failure))
-        else:
-            if found is not None:
-                return found
-            if not told:
-                told = True
-                log.info("waits for the first worker: it says whose vectors the logs have")
+        waits = "the workers' encoder is not known yet; asking again"
+        found = await kafka.in_reach(lambda: space.claimed(claims), CLAIM_POLL_S, waits, stopping.is_set)
+        if found is not None:
+            return found
+        if not told:
+            told = True
+            log.info("waits for the first worker: it says whose vectors the logs have")
         await asyncio.sleep(CLAIM_POLL_S)
     return None
 

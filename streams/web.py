@@ -372,6 +372,12 @@ def _request(body: bytes, shape: type[S], name: str) -> S:
 # -- work behind the routes
 
 
+def _headers_on(request: Request) -> dict[str, str]:
+    """What another worker is asked with for this request: its id and its key, and that it goes no further."""
+    headers = {FORWARDED_HEADER: "1", "x-request-id": request.state.request_id, "accept": "application/json"}
+    return headers | {name: request.headers[name] for name in KEY_HEADERS if name in request.headers}
+
+
 class Http:
     """What the routes share: the worker, the client that forwards, the open streams."""
 
@@ -428,8 +434,7 @@ class Http:
             raise Problem("not-ready", "The user's partition is moving to another worker.", retry_after_s=RETRY_AFTER_S)
         query = request.scope["query_string"]
         target = request.scope["path"].encode("latin-1") + (b"?" + query if query else b"")
-        headers = {FORWARDED_HEADER: "1", "x-request-id": request.state.request_id, "accept": "application/json"}
-        headers |= {name: request.headers[name] for name in KEY_HEADERS if name in request.headers}
+        headers = _headers_on(request)
         if body:
             headers["content-type"] = "application/json"
         if "if-none-match" in request.headers:
@@ -448,12 +453,10 @@ class Http:
         owner = self.view.learner_url()
         if mine.learner is not None or owner is None or FORWARDED_HEADER in request.headers:
             return mine
-        headers = {FORWARDED_HEADER: "1", "x-request-id": request.state.request_id}
-        headers |= {name: request.headers[name] for name in KEY_HEADERS if name in request.headers}
         try:
             url = httpx.URL(owner).copy_with(path=request.url.path)
-            given = (await self.client.get(url, headers=headers, timeout=LEARNER_TIMEOUT_S)).raise_for_status()
-            theirs = msgspec.json.decode(given.content, type=answers.ModelView)
+            given = await self.client.get(url, headers=_headers_on(request), timeout=LEARNER_TIMEOUT_S)
+            theirs = msgspec.json.decode(given.raise_for_status().content, type=answers.ModelView)
         except (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError):  # DecodeError: of another build
             return mine
         learnt = {name: getattr(theirs, name) for name in ("learner", "examples_applied", "prequential")}

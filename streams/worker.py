@@ -37,6 +37,7 @@ from streams.datakeys import sealer_of
 from streams.encoding import Encoder, Encoding
 from streams.erasure import Book, KafkaReach
 from streams.events import Click, Comment, Erasure
+from streams.kafka import in_reach
 from streams.pipeline import ItemLearner, Replica
 from streams.settings import Settings
 from streams.space import Space
@@ -562,14 +563,8 @@ class Worker:
         """Raises OtherSpaceError unless this encoder's vectors are what the deployment's logs and rows have."""
         claims = kafka.ChangelogTopic(self.settings.internal_topic(space.TOPIC), 0, self.producer, self.options)
         mine = Space(self.encoding.encoder.name, self.encoding.dim)
-        while True:
-            try:
-                return await space.claim(claims, mine, self.settings.app_id)
-            except KafkaError as failure:
-                if not failure.retriable:
-                    raise
-                log.warning("the encoder is not claimed yet; trying again", reason=repr(failure))
-            await asyncio.sleep(REOPEN_WAIT_S)
+        waits = "the encoder is not claimed yet; trying again"
+        await in_reach(lambda: space.claim(claims, mine, self.settings.app_id), REOPEN_WAIT_S, waits)
 
     async def _every(self, interval_s: float, work: Any) -> None:
         while not self.stopping:

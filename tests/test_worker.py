@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,19 @@ def outside(deployment: Deployment) -> Iterator[Outside]:
     client = Outside(deployment)
     yield client
     client.close()
+
+
+@contextmanager
+def of_words(address: str, folder: Path, prefix: str) -> Iterator[tuple[Deployment, Outside]]:
+    """A deployment of workers whose encoder is bench.words', and its clients."""
+    made = Deployment(address, folder, topic_prefix=prefix, partitions=1, module="bench.words")
+    made.create_topics()
+    outside = Outside(made)
+    try:
+        yield made, outside
+    finally:
+        outside.close()
+        made.close()
 
 
 def catalogue_known(worker: WorkerProcess, count: int) -> None:
@@ -245,11 +259,8 @@ words.run(encoder)
 
 @pytest.mark.embedded
 def test_a_worker_with_another_encoder_starts_under_an_app_id_of_its_own_alone(broker: str, tmp_path: Path) -> None:
-    made = Deployment(broker, tmp_path, topic_prefix=f"space{next(_numbers)}-", partitions=1, module="bench.words")
-    made.create_topics()
-    outside = Outside(made)
-    worker = made.start_worker()
-    try:
+    with of_words(broker, tmp_path, f"space{next(_numbers)}-") as (made, outside):
+        worker = made.start_worker()
         worker.wait_ready()
         outside.films()
         foreign = made.start_worker("foreign", [sys.executable, "-c", OTHER_ENCODER])
@@ -268,9 +279,6 @@ def test_a_worker_with_another_encoder_starts_under_an_app_id_of_its_own_alone(b
         again = made.start_worker()
         again.wait_ready()  # and its own comes back
         assert again.stop()[0] == 0
-    finally:
-        outside.close()
-        made.close()
 
 
 @pytest.mark.embedded
@@ -417,11 +425,8 @@ runpy.run_module("bench.words", run_name="__main__")
 
 
 def test_a_restore_that_outlasts_request_timeout_and_session_ends_well(kafka_node: KafkaNode, tmp_path: Path) -> None:
-    made = Deployment(kafka_node.address, tmp_path, topic_prefix="slow-", partitions=1, module="bench.words")
-    made.create_topics()
-    outside = Outside(made)
-    worker = made.start_worker()
-    try:
+    with of_words(kafka_node.address, tmp_path, "slow-") as (made, outside):
+        worker = made.start_worker()
         worker.wait_ready()
         outside.films()
         for film in FILMS:
@@ -437,9 +442,6 @@ def test_a_restore_that_outlasts_request_timeout_and_session_ends_well(kafka_nod
         slow.wait_until("what came meanwhile", lambda: slow.get("/v1/users/v/state")["events"] == 1)
         assert slow.get("/v1/users/u/state")["events"] == len(FILMS)
         assert slow.stop()[0] == 0
-    finally:
-        outside.close()
-        made.close()
 
 
 # A worker whose group takes no commit. It says so on its output, and goes on.
@@ -459,25 +461,18 @@ runpy.run_module("bench.words", run_name="__main__")
 
 @pytest.mark.embedded
 def test_a_worker_whose_commits_fail_goes_on_and_ends_with_0(broker: str, tmp_path: Path) -> None:
-    made = Deployment(broker, tmp_path, topic_prefix=f"commit{next(_numbers)}-", partitions=1, module="bench.words")
-    made.create_topics()
-    outside = Outside(made)
-    worker = made.start_worker(command=[sys.executable, "-c", NO_COMMITS])
-
     def learnt_and_refused(count: int) -> bool:
         events = worker.get("/v1/users/u/state")["events"]
         return events == count and worker.tail(1 << 20).count("REFUSED") >= count
 
-    try:
+    with of_words(broker, tmp_path, f"commit{next(_numbers)}-") as (made, outside):
+        worker = made.start_worker(command=[sys.executable, "-c", NO_COMMITS])
         worker.wait_ready()
         outside.films()
         for wanted in (1, 2):  # the second is learnt by a worker that has been refused
             outside.send("clicks", "u", {"user_id": "u", "item_id": "alien", "action": "click"})
             worker.wait_until("it and a refusal", partial(learnt_and_refused, wanted))
         assert worker.stop()[0] == 0
-    finally:
-        outside.close()
-        made.close()
 
 
 async def test_offsets_that_were_not_taken_are_committed_with_the_next(make_settings: Callable[..., Settings]) -> None:
