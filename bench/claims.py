@@ -200,7 +200,7 @@ class _Trial:
                 store = disk.open(Path(folder) / str(partition))
                 logs = _Logs(self._read, own)
                 await rebuild.user_rows(
-                    logs.read, partition, logs.upto, store, self.encoder, self.settings.evidence_config()
+                    logs.read, partition, logs.upto, store, lambda _: self.encoder, self.settings.evidence_config()
                 )
                 for case in own:
                     (value,) = store.get_many([case.user.encode()])

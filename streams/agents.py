@@ -34,6 +34,7 @@ from streams.events import Click, Comment, Erasure, Item, Withdrawn
 from streams.inbox import Entry, Inbox
 from streams.kafka import in_reach
 from streams.pipeline import EvidenceConfig, ItemLearner, Learnt, SourceEvent
+from streams.space import Encoders, Starts, starts_of
 from streams.telemetry import Telemetry
 
 log = structlog.get_logger(__name__)
@@ -96,6 +97,7 @@ class Surroundings:
     metrics: Telemetry
     evidence: EvidenceConfig
     encoding: Encoding
+    encoders: Encoders
     end_of: Callable[[str, int], int | None]  # (topic, partition) -> where the log ends; None: not known, or not lately
     partition_of: Callable[[bytes], int]  # where Kafka's default partitioner puts a key
     first_at: Callable[[str, int, int], Awaitable[tuple[int, int]]]  # streams.kafka.first_at_or_after
@@ -116,6 +118,7 @@ class Keeper(ABC, Generic[T]):
 
     kind: str
     batch_max: int
+    texts_of: str = ""  # code name of the source that has texts to encode
 
     def __init__(self, number: int, partition: Partition, topics: dict[str, str], around: Surroundings) -> None:
         self.number = number
@@ -125,6 +128,8 @@ class Keeper(ABC, Generic[T]):
         self.linger_s = around.flush_linger_s  # gathers events for the next flush
         self.inbox: Inbox[T] = Inbox({}, around.merge_hold_s)
         self.report: OpenReport | None = None  # while it is open
+        self.starts = Starts()  # of the encoders that read its texts
+        self._owes_starts = False  # they are to be in the next flush
         self._arrived = asyncio.Event()
         self._misplaced_told_s = float("-inf")
         self._settling = False
@@ -139,7 +144,11 @@ class Keeper(ABC, Generic[T]):
         started = self.around.now()
         self.report = await self.partition.open()
         await self.load()
+        if self.texts_of:
+            self.starts, self._owes_starts = starts_of(self.partition.get_many), False
+            await self.around.encoders.load_from(self.starts, self.partition.applied[self.texts_of] + 1)
         self.resume()
+        self.begin_encoder()
         seconds = self.around.now() - started
         self.around.metrics.restored(self.kind, seconds)
         if self.report.reason:
@@ -161,6 +170,23 @@ class Keeper(ABC, Generic[T]):
         self._settling = False
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run(), name=f"{self.kind}-{self.number}")
+
+    def begin_encoder(self) -> None:
+        """Texts that have not come yet are read by the encoder in use, which is loaded. From which offset on is part of
+        the state: it is written with, or before, the first that was read so."""
+        if not self.texts_of:
+            return
+        number = self.around.encoders.number
+        if number <= (self.starts.pairs[-1][0] if self.starts.pairs else 0):
+            return
+        topic = next(topic for topic, name in self.topics.items() if name == self.texts_of)
+        self.starts = self.starts.then(number, self.inbox.sources[topic].expected)
+        self._owes_starts = True
+
+    def _starts_row(self) -> dict[bytes, bytes | None]:
+        """The row of them, for the flush under way, if it is owed."""
+        owed, self._owes_starts = self._owes_starts, False
+        return self.starts.row() if owed else {}
 
     def applied(self) -> dict[str, int]:
         """Last offset whose effect this keeper holds, a source topic (code name)."""
@@ -378,6 +404,7 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
 
     kind = "users"
     batch_max = BATCH_EVENTS_MAX
+    texts_of = "comments"
 
     def __init__(self, number: int, partition: Partition, topics: dict[str, str], around: Surroundings) -> None:
         super().__init__(number, partition, topics, around)
@@ -410,6 +437,7 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
         """Decodes, and starts the encoding of texts at once, ahead of their turn."""
         self._check_place(topic, records)
         name = self.topics[topic]
+        encoder_at = self.around.encoders.reader(self.starts)
         work: list[tuple[float, int, Any]] = []
         rejects = 0
         for at, record, event in decode_timed(name, records):
@@ -417,7 +445,9 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
                 rejects += 1
                 work.append((at, record.offset, event))
                 continue
-            vector = self.around.encoding.submit(event.text) if isinstance(event, Comment) else None
+            vector = None
+            if isinstance(event, Comment):
+                vector = self.around.encoding.submit(event.text, encoder_at(record.offset))
             work.append((at, record.offset, _UserWork(event, _record_s(record), vector)))
         self.around.metrics.consumed(name, len(records) - rejects, rejects)
         return work
@@ -448,7 +478,7 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
             advanced = self._advanced(entries)
             self.cache.put_many(batch.rows)  # with `shown`, at once: a read's rows and offsets are of one moment
             self.shown = advanced
-            await self.partition.flush(batch.rows, downstream, advanced)
+            await self.partition.flush(batch.rows | self._starts_row(), downstream, advanced)
             self.cache.flushed()
         now = self.around.now()
         metrics.users_learnt(events, stamps, batch, now)
@@ -492,17 +522,19 @@ class CatalogueKeeper(Keeper["_ItemWork | Reject"]):
 
     kind = "catalogue"
     batch_max = BATCH_EVENTS_MAX
+    texts_of = "items"
 
     def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, Any]]:
         """Decodes, and starts the encoding of texts at once."""
         self._check_place(topic, records)
         decoded = codec.decode_batch("items", records)
         self.around.metrics.consumed("items", len(decoded.events), len(decoded.rejects))
+        encoder_at = self.around.encoders.reader(self.starts)
         work: list[tuple[float, int, Any]] = []
         for item, record in zip(decoded.events, decoded.records, strict=True):
             vector = None
             if isinstance(item, Item):
-                vector = self.around.encoding.submit_item(item)
+                vector = self.around.encoding.submit_item(item, encoder_at(record.offset))
             work.append((0.0, record.offset, _ItemWork(item, vector)))
         if decoded.rejects:
             work += [(0.0, r.record.offset, r) for r in decoded.rejects if r.record is not None]
@@ -523,7 +555,7 @@ class CatalogueKeeper(Keeper["_ItemWork | Reject"]):
         await self._bury(rejects)
         batch = pipeline.learn_catalogue(self.number, items, self.around.encoding.dim)
         downstream = [(b"%d" % self.number, message) for message in batch.messages]
-        await self.partition.flush(batch.rows, downstream, self._advanced(entries))
+        await self.partition.flush(batch.rows | self._starts_row(), downstream, self._advanced(entries))
 
 
 class LearnerKeeper(Keeper[bytes]):

@@ -5,6 +5,7 @@ Lists need none of it: a topic that is not there or cannot be read, and a manife
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import aclosing
 from typing import Any, Final
 
 import msgspec
@@ -36,6 +37,12 @@ class Announced:
         self._encoder = encoder
         self._kept: dict[str, CheckpointView] = {}
         self._complaints: set[str] = set()
+
+    def of(self, encoder: str) -> None:
+        """Those of this one from now on: what was told of others is forgotten, and `follow` begins anew."""
+        if encoder != self._encoder:
+            self._encoder = encoder
+            self._kept.clear()
 
     def newest(self) -> list[CheckpointView]:
         """By the offset that they were trained up to, newest first."""
@@ -78,10 +85,15 @@ class Announced:
         while True:
             try:
                 await _require(options, topic)
-                partition = kafka.partition_of(self._encoder.encode(), await producer.partitions(topic))
-                async for batch in kafka.read_records(options, topic, partition, 0):
-                    for record in batch:
-                        self.take(record.value, record.timestamp / 1e3)
+                encoder = self._encoder
+                partition = kafka.partition_of(encoder.encode(), await producer.partitions(topic))
+                async with aclosing(kafka.read_records(options, topic, partition, 0)) as batches:
+                    async for batch in batches:
+                        if self._encoder != encoder:
+                            break
+                        for record in batch:
+                            self.take(record.value, record.timestamp / 1e3)
+                continue  # with the encoder that is in use now
             except KafkaError as failure:
                 self._complain("the topic encoder-checkpoints cannot be read; trying again", failure)
             await asyncio.sleep(RETRY_S)

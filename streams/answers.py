@@ -267,15 +267,28 @@ class CheckpointView(msgspec.Struct):
     current_since: float | UnsetType = UNSET
 
 
+class NextEncoderView(msgspec.Struct):
+    """An encoder that is announced (`headwater encoder migrate`). number: in the order of the encoders' use; state:
+    loading, loaded or failed, for the reason told."""
+
+    name: str
+    number: Count
+    state: str
+    reason: str = ""
+
+
 class EncoderView(msgspec.Struct):
     """The text encoder: name and digest, numbers a vector, and the adapter that texts are compared through or null.
-    checkpoints: of such adapters, newest first, as far as they are announced on `encoder-checkpoints`, whatever app id
-    of the topic prefix they were made for."""
+    number: of the encoders that the app id has had, from 0; next: the one that it is to move to, or null. checkpoints:
+    of such adapters, newest first, as far as they are announced on `encoder-checkpoints`, whatever app id of the topic
+    prefix they were made for."""
 
     name: str
     dim: int
     adapter: str | None
     checkpoints: list[CheckpointView]
+    number: Count = 0
+    next: NextEncoderView | None = None
 
 
 class LearnerView(msgspec.Struct):

@@ -3,8 +3,8 @@
 import json
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from streams.settings import Settings
 
 CONTROL: Final = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+ANY_PARTITIONS: Final = (".dlq", "encoder-checkpoints")  # the ends of topics that may have more than planned
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")]
 
 
@@ -44,6 +45,38 @@ def faults() -> Iterator[None]:
         if encoder is None or not isinstance(problem, encoder.EncoderError):
             raise
         fail(str(problem))
+
+
+@contextmanager
+def broker_faults(settings: "Settings", internal: Sequence[str] | None = None) -> Iterator[None]:
+    """As `faults`, where a broker is asked, whose topics have to be there, too: all, or these internal ones."""
+    from aiokafka.errors import KafkaError
+
+    with faults():
+        _require_topics(settings, internal)
+        try:
+            yield
+        except KafkaError as problem:
+            from streams.topics import unreachable
+
+            raise unreachable(settings, problem) from problem
+
+
+def _require_topics(settings: "Settings", internal: Sequence[str] | None = None) -> None:
+    """Raises Fault unless a broker answers and the topics are there, or of these the internal ones named.
+
+    Asked before anything else asks for one: many brokers make a topic that a client asks for, as none of ours may be.
+    """
+    from kafka.errors import KafkaError
+
+    from streams import topics as ours
+
+    if internal is None:
+        names = [topic.name for topic in ours.planned(settings) if not topic.name.endswith(ANY_PARTITIONS)]
+    else:
+        names = [settings.internal_topic(name) for name in internal]
+    with suppress(KafkaError):  # a broker of several is away, and was asked: whoever needs it next waits for it
+        ours.require(settings, [name.removeprefix(settings.topic_prefix) for name in names])
 
 
 def say(line: str) -> None:

@@ -1,8 +1,9 @@
 """Messages of the examples log, byte for byte (format version 1, little endian). One message is one micro-batch.
 
     header      8 B   version u1 | kind u1 (1 = examples, 2 = items, 3 = adapter, 4 = removals,
-                      5 = time) | source partition u2
-                      | count u2 | flags u2 (kind 3: 1 = taken back; kind 4: 1 = more of the same removal follows)
+                      5 = time, 6 = vectors) | source partition u2
+                      | count u2 | flags u2 (kind 3: 1 = taken back; kind 4: 1 = more of the same removal follows;
+                      kind 6: 1 = the encoder is in use from here on)
     kind 1, `count` times:
       example  32 B   item key i8 | ts f8 | position u8 (state.rows.position) | label u1 (1 positive, 0 low rating)
                       | history_count u1 | flags u1 (1 = text, 2 = ranked) | zero u1 | weight f4
@@ -13,6 +14,8 @@
     kind 3: model.adapter.Adapter.pack, or nothing (count 0): texts are compared through it from the next message on
     kind 4: offset u8 of the erasure in `erasures`, then `count` times: position u8 of an event that is to be left out
     kind 5: now f8, Unix s: the time has come to there (count 0), and no event has said so
+    kind 6: a MessagePack array of the encoder's number, its name, and `count` times [item key, vector <f2[text_dim]]:
+            what it makes of items' texts. Kept apart until it is in use, then in the place of what there was
 
 The learner drops what is at or below the highest offset that it has applied of the example's (topic, partition):
 repeats vanish, those of a fenced worker too.
@@ -42,7 +45,8 @@ KIND_ITEMS: Final = 2
 KIND_ADAPTER: Final = 3
 KIND_REMOVALS: Final = 4
 KIND_TIME: Final = 5
-KINDS: Final = (KIND_EXAMPLES, KIND_ITEMS, KIND_ADAPTER, KIND_REMOVALS, KIND_TIME)
+KIND_VECTORS: Final = 6
+KINDS: Final = (KIND_EXAMPLES, KIND_ITEMS, KIND_ADAPTER, KIND_REMOVALS, KIND_TIME, KIND_VECTORS)
 MESSAGE_EXAMPLES_MAX: Final = 64  # examples a message: the micro-batch; 64 costs 1 % of the hits against 1
 REMOVALS_MAX: Final = 32_768  # positions a message
 MESSAGE_BYTES_MAX: Final = 400_000  # of examples in a message: ranked ones of heavy users are large; a batch is 512 KiB
@@ -85,8 +89,17 @@ class ItemEntry(msgspec.Struct, array_like=True, frozen=True):
     withdrawn: bool = False
 
 
+class Vectors(msgspec.Struct, array_like=True, frozen=True):
+    """What another encoder makes of items' texts."""
+
+    number: int  # of the encoder, in the order of their use
+    encoder: str  # its name
+    vectors: list[tuple[int, bytes]]  # (item key, <f2[text_dim], unit length)
+
+
 _encode_items = msgspec.msgpack.Encoder().encode
 _decode_items = msgspec.msgpack.Decoder(list[ItemEntry]).decode
+_decode_vectors = msgspec.msgpack.Decoder(Vectors).decode
 
 
 _ids: dict[bytes, str] = {}  # of the keys that were made last, KEYS_KEPT of them
@@ -161,6 +174,17 @@ def pack_adapter(adapter: Adapter | None, taken_back: bool = False) -> bytes:
 def pack_time(now: float) -> bytes:
     """The message that moves the learner's clock on to `now` (Unix s), for items that wait for it."""
     return HEADER.pack(MESSAGE_VERSION, KIND_TIME, 0, 0, 0) + TIME.pack(now)
+
+
+def pack_vectors(told: Vectors, in_use: bool = False) -> bytes:
+    """The message of an encoder's vectors. in_use: with it, all that were told of this encoder become their items'."""
+    head = HEADER.pack(MESSAGE_VERSION, KIND_VECTORS, 0, len(told.vectors), in_use)
+    return head + msgspec.msgpack.encode(told)
+
+
+def unpack_vectors(message: bytes) -> tuple[Vectors, bool]:
+    """(vectors, whether the encoder is in use from here on) of a message of kind 6. Raises msgspec.ValidationError."""
+    return _decode_vectors(message[HEADER.size :]), bool(HEADER.unpack_from(message)[4])
 
 
 def unpack_time(message: bytes) -> float:

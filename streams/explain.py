@@ -18,7 +18,7 @@ from state import rows
 from state.rows import UserRow
 from state.sealing import Rows, SealedRows
 from state.store import RocksDisk, Store
-from streams import kafka, rebuild, serving, tokens
+from streams import kafka, rebuild, serving, space, tokens
 from streams.answers import RankedItem
 from streams.datakeys import sealer_of
 from streams.encoding import Encoder
@@ -26,6 +26,7 @@ from streams.pipeline import ItemLearner
 from streams.rebuild import Cut
 from streams.serving import ListOptions, Origin, Read, WorkerView
 from streams.settings import Fault, Settings
+from streams.space import Encoders, Load, starts_of
 from streams.tokens import Token
 from streams.worker import LEARNER_PARTITION
 
@@ -48,21 +49,18 @@ class Rebuilt(NamedTuple):
 
 
 def rebuild_list(
-    settings: Settings, token: Token, encoder: Encoder, item_ids: Sequence[str], steps: Steps
+    settings: Settings, token: Token, encoder: Encoder, item_ids: Sequence[str], steps: Steps,
+    load: Load | None = None,
 ) -> Rebuilt:  # fmt: skip
-    """The list of a token. item_ids: those that were to be ranked, which the token does not name. Raises Fault."""
+    """The list of a token. item_ids: those that were to be ranked, which the token does not name. load: makes the other
+    encoders that the deployment has had. Raises Fault."""
     if token.kind == tokens.WHAT_IF:
         raise CannotRebuildError("a what-if's token does not hold what was supposed: ask the what-if again")
     if token.kind == tokens.RANK and len(item_ids) != token.limit:
         raise CannotRebuildError(f"{token.limit} items were ranked: name each of them by --item")
-    own = tokens.settings_digest(encoder.name, settings.learner_config(encoder.dim), settings.evidence_config())
-    if own != token.settings:
-        raise CannotRebuildError(
-            "the list was made by another encoder or with other settings of the learner or the actions' weights: "
-            "give this command the HEADWATER_ variables that the worker had then"
-        )
+    encoders = Encoders(encoder, load or space.loader(settings.device))
     with tempfile.TemporaryDirectory(prefix="headwater-explain-") as folder:
-        return asyncio.run(_Rebuild(settings, token, encoder, Path(folder), steps).run(item_ids))
+        return asyncio.run(_Rebuild(settings, token, encoders, Path(folder), steps).run(item_ids))
 
 
 class Past:
@@ -84,10 +82,10 @@ class Past:
 
 
 class _Rebuild:
-    def __init__(self, settings: Settings, token: Token, encoder: Encoder, folder: Path, steps: Steps) -> None:
+    def __init__(self, settings: Settings, token: Token, encoders: Encoders, folder: Path, steps: Steps) -> None:
         self.settings = settings
         self.token = token
-        self.encoder = encoder
+        self.encoders = encoders
         self.folder = folder
         self.steps = steps
         self.options = settings.kafka_options()
@@ -97,6 +95,8 @@ class _Rebuild:
         self._changelog: tuple[Store, list[Cut]] | None = None
 
     async def run(self, item_ids: Sequence[str]) -> Rebuilt:
+        self.encoders.spaces = await space.of_deployment(self.settings)
+        self._check_settings()
         start = await self._start(EXAMPLES, LEARNER_PARTITION)
         if start > 0 and self.token.examples >= 0:
             raise CannotRebuildError(f"the examples log begins at offset {start}: what the items had learnt is gone")
@@ -112,6 +112,18 @@ class _Rebuild:
         if user_id is None and not is_equal and (lost := await self._lost()):
             raise CannotRebuildError(f"{lost}, and neither what is left nor the changelog names the list's user")
         return Rebuilt(user_id, items, is_equal)
+
+    def _check_settings(self) -> None:
+        """Raises CannotRebuildError unless the list's settings are these, with any encoder of the deployment."""
+        evidence = self.settings.evidence_config()
+        names = {self.encoders.own.name}
+        if self.encoders.spaces.named(self.encoders.own.name) is not None:
+            names.update(known.encoder for known in self.encoders.spaces.known)
+        if self.token.settings not in {tokens.settings_digest(name, self._config, evidence) for name in names}:
+            raise CannotRebuildError(
+                "the list was made by another encoder or with other settings of the learner or the actions' weights: "
+                "give this command the HEADWATER_ variables that the worker had then"
+            )
 
     async def _user(self) -> str | None:
         """Whose id has the token's digest: by the keys of the user's own records, or, where retention may have taken
@@ -135,10 +147,12 @@ class _Rebuild:
             return _unpacked(restored if self.sealer is None else SealedRows(restored, self.sealer), user_id)
         if lost := await self._lost():
             raise CannotRebuildError(f"{lost}, and the changelog has no flush of the list's offsets any more")
+        kept = restored if self.sealer is None else SealedRows(restored, self.sealer)
+        encoder_at = await self.encoders.reading(starts_of(kept.get_many))
         folded = self.disk.open(self.folder / "rows")
         await rebuild.user_rows(
-            self._read, partition, self.token.applied, folded, self.encoder, self.settings.evidence_config(),
-            cuts=[cut.applied for cut in cuts], only=user_id,
+            self._read, partition, self.token.applied, folded, encoder_at,
+            self.settings.evidence_config(), cuts=[cut.applied for cut in cuts], only=user_id,
             progress=self._bar("folding", sum(o + 1 for o in self.applied.values())),
         )  # fmt: skip
         return _unpacked(folded, user_id)
@@ -161,12 +175,12 @@ class _Rebuild:
 
     @property
     def _config(self) -> Any:
-        return self.settings.learner_config(self.encoder.dim)
+        return self.settings.learner_config(self.encoders.own.dim)
 
     async def _matrix(self) -> ItemMatrix:
         """The items as a replica had them."""
         config = self._config
-        learner = ItemLearner(config, self.encoder.dim, self.encoder.name)
+        learner = ItemLearner(config, config.text_dim, self.encoders.first_name)
         bar = self._bar("learning", self.token.examples + 1)
         learner = await rebuild.learn_examples(self._read, learner, self.token.examples, bar, self.sealer)
         matrix = ItemMatrix(config.dim, config.text_dim, config.neighbours_max)

@@ -32,7 +32,9 @@ GetMany: TypeAlias = Callable[[list[bytes]], list[bytes | None]]
 SNIPPET_CHARS_MAX: Final = 512  # of an item's text that every worker's replica carries
 SOURCES_KEY: Final = b"~sources"  # the learner's row of highest applied source offsets
 REMOVED_KEY: Final = b"~removed"  # the learner's row of what it leaves out
-OWN_KEYS: Final = (SOURCES_KEY, REMOVED_KEY)  # replicas pass them over
+ENCODER_KEY: Final = b"~encoder"  # the learner's row of the encoder in use, where that is not the first
+STAGED_HEAD: Final = b"v"  # of the learner's rows of vectors that the next encoder has made: then the item key i8
+OWN_HEADS: Final = (b"~", STAGED_HEAD)  # first bytes of rows that replicas pass over
 GENERATION: Final = struct.Struct(">cI")  # in front of the keys of a state that was learnt again: "#", its number
 
 
@@ -324,11 +326,16 @@ class ItemLearner:
         self.asked: list[tuple[int, int]] = []  # (partition, offset) of erasures that wait for the replay
         self.owes_replay = False
         self.named = False  # whether the erasures that wait name any event
+        self.number = 0  # of the encoder in use
+        self.staged_number = 0  # of the one that `staged` is of
+        self.staged: dict[int, bytes] = {}  # item key -> <f2[T]
+        self._first_encoder = encoder
+        self._dirty_staged: set[int] = set()
         self._buffers: list[Examples] = []  # up to MESSAGES_MAX, as they are needed
 
     def again(self) -> "ItemLearner":
         """An empty learner that leaves out what this one was told to, for the log from its beginning."""
-        fresh = ItemLearner(self.learner.config, self.text_dim, self.encoder)
+        fresh = ItemLearner(self.learner.config, self.text_dim, self._first_encoder)
         fresh.generation = self.generation + 1
         fresh.removed = dict(self.removed)
         return fresh
@@ -407,16 +414,44 @@ class ItemLearner:
         if kind == examples.KIND_TIME:
             self.learner.pass_time(examples.unpack_time(message))
             return Learnt(partition, 0, 0, 0.0, None, urgent=True)
+        if kind == examples.KIND_VECTORS:
+            return Learnt(partition, 0, 0, 0.0, None, urgent=self._take_vectors(*examples.unpack_vectors(message)))
         entered = self._enter(examples.unpack_items(message), self._applied(partition))
         return Learnt(partition, 0, entered, 0.0, None)
 
     def _adapt(self, adapter: Adapter | None) -> None:
         if adapter is not None and self.encoder not in ("", adapter.base):
+            if self.number:
+                return  # asked for when the deployment was about to move on from its encoder
             raise AdapterError(
                 f"the examples log switches to an adapter of the encoder {adapter.base}, but texts are encoded by "
                 f"{self.encoder} here: set HEADWATER_ENCODER to the log's, or use an app id of its own"
             )
         self.learner.adapt(adapter)
+
+    def _take_vectors(self, told: examples.Vectors, in_use: bool) -> bool:
+        """Keeps vectors of the next encoder apart, or takes them in; whether anything that is served has changed."""
+        if told.number < self.number:
+            return False  # of one that the deployment has moved on from
+        if told.number == self.number:
+            self.learner.revector(told.vectors)
+            return bool(told.vectors)
+        if told.number != self.staged_number:
+            self._drop_staged()
+            self.staged_number = told.number
+        self.staged.update(told.vectors)
+        self._dirty_staged.update(key for key, _ in told.vectors)
+        if not in_use:
+            return False
+        self.learner.adapt(None)  # an adapter is of one encoder
+        self.learner.revector(sorted(self.staged.items()))
+        self.number, self.encoder = told.number, told.encoder
+        self._drop_staged()
+        return True
+
+    def _drop_staged(self) -> None:
+        self._dirty_staged.update(self.staged)
+        self.staged, self.staged_number = {}, 0
 
     def _enter(self, entries: Iterable[examples.ItemEntry], applied: npt.NDArray[np.int64]) -> int:
         entered = 0
@@ -448,14 +483,17 @@ class ItemLearner:
         self.asked, self.owes_replay, self.named = [], False, False
 
     def take_dirty(self) -> dict[bytes, bytes | None]:
-        """The rows that changed since the last call, those of OWN_KEYS among them."""
+        """The rows that changed since the last call, those of OWN_HEADS among them."""
         head = self._head()
-        return {head + key: value for key, value in (*self.learner.take_dirty().items(), *self._own_rows())}
+        dirty, self._dirty_staged = sorted(self._dirty_staged), set()
+        own = (*self._own_rows(), *((_staged_key(key), self._staged_row(key)) for key in dirty))
+        return {head + key: value for key, value in (*self.learner.take_dirty().items(), *own)}
 
     def all_rows(self) -> Iterator[tuple[bytes, bytes]]:
         """Every row of the state, for `load` of another."""
         head = self._head()
-        return ((head + key, value) for key, value in (*self.learner.matrix.rows(), *self._own_rows()))
+        own = (*self._own_rows(), *((_staged_key(key), self._staged_row(key)) for key in sorted(self.staged)))
+        return ((head + key, value) for key, value in (*self.learner.matrix.rows(), *own) if value is not None)
 
     def _head(self) -> bytes:
         return GENERATION.pack(b"#", self.generation) if self.generation else b""
@@ -465,6 +503,12 @@ class ItemLearner:
         if self.removed or self.asked:
             positions = {p: at.astype("<i8").tobytes() for p, at in sorted(self.removed.items())}
             yield REMOVED_KEY, msgspec.msgpack.encode(_Removed(positions, self.asked, self.owes_replay))
+        if self.number:
+            yield ENCODER_KEY, msgspec.msgpack.encode((self.number, self.encoder))
+
+    def _staged_row(self, key: int) -> bytes | None:
+        vector = self.staged.get(key)
+        return None if vector is None else self.staged_number.to_bytes(4, "little") + vector
 
     def load(self, stored: Iterable[tuple[bytes, bytes]]) -> None:
         """Takes the state from rows, as `take_dirty` gave them, of an empty learner."""
@@ -476,6 +520,11 @@ class ItemLearner:
                     self._unpack_sources(value)
                 elif key == REMOVED_KEY:
                     self._unpack_removed(value)
+                elif key == ENCODER_KEY:
+                    self.number, self.encoder = msgspec.msgpack.decode(value, type=tuple[int, str])
+                elif key[:1] == STAGED_HEAD:
+                    self.staged_number = int.from_bytes(value[:4], "little")
+                    self.staged[int.from_bytes(key[1:], "little", signed=True)] = value[4:]
                 else:
                     yield key, value
 
@@ -492,6 +541,10 @@ class ItemLearner:
     def _unpack_sources(self, value: bytes) -> None:
         table = np.frombuffer(value, "<i8").reshape(-1, 1 + len(examples.TOPICS))
         self.sources = {int(line[0]): line[1:].copy() for line in table}
+
+
+def _staged_key(key: int) -> bytes:
+    return STAGED_HEAD + key.to_bytes(8, "little", signed=True)
 
 
 def split_key(key: bytes) -> tuple[int, bytes]:
@@ -524,7 +577,7 @@ class Replica:
         newest = max((split_key(key)[0] for key, value in changed.items() if value is not None), default=0)
         newest = max(self.generation, newest)
         keys = ((*split_key(key), value) for key, value in leaving(changed))
-        rows = ((key, value) for generation, key, value in keys if generation == newest and key not in OWN_KEYS)
+        rows = ((key, value) for generation, key, value in keys if generation == newest and key[:1] not in OWN_HEADS)
         if newest == self.generation:
             return partial(self.matrix.take, self.matrix.arrange(rows))
         fresh = ItemMatrix(self.matrix.dim, self.matrix.text_dim, self.matrix.neighbours_max)

@@ -6,6 +6,7 @@ an event reached its log later than the hold. Without cuts the order is that of 
 changelog has lost its beginning (an erasure deletes it), the state at its first complete cut is the place to begin.
 """
 
+import itertools
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -15,7 +16,7 @@ from state.store import Store
 from streams import codec, pipeline
 from streams.agents import BATCH_EVENTS_MAX, USER_CODES, UserEvent, decode_timed
 from streams.codec import Record, Reject
-from streams.encoding import Encoder, item_vector
+from streams.encoding import F4, Encoder, item_vector
 from streams.events import Comment, Item
 from streams.inbox import Inbox
 from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
@@ -48,7 +49,7 @@ async def user_rows(
     partition: int,
     upto: Mapping[str, int],
     rows: Rows,
-    encoder: Encoder,
+    encoder_at: Callable[[int], Encoder],
     evidence: EvidenceConfig,
     *,
     after: Mapping[str, int] | None = None,
@@ -59,6 +60,7 @@ async def user_rows(
 ) -> None:
     """Writes the user rows of a partition at the applied offsets `upto` into the store `rows`.
 
+    encoder_at: which encoder reads the comment at an offset.
     after: the applied offsets that the store's rows are of; None: the store is empty. cuts: applied offsets of flushes
     between, oldest first. only: this user's row alone, which costs the decoding of
     all events and the encoding of one user's. messages: takes the examples messages, whose boundaries are not
@@ -76,7 +78,7 @@ async def user_rows(
                     records = await feeds[name].take(ends[name])
                     if not records:
                         raise LogEndsError(f"{name}:{partition} ends before offset {ends[name] - 1}: another log?")
-                    inbox.put(name, _timed(name, records, encoder, only), records[-1].offset + 1, 0.0)
+                    inbox.put(name, _timed(name, records, encoder_at, only), records[-1].offset + 1, 0.0)
             taken, _ = inbox.take(0.0, ends.get, BATCH_EVENTS_MAX)
             events = [entry.work for _, entry in taken if entry.work is not None]
             if events:
@@ -109,7 +111,7 @@ class _Feed:
 
 
 def _timed(
-    name: str, records: Sequence[Record], encoder: Encoder, only: str | None
+    name: str, records: Sequence[Record], encoder_at: Callable[[int], Encoder], only: str | None
 ) -> list[tuple[float, int, SourceEvent | None]]:
     code = USER_CODES[name]
     timed = decode_timed(name, records)
@@ -119,14 +121,24 @@ def _timed(
         if not isinstance(event, Reject) and only in (None, event.user_id)
     }
     texts = {offset: event.text for offset, event in wanted.items() if isinstance(event, Comment)}
-    vectors = dict(zip(texts, encoder.encode(list(texts.values())), strict=True)) if texts else {}
+    vectors = _encoded(texts, encoder_at)
     events = {offset: SourceEvent(code, offset, event, vectors.get(offset)) for offset, event in wanted.items()}
     return [(at, record.offset, events.get(record.offset)) for at, record, _ in timed]
 
 
+def _encoded(texts: Mapping[int, str], encoder_at: Callable[[int], Encoder]) -> dict[int, F4]:
+    """Vectors of texts by their offsets, each by its own encoder."""
+    vectors: dict[int, F4] = {}
+    for encoder, offsets in itertools.groupby(texts, encoder_at):
+        own = list(offsets)
+        vectors.update(zip(own, encoder.encode([texts[offset] for offset in own]), strict=True))
+    return vectors
+
+
 async def catalogue_rows(
-    read: Read, partition: int, upto: int, rows: Store, encoder: Encoder, progress: Progress = _unseen
-) -> None:
+    read: Read, partition: int, upto: int, rows: Store, encoder_at: Callable[[int], Encoder],
+    progress: Progress = _unseen,
+) -> None:  # fmt: skip
     """Writes the catalogue rows of a partition at the offset `upto` of items into the empty store `rows`.
 
     A compacted log is as good as a whole one: an item's newest record is all that counts.
@@ -134,15 +146,16 @@ async def catalogue_rows(
     feed = _Feed(read("items", partition, 0, upto))
     while records := await feed.take(upto + 1):
         decoded = codec.decode_batch("items", records)
-        texts = [item.text for item in decoded.events if isinstance(item, Item) and item.text]
-        vectors = iter(encoder.encode(texts) if texts else ())
+        items = {record.offset: item for item, record in zip(decoded.events, decoded.records, strict=True)}
+        texts = {offset: item.text for offset, item in items.items() if isinstance(item, Item) and item.text}
+        vectors = _encoded(texts, encoder_at)
         entries = [
-            (record.offset, item, item_vector(encoder, item, next(vectors) if item.text else None))
+            (offset, item, item_vector(encoder_at(offset), item, vectors.get(offset)))
             if isinstance(item, Item)
-            else (record.offset, item, None)
-            for item, record in zip(decoded.events, decoded.records, strict=True)
+            else (offset, item, None)
+            for offset, item in items.items()
         ]
-        rows.write(pipeline.learn_catalogue(partition, entries, encoder.dim).rows)
+        rows.write(pipeline.learn_catalogue(partition, entries, encoder_at(upto).dim).rows)
         progress(len(records))
 
 

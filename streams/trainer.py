@@ -336,23 +336,20 @@ async def _until_signal(settings: Settings, now: Callable[[], float]) -> None:
 
 
 async def _claimed(settings: Settings, stopping: threading.Event) -> Space | None:
-    """The space of the workers' vectors, once there is a worker; None where this process is to end before."""
-    claims = _claims(settings, kafka.Producer(settings.kafka_options()))
+    """The first encoder of the workers, whose space it is, once there is a worker; None where this process is to end
+    before."""
+    claims = space.log_of(settings, kafka.Producer(settings.kafka_options()))
     told = False
     while not stopping.is_set():
         waits = "the workers' encoder is not known yet; asking again"
-        found = await kafka.in_reach(lambda: space.claimed(claims), CLAIM_POLL_S, waits, stopping.is_set)
-        if found is not None:
-            return found
+        spaces = await kafka.in_reach(lambda: space.read(claims), CLAIM_POLL_S, waits, stopping.is_set)
+        if spaces is not None and spaces.known:
+            return spaces.known[0]
         if not told:
             told = True
             log.info("waits for the first worker: it says whose vectors the logs have")
         await asyncio.sleep(CLAIM_POLL_S)
     return None
-
-
-def _claims(settings: Settings, producer: kafka.Producer) -> kafka.ChangelogTopic:
-    return kafka.ChangelogTopic(settings.internal_topic(space.TOPIC), 0, producer, settings.kafka_options())
 
 
 async def switch(settings: Settings, manifest: Manifest | None, folder: Checkpoints, taken_back: bool) -> int:
@@ -364,7 +361,7 @@ async def switch(settings: Settings, manifest: Manifest | None, folder: Checkpoi
     producer = kafka.Producer(settings.kafka_options())
     await producer.start()
     try:
-        workers = await space.claimed(_claims(settings, producer))
+        workers = (await space.read(space.log_of(settings, producer))).current
         if manifest is not None and workers is not None and workers.encoder != manifest.base:
             raise CheckpointError(
                 f"checkpoint {manifest.name} is of the encoder {manifest.base}, the workers' is {workers.encoder}: "

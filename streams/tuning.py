@@ -58,7 +58,8 @@ class Tuning:
     """The loop. Not safe for concurrent use."""
 
     def __init__(self, base: str, text_dim: int, learner: LearnerConfig, config: TuningConfig) -> None:
-        self.base, self.text_dim, self.config = base, text_dim, config
+        self.text_dim, self.config = text_dim, config
+        self._first_base = base
         self._learner_config = learner
         self.champion = ItemLearner(learner, text_dim, base)
         self.learnt: Learnt | None = None  # what the champion made of the last message
@@ -72,6 +73,11 @@ class Tuning:
         self.watches = 0
         self.examples = 0
         self._gathered = 0  # examples since the last round
+
+    @property
+    def base(self) -> str:
+        """Name of the encoder in use."""
+        return self.champion.encoder
 
     @property
     def offset(self) -> int:
@@ -90,7 +96,7 @@ class Tuning:
 
     def again(self) -> "Tuning":
         """A loop that has not begun, and leaves out what the log has removed."""
-        fresh = Tuning(self.base, self.text_dim, self._learner_config, self.config)
+        fresh = Tuning(self._first_base, self.text_dim, self._learner_config, self.config)
         fresh.champion = self.champion.again()
         return fresh
 
@@ -98,7 +104,10 @@ class Tuning:
         """Takes in the message at this offset of the examples log; what was decided by it."""
         if examples.read_header(message)[0] == examples.KIND_ADAPTER:
             return self._switch(offset, message)
+        before = self.base, self.current
         mine = self.learnt = self.champion.learn(offset, message)
+        if self.base != before[0]:
+            return self._move(*before)
         if mine.examples:
             problem = self.champion.learner.problem()
             if problem is not None:
@@ -168,11 +177,24 @@ class Tuning:
         self.rival = self.duel = None
         return decision
 
+    def _move(self, base: str, adapter: Adapter | None) -> list[Decision]:
+        """The log has moved from this encoder, and adapter, to another: adapters, and their replay, begin anew."""
+        facts, decisions = {"moved_from": base, "moved_to": self.base}, []
+        if self.phase == "shadow" and self.rival is not None:
+            about = self.rival.learner.matrix.adapter
+            decisions.append(Decision("drop", about, _name(adapter), self.offset, facts))
+        if adapter is not None:
+            decisions.append(Decision("switched", None, _name(adapter), self.offset, {"taken_back": False, **facts}))
+        self.replay = Replay(self.config.finetune.replay_messages, self.config.finetune.candidates_max)
+        self.wanted, self.taking_back, self.rival, self.duel = None, False, None, None
+        self.phase, self._gathered = "gather", 0
+        return decisions
+
     def _switch(self, offset: int, message: bytes) -> list[Decision]:
         """The log says that another adapter is in use: a promotion is watched, what was taken back is not."""
         adapter, taken_back = examples.unpack_adapter(message)
         before = _name(self.current)
-        if _name(adapter) == before:
+        if _name(adapter) == before or (adapter is not None and adapter.base != self.base):
             self.champion.learn(offset, message)
             return []
         predecessor = self._fork()
@@ -196,7 +218,7 @@ class Tuning:
         return examples.pack_adapter(self.wanted, self.taking_back) if self.phase == "asked" else None
 
     def _fork(self) -> ItemLearner:
-        fork = ItemLearner(self._learner_config, self.text_dim, self.base)
+        fork = ItemLearner(self._learner_config, self.text_dim, self._first_base)
         fork.load(self.champion.all_rows())
         fork.offset = self.champion.offset
         return fork
@@ -231,13 +253,13 @@ class Tuning:
         self.replay.kept = {position: _unpack_problem(problem) for position, problem in saved.replay}
 
     def _learner_of(self, rows: Iterable[tuple[bytes, bytes]], offset: int) -> ItemLearner:
-        learner = ItemLearner(self._learner_config, self.text_dim, self.base)
+        learner = ItemLearner(self._learner_config, self.text_dim, self._first_base)
         learner.load(rows)
         learner.offset = offset
         return learner
 
     def _identity(self) -> str:
-        return msgspec.json.encode([self.base, asdict(self._learner_config), asdict(self.config)]).decode()
+        return msgspec.json.encode([self._first_base, asdict(self._learner_config), asdict(self.config)]).decode()
 
 
 class _Saved(msgspec.Struct, array_like=True):

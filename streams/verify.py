@@ -21,12 +21,13 @@ from state.changelog import LogRecord
 from state.partition import digest
 from state.sealing import Rows, SealedRows
 from state.store import RocksDisk, Store
-from streams import kafka, rebuild
+from streams import kafka, rebuild, space
 from streams.datakeys import sealer_of
 from streams.encoding import Encoder
 from streams.pipeline import ItemLearner
 from streams.rebuild import Cut
 from streams.settings import Fault, Settings
+from streams.space import Encoders, Load, Starts, starts_of
 
 CHANGELOGS: Final = {"users": "users-changelog", "catalogue": "catalogue-changelog", "learner": "items-changelog"}
 MARKER_WAIT_S_MAX: Final = 10.0  # a flush is on disk, and in the digest, a moment before its marker is in the log
@@ -68,13 +69,17 @@ class EncoderDiffersError(Fault):
     """The worker encodes texts by another encoder than this command would."""
 
 
-def verify(settings: Settings, ask: Callable[[], list[Any]], encoder: Encoder, steps: Steps) -> list[Verdict]:
-    """Checks every partition. ask: gives what each worker's /v1/digest answers, anew at each call.
+def verify(
+    settings: Settings, ask: Callable[[], list[Any]], encoder: Encoder, steps: Steps, load: Load | None = None
+) -> list[Verdict]:  # fmt: skip
+    """Checks every partition. ask: gives what each worker's /v1/digest answers, anew at each call. load: makes the
+    other encoders that the deployment has had.
 
     Takes the disk space of the state twice over, for a while, where temporary files are. Raises Fault.
     """
+    encoders = Encoders(encoder, load or space.loader(settings.device))
     with tempfile.TemporaryDirectory(prefix="headwater-verify-") as folder:
-        return asyncio.run(_Verification(settings, ask, encoder, Path(folder), steps).run())
+        return asyncio.run(_Verification(settings, ask, encoders, Path(folder), steps).run())
 
 
 class _Told(NamedTuple):
@@ -88,16 +93,17 @@ class _Restored(NamedTuple):
     rows: int
     cuts: list[Cut]
     first: int  # where the changelog began
+    starts: Starts = Starts()  # of the encoders
 
 
 class _Verification:
     def __init__(
-        self, settings: Settings, ask: Callable[[], list[Any]], encoder: Encoder, folder: Path, steps: Steps
+        self, settings: Settings, ask: Callable[[], list[Any]], encoders: Encoders, folder: Path, steps: Steps
     ) -> None:
         self.settings = settings
         self.options = settings.kafka_options()
         self.ask = ask
-        self.encoder = encoder
+        self.encoders = encoders
         self.folder = folder
         self.steps = steps
         self.disk = RocksDisk()
@@ -107,6 +113,7 @@ class _Verification:
 
     async def run(self) -> list[Verdict]:
         """First all changelogs, close to the moment of the digests; then the sources."""
+        self.encoders.spaces = await space.of_deployment(self.settings)
         wanted = [(kind, p) for kind in ("users", "catalogue") for p in range(self.settings.partitions)]
         wanted.append(("learner", 0))
         restored: dict[tuple[str, int], _Restored] = {}
@@ -128,10 +135,12 @@ class _Verification:
     def _told(self) -> dict[tuple[str, int], _Told]:
         told = {}
         for answer in self.ask():
-            if answer["encoder"] != self.encoder.name:
+            spaces, own = self.encoders.spaces, self.encoders.own.name
+            told_by_log = spaces.named(answer["encoder"]) is not None and spaces.named(own) is not None
+            if answer["encoder"] != own and not told_by_log:
                 raise EncoderDiffersError(
                     f"the worker at {answer['url']} encodes by {answer['encoder']}, this command by "
-                    f"{self.encoder.name}: give it the worker's HEADWATER_ENCODER"
+                    f"{own}: give it the worker's HEADWATER_ENCODER"
                 )
             for part in answer["partitions"]:
                 told[part["kind"], part["partition"]] = _Told(part["applied"], part["digest"])
@@ -159,8 +168,10 @@ class _Verification:
                 return None
             if not rebuild.is_at(applied, told.applied):
                 return None
-            found = digest(self._as_kept(kind, rows).items(), applied)
-            return _Restored(told, _finding(found, told), sum(1 for _ in rows.items()), cuts, first)
+            kept = self._as_kept(kind, rows)
+            found = digest(kept.items(), applied)
+            starts = starts_of(kept.get_many)
+            return _Restored(told, _finding(found, told), sum(1 for _ in rows.items()), cuts, first, starts)
 
     async def _learnt(self, learner: ItemLearner, told: _Told) -> _Restored | None:
         start = await kafka.log_start(self.options, self.settings.internal_topic("examples"), 0)
@@ -229,9 +240,9 @@ class _Verification:
                     return Finding.EQUAL, f"checked from {complete[0]} on: an erasure took the changelog before that"
         else:
             with self._store() as store:
-                await rebuild.catalogue_rows(
-                    self._read, partition, told.applied["items"], store, self.encoder, progress=bar
-                )
+                encoder_at = await self.encoders.reading(restored.starts)
+                await rebuild.catalogue_rows(self._read, partition, told.applied["items"], store, encoder_at, bar)
+                store.write(restored.starts.row())
                 found = digest(store.items(), told.applied)
         return self._judged(found, told)
 
@@ -251,9 +262,10 @@ class _Verification:
                 cuts = cuts[cuts.index(start) :]
             rows = self._as_kept("users", store)
             await rebuild.user_rows(
-                self._read, partition, told.applied, rows, self.encoder, self.settings.evidence_config(),
-                after=start, cuts=cuts, progress=bar,
+                self._read, partition, told.applied, rows, await self.encoders.reading(restored.starts),
+                self.settings.evidence_config(), after=start, cuts=cuts, progress=bar,
             )  # fmt: skip
+            rows.write(restored.starts.row())
             return digest(rows.items(), told.applied)
 
     def _judged(self, found: str, told: _Told) -> tuple[Finding, str]:
@@ -271,7 +283,8 @@ class _Verification:
     # -- scratch
 
     def _learner(self) -> ItemLearner:
-        return ItemLearner(self.settings.learner_config(self.encoder.dim), self.encoder.dim, self.encoder.name)
+        dim = self.encoders.own.dim
+        return ItemLearner(self.settings.learner_config(dim), dim, self.encoders.first_name)
 
     @contextmanager
     def _store(self) -> Iterator[Store]:

@@ -47,7 +47,7 @@ class View:
         self.partitions = worker.settings.partitions
         self.metrics: ServingMetrics = worker.metrics
         self.ranker = Ranker(worker.replica, cooccurrence_history=worker.learner_config.cooccurrence_history)
-        self._settings_digest = settings_digest(self.encoder, worker.learner_config, self.evidence)
+        self._settings_digests: dict[str, bytes] = {}  # by encoder
         self._log_readers = asyncio.Semaphore(LOG_READERS_MAX)
         self._listeners: set[asyncio.Queue[dict[str, Any]]] = set()
         self._status_task: asyncio.Task[None] | None = None
@@ -95,8 +95,15 @@ class View:
     def read(self, user_id: str) -> Read:
         """As of the last fold. Raises NotReady."""
         keeper = self._users(self.partition_of(user_id))
-        origin = Origin(keeper.partition.epoch, self.worker.replica_applied, self._settings_digest)
+        origin = Origin(keeper.partition.epoch, self.worker.replica_applied, self._settings_digest())
         return Read(keeper.row(user_id), dict(keeper.shown), origin)
+
+    def _settings_digest(self) -> bytes:
+        encoder = self.encoder
+        if encoder not in self._settings_digests:
+            told = settings_digest(encoder, self.worker.learner_config, self.evidence)
+            self._settings_digests[encoder] = told
+        return self._settings_digests[encoder]
 
     def _users(self, partition: int) -> UserKeeper:
         keeper = self._keeper("users", partition)
@@ -191,7 +198,7 @@ class View:
         return ModelView(
             version("headwater"),
             self.model_version,
-            EncoderView(self.encoder, worker.encoding.dim, self._adapter(), worker.announced.newest()),
+            self._encoder_view(),
             learning,
             worker.learner_config.__dict__,
             ReplicaView(len(replica), replica.active_count, replica.positives, {"examples": worker.replica_applied}),
@@ -200,6 +207,11 @@ class View:
             None if learning is None else learning.examples,
             msgspec.convert(worker.telemetry.report, Prequential),
         )
+
+    def _encoder_view(self) -> EncoderView:
+        worker = self.worker
+        checkpoints, number = worker.announced.newest(), worker.encoders.number
+        return EncoderView(self.encoder, worker.encoding.dim, self._adapter(), checkpoints, number, worker.coming)
 
     def _adapter(self) -> str | None:
         """The version that the replica compares texts through."""

@@ -4,6 +4,7 @@ streams.app drives it by Faust; a benchmark drives the same by a plain consumer,
 """
 
 import asyncio
+import math
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
@@ -32,6 +33,7 @@ from streams.agents import (
     UserKeeper,
 )
 from streams.announced import Announced
+from streams.answers import NextEncoderView
 from streams.codec import DeadLetter
 from streams.datakeys import sealer_of
 from streams.encoding import Encoder, Encoding
@@ -40,7 +42,7 @@ from streams.events import Click, Comment, Erasure
 from streams.kafka import in_reach
 from streams.pipeline import ItemLearner, Replica
 from streams.settings import Settings
-from streams.space import Space
+from streams.space import Encoders, Space
 from streams.telemetry import Telemetry
 from streams.topics import TopicsError, other_partitions, planned
 
@@ -53,6 +55,7 @@ OBSERVE_INTERVAL_S: Final = 5.0
 HEARD_MAX_S: Final = 0.5  # since the last fetch of a topic; one that is in reach answers some ten times meanwhile
 SEEK_WAIT_MAX_S: Final = 5.0  # a seek must not outlast the request timeout: slower opens seek on their own
 REOPEN_WAIT_S: Final = 1.0
+LOAD_AGAIN_S: Final = 10.0  # between two tries at an encoder that cannot be loaded
 READ_AGAIN_WAIT_S: Final = 0.25  # then what was sought is sought once more
 TAIL_RECORDS_MAX: Final = 1000  # of item rows read at once: some 5 ms of the loop
 TRIM_ROWS: Final = 20_000  # a flush of more leaves holes in the heap
@@ -92,8 +95,9 @@ class Worker:
 
     def __init__(
         self, settings: Settings, now: Callable[[], float], encoder: Encoder, source: Source,
-        owner_of: Callable[[str, int], str | None],
+        owner_of: Callable[[str, int], str | None], load: Callable[[str], Encoder] | None = None,
     ) -> None:  # fmt: skip
+        """load: makes another encoder of what HEADWATER_ENCODER would say for it, should the deployment have one."""
         self.settings = settings
         self.now = now
         self.owner_of = owner_of
@@ -107,6 +111,9 @@ class Worker:
         self.sealer = sealer_of(settings)
         self.crash = crash_at(settings.crash_at)
         self.encoding = Encoding(encoder, self.telemetry.encoded, now, self.crash)
+        self.encoders = Encoders(encoder, load or space.loader(settings.device))
+        self.coming: NextEncoderView | None = None  # the one that is announced
+        self._in_use = 0  # its number
         self.learner_config = settings.learner_config(encoder.dim)
         for parameter in ("phi", "y", "beta", "scale", "decay", "sharp"):
             step = float(getattr(self.learner_config, f"lr_{parameter}"))
@@ -142,6 +149,7 @@ class Worker:
         self.announced = Announced(encoder.name)
         self.around = Surroundings(
             now=now, metrics=self.telemetry, evidence=settings.evidence_config(), encoding=self.encoding,
+            encoders=self.encoders,
             end_of=self._end_heard, partition_of=partial(kafka.partition_of, partitions=settings.partitions),
             first_at=self._first_at, dead_letter=self._dead_letter, durable=self._durable, changed=self._changed,
             failed=self._failed, user_cache_bytes=self._user_cache_bytes, merge_hold_s=settings.merge_hold_ms / 1e3,
@@ -288,7 +296,7 @@ class Worker:
             return CatalogueKeeper(number, partition, topics, self.around)
         return LearnerKeeper(
             number, partition, topics, self.around,
-            lambda: ItemLearner(self.learner_config, self.encoding.dim, self.encoding.encoder.name),
+            lambda: ItemLearner(self.learner_config, self.encoding.dim, self.encoders.first_name),
             self.settings.item_flush_bytes_per_s, self.settings.item_flush_min_s, self.settings.live_tests_max,
         )  # fmt: skip
 
@@ -541,6 +549,7 @@ class Worker:
         await self._check_partitions()
         await self._claim_space()
         self._spawn(self._guarded(self.tail()), "tail")
+        self._spawn(self._guarded(self.follow_encoders()), "encoders")
         self._spawn(self._guarded(self.follow_certificates()), "certificates")
         checkpoints = self.settings.topic("encoder-checkpoints")
         follow = self.announced.follow(self.options, self.producer, checkpoints)
@@ -560,11 +569,59 @@ class Worker:
                     raise TopicsError(f"topic {topic.name}: {other_partitions(found, topic.partitions)}")
 
     async def _claim_space(self) -> None:
-        """Raises OtherSpaceError unless this encoder's vectors are what the deployment's logs and rows have."""
-        claims = kafka.ChangelogTopic(self.settings.internal_topic(space.TOPIC), 0, self.producer, self.options)
-        mine = Space(self.encoding.encoder.name, self.encoding.dim)
+        """Takes the encoder in use. Raises OtherSpaceError unless this one's vectors are, or were, those of the
+        deployment's logs and rows."""
+        claims = space.log_of(self.settings, self.producer)
+        own = self.encoders.own
+        mine = Space(own.name, own.dim, model=self.settings.encoder)
         waits = "the encoder is not claimed yet; trying again"
-        await in_reach(lambda: space.claim(claims, mine, self.settings.app_id), REOPEN_WAIT_S, waits)
+        spaces = await in_reach(lambda: space.claim(claims, mine, self.settings.app_id), REOPEN_WAIT_S, waits)
+        assert spaces is not None
+        self.encoders.spaces = spaces
+        self._use(await self.encoders.load(self.encoders.number))
+
+    async def follow_encoders(self) -> None:
+        """Loads an encoder that is announced, and goes on with it once it is in use: whoever announces one waits until
+        all workers have it. While it cannot be loaded, texts are read by the one before."""
+        tried_s = -math.inf
+        async for batch in kafka.read_log(self.options, self.settings.internal_topic(space.TOPIC), 0, 0):
+            for record in batch:
+                self.encoders.spaces.take(space.decode(record.value))
+            spaces = self.encoders.spaces
+            newest = spaces.next or spaces.current
+            if newest is None or (not batch and self.now() - tried_s < LOAD_AGAIN_S):
+                continue
+            if not self.encoders.is_loaded(newest.number):
+                tried_s = self.now()
+                await self._load_encoder(newest)
+            if spaces.next is None:
+                self.coming = None
+            elif self.encoders.is_loaded(newest.number):
+                self.coming = NextEncoderView(newest.encoder, newest.number, "loaded")
+            if self.encoders.is_loaded(self.encoders.number):
+                self._use(self.encoders.at(self.encoders.number))
+
+    async def _load_encoder(self, newest: Space) -> None:
+        self.coming = NextEncoderView(newest.encoder, newest.number, "loading")
+        try:
+            await self.encoders.load(newest.number)
+        except Exception as problem:  # whatever is wrong with a model that somebody has put there
+            log.warning("the next encoder cannot be loaded; trying again", encoder=newest.encoder, reason=str(problem))
+            self.coming = NextEncoderView(newest.encoder, newest.number, "failed", str(problem))
+
+    def _use(self, encoder: Encoder) -> None:
+        """The encoder in use, for what comes from now on."""
+        if encoder is self.encoding.encoder and self._in_use == self.encoders.number:
+            return
+        self._in_use = self.encoders.number
+        self.encoding.encoder = encoder
+        self.announced.of(encoder.name)
+        self.metrics.checkpoint.info({"encoder": encoder.name, "adapter": self._adapter_told})
+        for key, keeper in self.keepers.items():
+            if self.open_keeper(*key) is keeper:
+                keeper.begin_encoder()
+        if self._in_use:
+            log.info("texts are read by the encoder in use", encoder=encoder.name, number=self._in_use)
 
     async def _every(self, interval_s: float, work: Any) -> None:
         while not self.stopping:

@@ -273,7 +273,7 @@ class World:
                 self.hits.extend(zip(*((rank <= LIST).tolist() for rank in ranks), strict=True))
             self._examples_end += 1
         changed = self._learner.take_dirty()
-        self._replica.apply((k, v) for k, v in changed.items() if k not in pipeline.OWN_KEYS)
+        self._replica.apply((k, v) for k, v in changed.items() if k[:1] not in pipeline.OWN_HEADS)
 
 
 def title(genre: str, number: int) -> str:

@@ -17,17 +17,19 @@ from kafka.errors import NodeNotReadyError
 from typer.testing import CliRunner
 
 from streams import cli_asking, tokens, topics
-from streams.__main__ import _require_topics, app
+from streams.__main__ import app
 from streams.answers import ModelUnlearnt
+from streams.cli import _require_topics
 from streams.settings import Settings
 
 COMMANDS = (
     "demo", "broker", "worker", "topics", "replay", "evaluate", "digest", "verify", "state", "recommend", "forget",
-    "settings", "keys", "audit", "trainer", "checkpoints", "explain",
+    "settings", "keys", "audit", "trainer", "checkpoints", "explain", "encoder",
 )  # fmt: skip
 GROUPED = (
     "keys add", "keys list", "keys revoke", "audit verify", "audit show", "checkpoints list", "checkpoints show",
-    "checkpoints promote", "checkpoints rollback", "checkpoints prune",
+    "checkpoints promote", "checkpoints rollback", "checkpoints prune", "encoder list", "encoder align",
+    "encoder migrate", "encoder give-up",
 )  # fmt: skip
 APPLIED = {"clicks": [1, 41], "comments": [1, -1]}
 TOKEN = tokens.write(tokens.Token(0, b"12345678", 3, {"clicks": 7}, 1, 9, b"settings", 1.5, 1.25, 10, True, b"list"))

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from bench import encode as bench
+from model import align
+from model.align import Alignment
 from model.encoder import DEFAULT_MODEL, F4, WINDOWS_MAX, Encoder, EncoderConfig, EncoderError, _padded, locate
 
 SCRIPTS = ["good film", "хороший фильм", "好电影", "جيد جدا", "ดีมาก", "좋은 영화", "मज़ेदार", "🎬🍿", "ταινία", "סרט טוב"]
@@ -270,3 +272,40 @@ def test_benchmark_runs_and_both_sides_do_the_same_work() -> None:
     assert result["cosine_min"] > 0.995
     assert result["ratio"] > 0
     assert result["result_hash"] == bench.run(["--tiny"])["result_hash"]
+
+
+@pytest.fixture
+def plain_model(small_model: Path, tmp_path: Path) -> Path:
+    """The tiny BERT, pooled by the mean."""
+    folder = tmp_path / "plain"
+    shutil.copytree(small_model, folder, ignore=shutil.ignore_patterns("modules.json"))
+    return folder
+
+
+def test_an_alignment_is_an_encoder_of_another_ones_space(plain_model: Path, tmp_path: Path, encoder: Encoder) -> None:
+    small = Encoder(str(plain_model))
+    texts = [f"{a} {b} about film number {n}" for n in range(40) for a, b in (("good", "words"), ("no", "thing"))] * 3
+    texts = [f"{text} {n}" for n, text in enumerate(texts)]
+    matrix, fidelity = align.fit(encoder.encode(texts), small.encode(texts))
+    alignment = Alignment(str(plain_model), small.name, encoder.name, matrix, fidelity)
+    alignment.write(tmp_path / "small-aligned")
+    aligned = Encoder(str(tmp_path / "small-aligned"))
+    assert aligned.dim == encoder.dim != small.dim and aligned.name.startswith("small-aligned:")
+    assert aligned.name.split(":")[1] != small.name.split(":")[1]
+    vectors = aligned.encode(TEXTS)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    plain = small.encode(TEXTS)
+    assert np.abs(vectors @ vectors.T - plain @ plain.T).max() < 1e-4  # its own geometry, in another space
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        assert (aligned.encode([text])[0] == vector).all()
+        assert (Encoder(str(tmp_path / "small-aligned")).encode([text])[0] == vector).all() or text != TEXTS[0]
+    assert not aligned.encode([" "]).any()
+
+
+def test_an_alignment_of_another_model_is_refused(plain_model: Path, tmp_path: Path) -> None:
+    Alignment(str(plain_model), "a", "b", np.eye(7, 5, dtype=np.float32)).write(tmp_path / "odd")
+    with pytest.raises(EncoderError, match="takes vectors of 7 numbers, and the model gives 32"):
+        Encoder(str(tmp_path / "odd"))
+    (tmp_path / "odd" / align.WEIGHTS).write_bytes(b"torn")
+    with pytest.raises(EncoderError, match="no alignment that can be read"):
+        Encoder(str(tmp_path / "odd"))

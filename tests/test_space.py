@@ -1,12 +1,13 @@
-"""Whose vectors a deployment has: the first claim in its log."""
+"""Whose vectors a deployment has: the first claim in its log, and the moves from there on."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 
 from bench.doubles import MemoryLog
 from streams import space
-from streams.space import OtherSpaceError, Space
+from streams.space import Encoders, OtherSpaceError, Space, Spaces, Starts
 
 OURS = Space("minilm:0123", 384)
 THEIRS = Space("bge:4567", 384)
@@ -14,12 +15,12 @@ THEIRS = Space("bge:4567", 384)
 
 async def test_the_first_claim_holds_for_all_that_come_later() -> None:
     log = MemoryLog()
-    assert await space.claimed(log) is None
+    assert (await space.read(log)).current is None
     await space.claim(log, OURS, "app")
     await space.claim(log, OURS, "app")
     with pytest.raises(OtherSpaceError, match="of app id app are of the encoder minilm:0123, and this one is bge:4567"):
         await space.claim(log, THEIRS, "app")
-    assert await space.claimed(log) == OURS
+    assert (await space.read(log)).current == OURS
     assert len([record async for batch in log.read(0, None) for record in batch]) == 1
 
 
@@ -41,7 +42,59 @@ async def test_of_two_that_claim_at_once_the_first_in_the_log_has_it() -> None:
     log = RacingLog(THEIRS)
     with pytest.raises(OtherSpaceError):
         await space.claim(log, OURS, "app")
-    assert await space.claimed(log) == THEIRS
+    assert (await space.read(log)).current == THEIRS
     log = RacingLog(OURS)
     await space.claim(log, OURS, "app")
-    assert await space.claimed(log) == OURS
+    assert (await space.read(log)).current == OURS
+
+
+async def test_an_encoder_is_announced_then_in_use_or_given_up() -> None:
+    log = MemoryLog()
+    await space.claim(log, OURS, "app")
+    second, third = Space("bge:1", 384, 1, "/m/bge", "announced"), Space("e5:2", 384, 1, "/m/e5", "announced")
+    for told in (second, third):  # of two for one number the first stands
+        await space.tell(log, told)
+    spaces = await space.read(log)
+    assert (spaces.current, spaces.next, spaces.named("e5:2")) == (OURS, second, None)
+    await space.tell(log, Space("bge:1", 384, 1, "/m/bge", "given up"))
+    await space.tell(log, Space("bge:1", 384, 1, "/m/bge", "in use"))  # too late
+    await space.tell(log, Space("e5:2", 384, 2, "/m/e5", "announced"))
+    await space.tell(log, Space("e5:2", 384, 2, "/m/e5", "in use"))
+    spaces = await space.read(log)
+    assert spaces.current == Space("e5:2", 384, 2, "/m/e5", "in use") and spaces.next is None
+    assert spaces.named("bge:1") is None
+    for mine in (OURS, spaces.current):  # a worker may start with either
+        assert (await space.claim(log, mine, "app")).current == spaces.current
+
+
+class Named:
+    """An encoder that does nothing."""
+
+    def __init__(self, name: str, dim: int = 384) -> None:
+        self.name, self.dim = name, dim
+
+
+async def test_a_process_loads_what_it_needs_of_the_encoders_and_no_other() -> None:
+    spaces = Spaces()
+    for told in (OURS, Space("bge:1", 384, 1, "/m/bge", "announced"), Space("bge:1", 384, 1, "/m/bge")):
+        spaces.take(told)
+    asked: list[str] = []
+
+    def make(model: str) -> Any:
+        asked.append(model)
+        return Named("bge:1")
+
+    encoders = Encoders(cast(Any, Named(OURS.encoder)), make, spaces)
+    starts = Starts(((1, 40),))
+    await encoders.load_from(starts, 50)
+    await encoders.load_from(starts, 10)
+    read_by = encoders.reader(starts)
+    assert (read_by(39).name, read_by(40).name, asked) == (OURS.encoder, "bge:1", ["/m/bge"])
+    assert Starts.unpack(starts.pack()) == starts and Starts.unpack(None) == Starts()
+    moved = Encoders(cast(Any, Named("bge:1")), make, spaces)
+    await moved.load_from(starts, 40)  # past the old one's texts
+    with pytest.raises(OtherSpaceError, match="set HEADWATER_ENCODER to it"):
+        await moved.load_from(starts, 39)
+    spaces.take(Space("e5:2", 384, 2, "/m/bge", "announced"))
+    with pytest.raises(OtherSpaceError, match="what is at /m/bge is bge:1"):
+        await encoders.load(2)

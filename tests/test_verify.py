@@ -15,9 +15,10 @@ from bench.deployment import Deployment, WorkerProcess
 from bench.doubles import MemoryDisk, MemoryLog
 from state.changelog import LogRecord
 from state.partition import Partition
-from streams import kafka, verify
+from streams import kafka, space, verify
 from streams.__main__ import app
 from streams.settings import PREFIX, Settings
+from streams.space import Spaces
 
 USERS = 12
 ROUNDS = 8
@@ -155,6 +156,11 @@ class Logs:
         yield []
 
 
+async def one_encoder(settings: Settings) -> Spaces:
+    """The deployment has never moved."""
+    return Spaces()
+
+
 async def test_a_changelog_that_has_just_lost_its_head_is_asked_for_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -183,6 +189,7 @@ async def test_a_changelog_that_has_just_lost_its_head_is_asked_for_again(
     log.delete_before(partition.truncatable_to or 0)
     assert log.begins > 0
     monkeypatch.setattr(verify, "kafka", Logs(log))
+    monkeypatch.setattr(space, "of_deployment", one_encoder)
     monkeypatch.setattr(verify, "MARKER_WAIT_S_MAX", 0.0)
     monkeypatch.setattr(verify, "SETTLE_POLL_S", 0.0)
     asked = iter([early])
@@ -219,6 +226,7 @@ async def test_a_row_that_the_changelog_does_not_have_is_found(monkeypatch: pyte
         return next(v for v in verdicts if v.kind == "users").changelog
 
     monkeypatch.setattr(verify, "kafka", Logs(log))
+    monkeypatch.setattr(space, "of_deployment", one_encoder)
     monkeypatch.setattr(verify, "MARKER_WAIT_S_MAX", 0.0)
     settings = Settings(broker="127.0.0.1:1", partitions=1)
     assert await found() == verify.Finding.EQUAL

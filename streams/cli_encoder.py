@@ -1,0 +1,135 @@
+"""The encoder of a deployment: which it is, another one's alignment with it, and the move to that."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from streams.cli import Json, broker_faults, load, print_json, say, table
+from streams.cli_asking import running_worker
+
+encoder_app = typer.Typer()
+
+Model = Annotated[str, typer.Argument(help="A folder or a Hugging Face id, as HEADWATER_ENCODER takes it.")]
+
+
+@encoder_app.callback(invoke_without_command=True)
+def encoder(asked: typer.Context) -> None:
+    """The text encoder of a deployment, and the move to another one. Alone it lists those that the app id has had.
+
+    Example: `headwater encoder`
+    """
+    if asked.invoked_subcommand is None:
+        list_encoders()
+
+
+@encoder_app.command("list")
+def list_encoders(as_json: Json = False) -> None:
+    """Each encoder of the app id, in the order of their use.
+
+    Example: `headwater encoder list`
+    """
+    import asyncio
+
+    import msgspec
+
+    from streams import space
+
+    settings = load()
+    with broker_faults(settings):
+        known = asyncio.run(space.of_deployment(settings)).known
+    if as_json:
+        print_json([msgspec.structs.asdict(one) for one in known])
+        return
+    rows = [[one.number, one.encoder, one.dim, one.state, one.model or "(the default)"] for one in known]
+    table(["number", "encoder", "dim", "state", "model"], rows)
+
+
+@encoder_app.command()
+def align(
+    model: Model, out: Annotated[Path, typer.Option(help="Folder to make: an encoder that the workers can use.")]
+) -> None:
+    """Fits a map from another encoder's vectors into this deployment's space, from the texts of its items.
+
+    The folder is an encoder: `HEADWATER_ENCODER=FOLDER headwater evaluate ...` measures it on a recorded stream, and
+    `headwater encoder migrate FOLDER` moves the deployment to it. It names the model, and needs it where it was.
+
+    Example: `headwater encoder align intfloat/e5-small-v2 --out encoders/e5`
+    """
+    import asyncio
+
+    from streams.settings import one_thread_each
+
+    one_thread_each()
+    settings = load()
+    with broker_faults(settings):
+        from model.encoder import Encoder
+        from streams import migrate as tool
+        from streams.progress import Bars
+
+        new = Encoder(model, device=settings.device)
+        told = str(Path(model).resolve()) if Path(model).is_dir() else model
+        with Bars() as bars:
+            made = asyncio.run(tool.fit(settings, told, new, out, bars.steps_of))
+    fidelity = made.fidelity
+    assert fidelity is not None
+    say(f"{out}: {made.of} in the space of {made.to}, fitted to {fidelity.texts} texts. On {fidelity.held_out} others "
+        f"the cosine of a text's two vectors is {fidelity.cosine:.3f} (of two texts' {fidelity.cosine_others:.3f}); of "
+        f"an old vector's 10 nearest texts {fidelity.neighbours:.0%} are the same where those have new vectors, and "
+        f"{fidelity.neighbours_new:.0%} where its own is new, too")  # fmt: skip
+
+
+@encoder_app.command()
+def migrate(model: Model, as_json: Json = False) -> None:
+    """Moves the running deployment to an encoder that `align` has made. Lists are answered all the while.
+
+    The folder must be there, under this path, on every worker's machine. Ended anywhere, run it again: it goes on.
+
+    Example: `headwater encoder migrate /srv/encoders/e5`
+    """
+    import asyncio
+
+    from streams.settings import one_thread_each
+
+    one_thread_each()
+    settings = load()
+    with running_worker() as client:
+        urls = client.digest()["workers"]
+
+    def ask() -> list[Any]:
+        found = []
+        for url in urls:
+            with running_worker(url) as worker:
+                found.append(worker.model())
+        return found
+
+    with broker_faults(settings):
+        from model.encoder import Encoder
+        from streams import migrate as tool
+        from streams.progress import Bars
+
+        new = Encoder(model, device=settings.device)
+        told = str(Path(model).resolve()) if Path(model).is_dir() else model
+        with Bars() as bars:
+            done = asyncio.run(tool.Migration(settings, told, new, ask, bars.steps_of).run())
+    if as_json:
+        print_json(done)
+    else:
+        say(f"{done['encoder']} is in use, number {done['number']}: {done['items']} items read again, "
+            f"{done['items_late']} that came meanwhile, in {done['seconds']} s")  # fmt: skip
+
+
+@encoder_app.command("give-up")
+def give_up() -> None:
+    """Ends a move that is announced and not in use yet: workers forget the encoder.
+
+    Example: `headwater encoder give-up`
+    """
+    import asyncio
+
+    from streams import migrate as tool
+
+    settings = load()
+    with broker_faults(settings):
+        ended = asyncio.run(tool.give_up(settings))
+    say(f"the move to {ended.encoder} is given up")

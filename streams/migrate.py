@@ -1,0 +1,319 @@
+"""Moving a deployment to another encoder while it serves: `headwater encoder align`, then `headwater encoder migrate`.
+
+    align     a map from the new encoder's vectors into the deployment's space, from the texts of its own items
+    announce  the next number in `{app}-encoder`; every worker loads the model beside what it does, and says so
+    encode    every item's text, those with the most positives first, into the examples log: the learner keeps it apart
+    switch    one message: all items have the new vectors, in one flush, and phi and y move along; lists go on
+    in use    `{app}-encoder` says so; each partition reads its next text by the new encoder, and notes the offset
+    the rest  items that came meanwhile are read once more
+
+What users wrote before stays as the old encoder read it, in the same space: the alignment's fidelity tells how near the
+two are, and newer words count more. A run that was ended anywhere is started again and goes on: vectors are kept on
+disk, and what is published may be published twice.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from model import align
+from model.align import Alignment, AlignmentError
+from model.items import ItemMatrix
+from state.changelog import Reader
+from streams import codec, examples, kafka, settings, space
+from streams.encoding import F4, Encoder, item_vector
+from streams.events import Item
+from streams.examples import Vectors
+from streams.pipeline import Replica
+from streams.settings import Fault, Settings
+from streams.space import ANNOUNCED, GIVEN_UP, IN_USE, Space, Spaces
+from streams.vectors import VectorCache
+from streams.worker import LEARNER_PARTITION
+
+Steps = Callable[[str, int, int], None]  # (stage, done, in all)
+Ask = Callable[[], list[Any]]  # what each worker's /v1/model answers, anew at each call
+
+VECTORS_KEY: Final = b"vectors"  # of their messages in the examples log
+MESSAGE_VECTORS_MAX: Final = 256  # 768 bytes each at 384 dimensions
+MESSAGES_AT_ONCE: Final = 16
+ENCODE_ITEMS_MAX: Final = 1024  # between two steps of the bar, and two appends to the log
+POLL_S: Final = 0.5
+CATALOGUE_WAIT_S: Final = 30.0
+PASSES_MAX: Final = 5  # over items that came meanwhile
+WAIT_S_MAX: Final = 600.0  # for all workers to load a model, and to begin with it
+ALIGN_TEXTS_MAX: Final = 20_000  # read by the new encoder for the map: half an hour of one core
+
+
+class MigrationError(Fault):
+    """The deployment cannot move, or not so."""
+
+
+async def fit(chosen: Settings, model: str, encoder: Encoder, out: Path, steps: Steps) -> Alignment:
+    """The alignment of an encoder with the deployment's space, written to the folder `out`. Raises MigrationError.
+
+    From items that have a text and no vector of their own: as many as there are, ALIGN_TEXTS_MAX at most, those with
+    the most positives first.
+    """
+    spaces = await _spaces(chosen)
+    assert spaces.current is not None
+    matrix = await _matrix(chosen, spaces.current.dim)
+    items = [(key, item) for key, item in await _items(chosen, matrix, steps) if item.text and item.vector is None]
+    rows = {key: matrix.index(key) for key, _ in items}
+    known = [(key, item) for key, item in items if rows[key] >= 0 and matrix.arrays.e[rows[key]].any()]
+    known = known[:ALIGN_TEXTS_MAX]
+    new = _texts(encoder, [item.text for _, item in known], steps)
+    old = np.stack([matrix.arrays.e[rows[key]] for key, _ in known]) if known else np.zeros((0, matrix.text_dim))
+    try:
+        fitted, fidelity = align.fit(old, new)
+    except AlignmentError as problem:
+        raise MigrationError(f"{problem}. The catalogue of app id {chosen.app_id} has {len(known)}") from problem
+    alignment = Alignment(model, encoder.name, spaces.known[0].encoder, fitted, fidelity)
+    await asyncio.to_thread(alignment.write, out)
+    return alignment
+
+
+class Migration:
+    """The move of a deployment to an encoder of its space. `run` may be started again after anything."""
+
+    def __init__(self, chosen: Settings, model: str, encoder: Encoder, ask: Ask, steps: Steps) -> None:
+        """model: what HEADWATER_ENCODER says for the encoder, on every worker's machine."""
+        self.settings, self.model, self.encoder = chosen, model, encoder
+        self.ask, self.steps = ask, steps
+        self.producer = kafka.Producer(chosen.kafka_options())
+        self.log = space.log_of(chosen, self.producer)
+
+    async def run(self) -> dict[str, Any]:
+        """What was done, for people. Raises MigrationError, and KafkaError when no broker answers."""
+        started = time.monotonic()
+        async with _started(self.producer):
+            spaces = await _spaces(self.settings)
+            mine = await self._announced(spaces)
+            done = 0
+            if mine.state == ANNOUNCED:
+                await self._until(mine, _has_loaded, "load the encoder")
+                done = await self._publish(mine, await self._items(mine))
+                switch = examples.pack_vectors(Vectors(mine.number, mine.encoder, []), in_use=True)
+                await self._until(mine, _has_offset(await self._send([switch])), "show the items' new vectors")
+                await space.tell(self.log, Space(mine.encoder, mine.dim, mine.number, mine.model, IN_USE))
+            await self._until(mine, _has_begun, "begin with the encoder")
+            late = await self._read_rest(mine)
+        return {
+            "encoder": mine.encoder, "number": mine.number, "items": done, "items_late": late,
+            "seconds": round(time.monotonic() - started, 1),
+        }  # fmt: skip
+
+    async def _announced(self, spaces: Spaces) -> Space:
+        """The encoder's record, appended if there is none. Raises MigrationError where it cannot be the next one."""
+        assert spaces.current is not None
+        if spaces.current.encoder == self.encoder.name:
+            return spaces.current
+        coming = spaces.next
+        if coming is not None and coming.encoder != self.encoder.name:
+            raise MigrationError(
+                f"the move to {coming.encoder} is under way: finish it by `headwater encoder migrate {coming.model}`, "
+                "or end it by `headwater encoder give-up`"
+            )
+        if coming is not None:
+            return coming
+        alignment = getattr(self.encoder, "alignment", None)
+        if alignment is None or alignment.to != spaces.known[0].encoder or self.encoder.dim != spaces.current.dim:
+            raise MigrationError(
+                f"{self.encoder.name} is not aligned with the space of app id {self.settings.app_id}, which is that of "
+                f"{spaces.known[0].encoder}: make such a folder by `headwater encoder align {self.model} --out FOLDER`"
+            )
+        told = Space(self.encoder.name, self.encoder.dim, len(spaces.known), self.model, ANNOUNCED)
+        await space.tell(self.log, told)
+        found = (await space.read(self.log)).named(told.encoder)
+        if found is None:
+            raise MigrationError("another encoder was announced at the same moment: look at `headwater encoder`")
+        return found
+
+    async def _until(self, mine: Space, holds: Callable[[Any, Space], bool], what: str) -> None:
+        """Until it holds for every worker that answers. Raises MigrationError after WAIT_S_MAX, or where a worker says
+        that it cannot load the encoder."""
+        deadline = time.monotonic() + WAIT_S_MAX
+        while True:
+            told = await asyncio.to_thread(self.ask)
+            ready = sum(holds(one, mine) for one in told)
+            self.steps(what, ready, len(told))
+            if told and ready == len(told):
+                return
+            reasons = {one["encoder"]["next"]["reason"] for one in told if _failed(one, mine)}
+            if reasons:
+                raise MigrationError(
+                    f"a worker cannot {what}: {'; '.join(sorted(reasons))}. Workers try again by themselves; then run "
+                    "this again, or `headwater encoder give-up`"
+                )
+            if time.monotonic() > deadline:
+                raise MigrationError(f"after {WAIT_S_MAX:g} s {ready} of {len(told)} workers did {what}: run it again")
+            await asyncio.sleep(POLL_S)
+
+    async def _items(self, mine: Space) -> list[tuple[int, Item]]:
+        return await _items(self.settings, await _matrix(self.settings, mine.dim), self.steps)
+
+    async def _publish(self, mine: Space, items: list[tuple[int, Item]], in_use: bool = False) -> int:
+        """The items' vectors, into the examples log; how many."""
+        published, offset = 0, -1
+        for start in range(0, len(items), ENCODE_ITEMS_MAX):
+            part = items[start : start + ENCODE_ITEMS_MAX]
+            vectors = await asyncio.to_thread(self._vectors, [item for _, item in part])
+            told = [(key, vector) for (key, _), vector in zip(part, vectors, strict=True) if vector]
+            cuts = (told[at : at + MESSAGE_VECTORS_MAX] for at in range(0, len(told), MESSAGE_VECTORS_MAX))
+            messages = [examples.pack_vectors(Vectors(mine.number, mine.encoder, cut), in_use) for cut in cuts]
+            offset = max(offset, await self._send(messages))
+            published += len(told)
+            self.steps("items that came meanwhile" if in_use else "items", start + len(part), len(items))
+        if in_use and published:
+            await self._until(mine, _has_offset(offset), "show the items' new vectors")
+        return published
+
+    async def _read_rest(self, mine: Space) -> int:
+        """Items that the catalogue read by the encoder before, while this went on: once more, until there is none."""
+        ends = await self._catalogue_ends()
+        with suppress(TimeoutError):  # a log whose last record is no event is never applied to its end
+            async with asyncio.timeout(CATALOGUE_WAIT_S):
+                while sum(one["items_applied"] for one in await asyncio.to_thread(self.ask)) < ends:
+                    await asyncio.sleep(POLL_S)
+        read = 0
+        for _ in range(PASSES_MAX):
+            late = await self._late(mine)
+            if not late:
+                break
+            read += await self._publish(mine, late, in_use=True)
+        return read
+
+    async def _catalogue_ends(self) -> int:
+        """Records of all partitions of `items`."""
+        options, topic = self.settings.kafka_options(), self.settings.topic("items")
+        return sum([await kafka.log_end(options, topic, partition) for partition in range(self.settings.partitions)])
+
+    async def _late(self, mine: Space) -> list[tuple[int, Item]]:
+        """Items whose vector in use is another one than this encoder's."""
+        matrix = await _matrix(self.settings, mine.dim)
+        items, late = await _items(self.settings, matrix, self.steps), []
+        for start in range(0, len(items), ENCODE_ITEMS_MAX):
+            part = items[start : start + ENCODE_ITEMS_MAX]
+            vectors = await asyncio.to_thread(self._vectors, [item for _, item in part])
+            for (key, item), vector in zip(part, vectors, strict=True):
+                found = _vector_in_use(matrix, key)
+                if vector and found is not None and found != vector:
+                    late.append((key, item))
+        return late
+
+    def _vectors(self, items: Sequence[Item]) -> list[bytes]:
+        """<f2[T] of each, as the catalogue would have it; empty for an item without text and vector."""
+        texts = iter(_texts(self.encoder, [item.text for item in items if item.text]))
+        found = (item_vector(self.encoder, item, next(texts) if item.text else None) for item in items)
+        return [b"" if vector is None else vector.astype("<f2").tobytes() for vector in found]
+
+    async def _send(self, messages: list[bytes]) -> int:
+        """Offset of the last one; -1 without any."""
+        topic, offset = self.settings.internal_topic("examples"), -1
+        for start in range(0, len(messages), MESSAGES_AT_ONCE):
+            part = [(VECTORS_KEY, message) for message in messages[start : start + MESSAGES_AT_ONCE]]
+            offset = await self.producer.send(topic, LEARNER_PARTITION, part)
+        return offset
+
+
+async def give_up(chosen: Settings) -> Space:
+    """Ends a move that is announced and not in use. Raises MigrationError where there is none."""
+    producer = kafka.Producer(chosen.kafka_options())
+    async with _started(producer):
+        spaces = await _spaces(chosen)
+        if spaces.next is None:
+            raise MigrationError("no move to another encoder is under way")
+        coming = spaces.next
+        ended = Space(coming.encoder, coming.dim, coming.number, coming.model, GIVEN_UP)
+        await space.tell(space.log_of(chosen, producer), ended)
+    return ended
+
+
+@asynccontextmanager
+async def _started(producer: kafka.Producer) -> AsyncIterator[None]:
+    await producer.start()
+    try:
+        yield
+    finally:
+        await producer.stop()
+
+
+async def _spaces(chosen: Settings) -> Spaces:
+    """Raises MigrationError before a worker has started."""
+    spaces = await space.of_deployment(chosen)
+    if spaces.current is None:
+        raise MigrationError(f"app id {chosen.app_id} has no encoder yet: the first worker that starts takes its own")
+    return spaces
+
+
+def _has_loaded(told: Any, mine: Space) -> bool:
+    coming = told["encoder"]["next"]
+    is_coming = coming is not None and coming["number"] == mine.number and coming["state"] == "loaded"
+    return is_coming or _has_begun(told, mine)
+
+
+def _has_begun(told: Any, mine: Space) -> bool:
+    return bool(told["encoder"]["name"] == mine.encoder)
+
+
+def _has_offset(offset: int) -> Callable[[Any, Space], bool]:
+    """Whether lists are made of what the examples log had up to there."""
+    return lambda told, _: bool(told["replica"]["applied"]["examples"] >= offset)
+
+
+def _vector_in_use(matrix: ItemMatrix, key: int) -> bytes | None:
+    """<f2[T] of the item; None where it has no row, or none in a score."""
+    row, waits = matrix.index(key), matrix.pending.get(key)
+    if waits is not None:
+        return waits.vector.astype("<f2").tobytes()
+    return matrix.arrays.e[row].astype("<f2").tobytes() if row >= 0 and matrix.arrays.e[row].any() else None
+
+
+def _failed(told: Any, mine: Space) -> bool:
+    coming = told["encoder"]["next"]
+    return coming is not None and coming["number"] == mine.number and coming["state"] == "failed"
+
+
+async def _matrix(chosen: Settings, dim: int) -> ItemMatrix:
+    """The items as the item changelog has them now."""
+    replica, reader = Replica(chosen.learner_config(dim)), Reader()
+    topic = chosen.internal_topic("items-changelog")
+    changelog = kafka.ChangelogTopic(topic, LEARNER_PARTITION, kafka.Producer(chosen.kafka_options()),
+                                     chosen.kafka_options())  # fmt: skip
+    async for batch in changelog.read(0, None):
+        for record in batch:
+            accepted = reader.feed(record)
+            if accepted is not None:
+                replica.prepare(accepted.rows)()
+    return replica.matrix
+
+
+async def _items(chosen: Settings, matrix: ItemMatrix, steps: Steps) -> list[tuple[int, Item]]:
+    """(key, item) of the catalogue as `items` has it, those with the most positives first."""
+    options, topic = chosen.kafka_options(), chosen.topic("items")
+    found: dict[int, Item] = {}
+    for partition in range(chosen.partitions):
+        end = await kafka.log_end(options, topic, partition)
+        if not end:
+            continue
+        async for batch in kafka.read_records(options, topic, partition, 0, end - 1, isolation_level="read_committed"):
+            for event in codec.decode_batch("items", batch).events:
+                if isinstance(event, Item):
+                    found[examples.item_key(event.item_id)] = event
+                else:
+                    found.pop(examples.item_key(event.item_id), None)
+        steps("reading the catalogue", partition + 1, chosen.partitions)
+    rows = {key: matrix.index(key) for key in found}
+    positives = {key: float(matrix.arrays.rec["count"][row]) if row >= 0 else 0.0 for key, row in rows.items()}
+    return sorted(found.items(), key=lambda entry: (-positives[entry[0]], entry[0]))
+
+
+def _texts(encoder: Encoder, texts: Sequence[str], steps: Steps | None = None) -> F4:
+    """(n, T) vectors, each text read once on this machine."""
+    cache = VectorCache(settings.cache_dir() / "vectors", encoder.name, encoder.dim)
+    told = (lambda done, total: steps("reading texts", done, total)) if steps else (lambda done, total: None)
+    return cache.encode(texts, encoder.encode, told)
