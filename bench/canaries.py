@@ -9,7 +9,7 @@ import msgspec
 
 from state.changelog import Accepted, Marker, marker_record, row_records
 from state.partition import Partition, _Restore
-from streams.agents import UserKeeper
+from streams.agents import Keeper, UserKeeper
 from streams.answers import Certificate
 from streams.codec import DeadLetter
 from streams.erasure import Eraser
@@ -113,6 +113,10 @@ async def _folders_left(self: Worker) -> None:
     pass
 
 
+def _started_nowhere(self: Keeper[Any]) -> dict[bytes, bytes | None]:
+    return {}
+
+
 def _removal_of_all(self: Eraser, certificate: Certificate, places: Any) -> list[bytes]:
     assert certificate.state is not None
     state = msgspec.structs.replace(certificate.state, place=dict.fromkeys(places, 1 << 40))
@@ -129,5 +133,6 @@ WORKERS: Final[Mapping[str, tuple[str, Any]]] = {
     "PurgeNotOwed": ("state.partition.Partition._owed", _nothing_owed),
     "DeletedUnderTheSameEpoch": ("state.partition.Partition.renew", Partition.drain),
     "FoldersLeft": ("streams.worker.Worker.wipe_left_folders", _folders_left),
+    "EncoderStartForgotten": ("streams.agents.Keeper._starts_row", _started_nowhere),
     "UnlearnsWhatCameAfter": ("streams.erasure.Eraser._removal", _removal_of_all),
 }

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 from unittest.mock import patch
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -38,11 +39,13 @@ from state import rows as user_rows
 from state.changelog import STORE_ID_BYTES, Announce, LogRecord, Reader, parse, row_key_of
 from state.partition import Fenced, Partition, PartitionFailedError, digest
 from state.store import Store
-from streams import examples, rebuild
+from streams import examples, rebuild, space
 from streams.assignor import share
 from streams.erasure import erasure_id, place_of
+from streams.examples import Vectors
 from streams.pipeline import ItemLearner
 from streams.settings import Settings
+from streams.space import Space, Spaces, Starts
 from streams.worker import TP, Worker
 
 HOLD_S: Final = 0.05
@@ -60,6 +63,8 @@ APPEND_S: Final = 0.0, 0.0, 0.001, 0.005, 0.03  # until the broker has it
 LETTER_S: Final = 0.0, 0.005, 0.3
 READ_RECORDS: Final = 7  # a batch of those who read a log to its end
 TAIL_RECORDS: Final = 100  # of those who follow it
+ENCODER_POLL_S: Final = 1.5  # of those who follow the log of encoders
+MOVES: Final = 0.1  # chance of a move to another encoder, after each disaster
 LAG_MARKERS: Final = 4  # that compaction leaves alone, and one for each flush under way: repairs may take so many
 WORKERS: Final = ("w1", "w2")
 SOURCES: Final = {"users": ("clicks", "comments", "erasures"), "catalogue": ("items",), "learner": ("examples",)}
@@ -337,7 +342,7 @@ class Life:
         self.source = SimSource(self)
         settings = _settings(name, world.partitions)
         self.worker: Worker = self.context.run(
-            Worker, settings, world.now, world.encoder, self.source, lambda topic, partition: None
+            Worker, settings, world.now, world.encoder_at(0), self.source, lambda topic, partition: None, world.load
         )
 
     def alive(self) -> None:
@@ -525,7 +530,7 @@ class SimKafka:
             elif stop is not None:
                 return
             at = batch[-1].offset + 1 if batch else at
-            await asyncio.sleep(0 if batch else 0.5)
+            await asyncio.sleep(0 if batch else ENCODER_POLL_S if topic.endswith("-encoder") else 0.5)
 
     def partition_of(self, key: bytes, partitions: int) -> int:
         return int(key[1:]) % partitions
@@ -726,13 +731,16 @@ async def _follow_nothing(*_: Any) -> None: ...
 
 
 class WordEncoder:
-    """Vectors that follow from the text alone."""
+    """Vectors that follow from the text, and the encoder's number, alone."""
 
     dim = TEXT_DIM
-    name = "words"
+
+    def __init__(self, number: int) -> None:
+        self.name = f"words-{number}"
+        self._person = b"%d" % number
 
     def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        raw = b"".join(blake2b(text.encode(), digest_size=TEXT_DIM).digest() for text in texts)
+        raw = b"".join(blake2b(t.encode(), digest_size=TEXT_DIM, person=self._person).digest() for t in texts)
         vectors = np.frombuffer(raw, np.int8).reshape(-1, TEXT_DIM).astype(np.float32) + np.float32(0.5)
         unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return unit
@@ -769,7 +777,7 @@ class World:
         self.make = make
         self.partitions = chance.choice((1, 1, 2))
         self.settings = _settings("world", self.partitions)
-        self.encoder: Any = WordEncoder()
+        self.encoders: list[WordEncoder] = []
         self.disk = MemoryDisk()
         self.logs: defaultdict[TP, Log] = defaultdict(Log)
         self.late: list[Callable[[], object]] = []  # batches of dead or fenced processes on their way to the broker
@@ -789,6 +797,58 @@ class World:
     def now(self) -> float:
         """Unix s."""
         return START_S + self.loop.now_s
+
+    def encoder_at(self, number: int) -> Any:
+        """The encoder of this number."""
+        while number >= len(self.encoders):
+            self.encoders.append(WordEncoder(len(self.encoders)))
+        return self.encoders[number]
+
+    def load(self, model: str) -> Any:
+        """The encoder of this name."""
+        return self.encoder_at(int(model.removeprefix("words-")))
+
+    @property
+    def spaces(self) -> Spaces:
+        """The encoders that the log tells of."""
+        spaces = Spaces()
+        for record in self.logs[TP(self.settings.internal_topic(space.TOPIC), 0)].records:
+            spaces.take(space.decode(record.value))
+        return spaces
+
+    async def move(self) -> None:
+        """Somebody moves the deployment to another encoder, in the order of `streams.migrate`, and may give up, or be
+        ended, or be a while about it."""
+        chance, spaces = self.random, self.spaces
+        if spaces.current is None:
+            return
+        known = spaces.next
+        number = len(spaces.known) if known is None else known.number
+        name = self.encoder_at(number).name
+        encoders = self.logs[TP(self.settings.internal_topic(space.TOPIC), 0)]
+        log = self.logs[TP(self.topic("examples"), 0)]
+
+        def tell(state: Any) -> None:
+            encoders.land([(space.KEY, msgspec.json.encode(Space(name, TEXT_DIM, number, name, state)))])
+
+        if known is None:
+            tell(space.ANNOUNCED)
+        items = [r.key.decode() for p in range(self.partitions) for r in self.logs[TP("items", p)].records if r.key]
+        for item_id in items:
+            if chance.random() < 0.3:
+                await asyncio.sleep(chance.choice((0.0, 0.1)))
+            vector = self.encoder_at(number).encode([item_id])[0].astype("<f2").tobytes()
+            told = Vectors(number, name, [(examples.item_key(item_id), vector)])
+            log.land([(b"vectors", examples.pack_vectors(told))])
+        await asyncio.sleep(chance.choice((0.0, 0.5, 2.0)))
+        end = chance.random()
+        if end < 0.2:
+            tell(space.GIVEN_UP)
+        if end < 0.3:
+            return
+        log.land([(b"vectors", examples.pack_vectors(Vectors(number, name, []), in_use=True))])
+        await asyncio.sleep(chance.choice((0.0, 0.2)))
+        tell(space.IN_USE)
 
     def topic(self, name: str) -> str:
         """Full name."""
@@ -830,7 +890,7 @@ class World:
         if self.random.random() < 0.7:
             drawn = np.frombuffer(self.random.randbytes(2 * TEXT_DIM), np.int8).astype(np.float32) / np.float32(256)
             left, right = drawn.reshape(2, TEXT_DIM, 1)
-            adapter = Adapter(self.encoder.name, left, right, self.random.choice((0.5, 1.0, 2.0)))
+            adapter = Adapter(self.encoder_at(0).name, left, right, self.random.choice((0.5, 1.0, 2.0)))
         message = examples.pack_adapter(adapter, taken_back=adapter is None)
         self.logs[TP(self.topic("examples"), 0)].land([(b"adapter", message)])
 
@@ -992,13 +1052,16 @@ async def _story(world: World) -> None:
     chance = world.random
     loop = asyncio.get_running_loop()
     publishing = loop.create_task(world.publish())
+    moving: list[asyncio.Task[None]] = []
     for _ in range(chance.randint(1, 5)):
         await _disaster(world)
         await asyncio.sleep(chance.choice((0.0, 0.02, 0.1, 0.5, 1.5)))
         world.maintain()
         if chance.random() < 0.25:
             world.switch()
-    await publishing
+        if chance.random() < MOVES and all(one.done() for one in moving):
+            moving.append(loop.create_task(world.move()))
+    await asyncio.gather(publishing, *moving)
     for life in list(world.members):
         if chance.random() < 0.5:
             await life.do(life.worker.stop())
@@ -1155,18 +1218,22 @@ async def check(world: World, last: Life) -> None:
         applied, rows = keeper.partition.snapshot()
         rows = dict(rows)
         where = f"{kind} {p}"
+        if keeper.texts_of:
+            number = world.spaces.current.number if world.spaces.current is not None else 0
+            assert keeper.starts.number_at(1 << 40) == number, f"{where}: reads by an encoder that is not in use"
         assert applied == _last(world, kind, p), where
         assert _restored(world, kind, p) == (rows, applied), f"{where}: the changelog as compacted and truncated"
         if kind == "users":
-            truth, told = await _undisturbed_users(world, p, applied)
+            truth, told = await _undisturbed_users(world, p, applied, rows)
             _same(truth, rows, where)
             _same(told, found.get(p, {}), f"{where}: examples")
         elif kind == "catalogue":
             store = MemoryDisk().open(Path("truth"))
-            await rebuild.catalogue_rows(world_read(world), p, applied["items"], store, _reader(world))
+            await rebuild.catalogue_rows(world_read(world), p, applied["items"], store, _reader(world, rows))
+            store.write(_starts(rows).row())
             _same(dict(store.items()), rows, where)
         else:
-            learner = ItemLearner(world.settings.learner_config(TEXT_DIM), TEXT_DIM)
+            learner = ItemLearner(world.settings.learner_config(TEXT_DIM), TEXT_DIM, world.encoder_at(0).name)
             learner = await rebuild.learn_examples(world_read(world), learner, applied["examples"])
             assert learner.learner.digest() == keeper.learner.learner.digest(), "item state"
             assert last.worker.replica.digest() == learner.learner.digest(), "replica"
@@ -1188,8 +1255,10 @@ async def _check_erasures(world: World, last: Life) -> None:
         held = told.state.events, told.state.behaviours, told.state.comments
         assert held == (row.events, row.history_count, row.comment_count), f"{name}: {held}"
         if told.state.applied is not None:
-            rows = await _rows_at(world, p, told.state.applied)
-            assert digest(sorted(rows.items()), told.state.applied) == told.state.digest, f"{name}: digest"
+            rows, starts = await _rows_at(world, p, told.state.applied), _starts(_restored(world, "users", p)[0])
+            were = [{**rows, **Starts(starts.pairs[:count]).row()} for count in range(len(starts.pairs) + 1)]
+            digests = [digest(sorted(state.items()), told.state.applied) for state in were]
+            assert told.state.digest in digests, f"{name}: digest"
         if is_unlearnt:
             assert told.model is not None, name
             assert told.model.exact or "adapter" in (told.model.reason or ""), f"{name}: {told.model}"
@@ -1244,24 +1313,31 @@ async def _rows_at(world: World, p: int, applied: Mapping[str, int], user: str |
     """Of one run over the logs up to `applied`."""
     store = MemoryDisk().open(Path("truth"))
     evidence = world.settings.evidence_config()
-    await rebuild.user_rows(world_read(world), p, applied, store, _reader(world), evidence, only=user)
+    reader = _reader(world, _restored(world, "users", p)[0])
+    await rebuild.user_rows(world_read(world), p, applied, store, reader, evidence, only=user)
     return dict(store.items())
 
 
-def _reader(world: World) -> Callable[[int], Any]:
-    """One encoder reads all of a world's texts."""
-    return lambda offset: world.encoder
+def _starts(rows: Mapping[bytes, bytes]) -> Starts:
+    return Starts.unpack(rows.get(space.STARTS_KEY))
+
+
+def _reader(world: World, rows: Mapping[bytes, bytes]) -> Callable[[int], Any]:
+    """Which encoder reads a partition's text at an offset, as its rows tell."""
+    starts = _starts(rows)
+    return lambda offset: world.encoder_at(starts.number_at(offset))
 
 
 async def _undisturbed_users(
-    world: World, p: int, applied: Mapping[str, int]
+    world: World, p: int, applied: Mapping[str, int], rows: Mapping[bytes, bytes]
 ) -> tuple[dict[bytes, bytes], dict[int, bytes]]:
     """(rows, examples by position) of one run over the whole logs."""
     store = MemoryDisk().open(Path("truth"))
     messages: list[bytes] = []
     await rebuild.user_rows(
-        world_read(world), p, applied, store, _reader(world), world.settings.evidence_config(), messages=messages
+        world_read(world), p, applied, store, _reader(world, rows), world.settings.evidence_config(), messages=messages
     )
+    store.write(_starts(rows).row())
     return dict(store.items()), {at: example for m in messages for at, example in _parted(m)}
 
 
@@ -1350,6 +1426,7 @@ def run_seed(seed: int, make: MakePartition = Partition, story: Story | None = N
                                 "log": _Silent()}),
             ("streams.erasure", {"kafka": SimKafka(world), "SWEEP_ROWS": chance.choice((2, 500)), "log": _Silent()}),
             ("streams.kafka", {"log": _Silent()}),
+            ("streams.space", {"kafka": SimKafka(world)}),
             ("streams.telemetry.Telemetry", {"publish": lambda *_: None}),  # figures for nobody
             ("streams.announced.Announced", {"follow": _follow_nothing}),  # of checkpoints, which no state knows
             ("state.rows", {"HISTORY_MAX": 5, "SEEN_MAX": 8, "COMMENTS_MAX": 2}),

@@ -89,10 +89,12 @@ def migrate(model: Model, as_json: Json = False) -> None:
     """
     import asyncio
 
+    from streams import log
     from streams.settings import one_thread_each
 
     one_thread_each()
     settings = load()
+    log.set_up("warning", settings.log_format)  # what it does is told by bars
     with running_worker() as client:
         urls = client.digest()["workers"]
 

@@ -1,0 +1,198 @@
+"""A deployment moves to another encoder while it answers, as its operator does it: align, migrate, and what is proven
+of it afterwards."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kafka import KafkaProducer
+from transformers import AutoModel, AutoTokenizer
+
+from bench.deployment import Deployment, WorkerProcess
+from model.encoder import DEFAULT_MODEL, Encoder, locate
+from streams import tokens, verify
+from streams.explain import rebuild_list
+from streams.migrate import Migration
+from streams.settings import environment
+
+ITEMS = 240
+USERS = 10
+LAYERS = 4  # of six that the new encoder has
+PLACES = ("harbour", "desert", "mine", "school", "forest", "station", "palace", "village")
+DEEDS = ("a murder", "a wedding", "a war", "a long winter", "a robbery", "two sisters", "an old debt", "a lost letter")
+KINDS = ("quiet drama", "loud comedy", "thriller", "musical", "western", "documentary")
+
+
+def text_of(n: int) -> str:
+    return f"{KINDS[n % 6]} about {DEEDS[n // 6 % 8]} in a {PLACES[n // 48 % 8]}, part {n}"
+
+
+class Feed:
+    """Events of users who like one kind each, in rounds."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.settings = deployment.settings
+        self.producer = KafkaProducer(**self.settings.kafka_options())
+        self.now = 1e9
+
+    def items(self, start: int, count: int) -> None:
+        for n in range(start, start + count):
+            self._send("items", f"i{n}", {"item_id": f"i{n}", "text": text_of(n)})
+        self.producer.flush()
+
+    def round(self, number: int) -> None:
+        self.now += 10
+        for u in range(USERS):
+            n = (6 * (7 * number + u) + u) % ITEMS
+            click = {"user_id": f"u{u}", "item_id": f"i{n}", "action": "click", "ts": self.now + 1}
+            self._send("clicks", f"u{u}", click)
+            if number % 2:
+                comment = {"user_id": f"u{u}", "text": f"more of {text_of(n + 6)}, round {number}", "ts": self.now}
+                self._send("comments", f"u{u}", comment)
+        self.producer.flush()
+
+    def _send(self, topic: str, key: str, value: Any) -> None:
+        self.producer.send(self.settings.topic(topic), json.dumps(value).encode(), key=key.encode())
+
+
+@pytest.fixture
+def deployment(broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
+    made = Deployment(broker, tmp_path, topic_prefix="migrate-", partitions=2, item_flush_min_s=0.2)
+    made.create_topics()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def shorter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that reads another space: the default one's lower layers."""
+    folder = tmp_path_factory.mktemp("models") / "shorter"
+    source, options = locate(DEFAULT_MODEL)
+    model = AutoModel.from_pretrained(source, **options)
+    model.encoder.layer = torch.nn.ModuleList(list(model.encoder.layer)[:LAYERS])
+    model.config.num_hidden_layers = LAYERS
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, **options).save_pretrained(folder)
+    return folder
+
+
+class Reader(threading.Thread):
+    """Asks for lists until it is stopped; keeps what failed, and the last answer of each user."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        super().__init__()
+        self.worker = worker
+        self.answers: list[Any] = []
+        self.failures: list[str] = []
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        n = 0
+        while not self._over.is_set():
+            n += 1
+            answer = self.worker.http.get(f"/v1/users/u{n % USERS}/recommendations", params={"limit": 10})
+            if answer.status_code == 200 and len(answer.json()["items"]) == 10:
+                self.answers.append(answer.json())
+            else:
+                self.failures.append(f"{answer.status_code}: {answer.text}")
+
+    def __enter__(self) -> "Reader":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+
+
+def command(worker: WorkerProcess, *words: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `headwater`."""
+    told = worker.settings.model_dump(exclude_defaults=True)
+    variables = os.environ | environment({name: str(value) for name, value in told.items()})
+    done = subprocess.run([sys.executable, "-m", "streams", *words], env=variables, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_deployment_moves_to_another_encoder_while_it_answers(
+    deployment: Deployment, shorter: Path, tmp_path: Path
+) -> None:
+    feed = Feed(deployment)
+    feed.items(0, ITEMS)
+    for number in range(6):
+        feed.round(number)
+    first, second = deployment.start_worker("a"), deployment.start_worker("b")
+    for worker in (first, second):
+        worker.wait_ready()
+    first.wait_quiet()
+    old = first.get("/v1/model")["encoder"]
+    assert (old["number"], old["next"]) == (0, None)
+    lists = {f"u{u}": first.get(f"/v1/users/u{u}/recommendations", limit=10) for u in range(USERS)}
+
+    # Another encoder as it is has no place here; aligned it has.
+    code, _, said = command(first, "encoder", "migrate", str(shorter))
+    assert code == 1 and "headwater encoder align" in said
+    aligned = tmp_path / "aligned"
+    code, _, said = command(first, "encoder", "align", str(shorter), "--out", str(aligned))
+    assert code == 0 and f"in the space of {old['name']}" in said
+    new = Encoder(str(aligned))
+
+    # Ended in the middle, then from the beginning, beside a stream and its readers.
+    def ask() -> list[Any]:
+        return [worker.get("/v1/model") for worker in (first, second)]
+
+    def ends_at_the_items(stage: str, done: int, total: int) -> None:
+        if stage == "items":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(Migration(first.settings, str(aligned), new, ask, ends_at_the_items).run())
+    coming = first.get("/v1/model")["encoder"]
+    assert (coming["name"], coming["next"]["name"], coming["next"]["state"]) == (old["name"], new.name, "loaded")
+    with Reader(first) as reader:
+        feed.round(6)
+        feed.items(ITEMS, 5)
+        code, out, _ = command(first, "encoder", "migrate", str(aligned), "--json")
+        assert code == 0
+        told = json.loads(out)
+        feed.round(7)
+        first.wait_quiet()
+    assert not reader.failures and len({a["model_version"].split("@")[0] for a in reader.answers}) == 2
+    assert (told["encoder"], told["number"], told["items"]) == (new.name, 1, ITEMS + 5)
+    for worker in (first, second):
+        model = worker.get("/v1/model")["encoder"]
+        assert (model["name"], model["number"], model["next"]) == (new.name, 1, None)
+
+    after = {user: first.get(f"/v1/users/{user}/recommendations", limit=10) for user in lists}
+    assert after["u1"]["model_version"].startswith(new.name)
+
+    # A worker that is killed, one that starts with the new encoder, and everything is what the logs say.
+    second.kill()
+    feed.round(8)
+    third = deployment.start_worker("c", encoder=str(aligned))
+    third.wait_ready()
+    first.wait_quiet()
+    assert third.get("/v1/model")["encoder"]["number"] == 1
+    digests = lambda: [worker.get("/v1/digest") for worker in (first, third)]  # noqa: E731
+    base = Encoder()
+    for own in (base, new):  # whichever of the two the command has, the other one is found
+        verdicts = verify.verify(first.settings, digests, own, lambda *step: None)
+        assert all(one.is_equal for one in verdicts), verdicts
+    for answer in (*lists.values(), *after.values(), reader.answers[len(reader.answers) // 2]):
+        assert rebuild_list(first.settings, tokens.read(answer["token"]), base, [], lambda *step: None).is_equal
+
+    # Again is nothing; and there is no way to give up what is done.
+    code, out, _ = command(first, "encoder", "migrate", str(aligned), "--json")
+    assert (code, json.loads(out)["items"]) == (0, 0)
+    code, _, said = command(first, "encoder", "give-up")
+    assert code == 1 and "no move to another encoder is under way" in said
+    code, out, _ = command(first, "encoder", "list", "--json")
+    assert [one["state"] for one in json.loads(out)] == ["in use", "in use"]
