@@ -113,7 +113,7 @@ async def _folders_left(self: Worker) -> None:
     pass
 
 
-def _started_nowhere(self: Keeper[Any]) -> dict[bytes, bytes | None]:
+def _started_nowhere(self: Keeper[Any], entries: Any) -> dict[bytes, bytes | None]:
     return {}
 
 

@@ -28,7 +28,7 @@ from state.store import StoreCorruptError
 from streams import codec, examples, pipeline
 from streams.answers import ModelUnlearnt
 from streams.codec import Record, Reject
-from streams.encoding import Encoding
+from streams.encoding import Encoder, Encoding
 from streams.erasure import Book, Eraser, Reach, erasure_id
 from streams.events import Click, Comment, Erasure, Item, Withdrawn
 from streams.inbox import Entry, Inbox
@@ -98,6 +98,8 @@ class Surroundings:
     evidence: EvidenceConfig
     encoding: Encoding
     encoders: Encoders
+    number_of: Callable[[bytes | None], int | None]  # of the encoder of a mark; None: it says nothing to this app id
+    load_marked: Callable[[bytes | None], Awaitable[None]]  # the encoder of a mark, if it is one that is to come
     end_of: Callable[[str, int], int | None]  # (topic, partition) -> where the log ends; None: not known, or not lately
     partition_of: Callable[[bytes], int]  # where Kafka's default partitioner puts a key
     first_at: Callable[[str, int, int], Awaitable[tuple[int, int]]]  # streams.kafka.first_at_or_after
@@ -129,7 +131,6 @@ class Keeper(ABC, Generic[T]):
         self.inbox: Inbox[T] = Inbox({}, around.merge_hold_s)
         self.report: OpenReport | None = None  # while it is open
         self.starts = Starts()  # of the encoders that read its texts
-        self._owes_starts = False  # they are to be in the next flush
         self._arrived = asyncio.Event()
         self._misplaced_told_s = float("-inf")
         self._settling = False
@@ -145,10 +146,9 @@ class Keeper(ABC, Generic[T]):
         self.report = await self.partition.open()
         await self.load()
         if self.texts_of:
-            self.starts, self._owes_starts = starts_of(self.partition.get_many), False
+            self.starts = starts_of(self.partition.get_many)
             await self.around.encoders.load_from(self.starts, self.partition.applied[self.texts_of] + 1)
         self.resume()
-        self.begin_encoder()
         seconds = self.around.now() - started
         self.around.metrics.restored(self.kind, seconds)
         if self.report.reason:
@@ -171,22 +171,28 @@ class Keeper(ABC, Generic[T]):
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run(), name=f"{self.kind}-{self.number}")
 
-    def begin_encoder(self) -> None:
-        """Texts that have not come yet are read by the encoder in use, which is loaded. From which offset on is part of
-        the state: it is written with, or before, the first that was read so."""
-        if not self.texts_of:
+    async def _read_marks(self, topic: str, records: Sequence[Record]) -> None:
+        """Loads the encoders that texts of a batch go over to: until it is there, the partition waits for it."""
+        if self.topics[topic] != self.texts_of:
             return
-        number = self.around.encoders.number
-        if number <= (self.starts.pairs[-1][0] if self.starts.pairs else 0):
-            return
-        topic = next(topic for topic, name in self.topics.items() if name == self.texts_of)
-        self.starts = self.starts.then(number, self.inbox.sources[topic].expected)
-        self._owes_starts = True
+        for record in records:
+            if record.key is not None and record.key.startswith(codec.MARK):
+                await self.around.load_marked(record.value)
 
-    def _starts_row(self) -> dict[bytes, bytes | None]:
-        """The row of them, for the flush under way, if it is owed."""
-        owed, self._owes_starts = self._owes_starts, False
-        return self.starts.row() if owed else {}
+    def _pass_mark(self, record: Record) -> "_Mark":
+        """What comes behind it is read by its encoder, if it is one of ours."""
+        number = self.around.number_of(record.value)
+        if number is not None:
+            self.starts = self.starts.then(number, record.offset + 1)
+        return _Mark()
+
+    def _encoder_at(self, offset: int) -> Encoder:
+        return self.around.encoders.at(self.starts.number_at(offset))
+
+    def _starts_row(self, entries: Sequence[tuple[str, Entry[Any]]]) -> dict[bytes, bytes | None]:
+        """The row of the encoders' starts, where a mark is among what is flushed."""
+        marks = [entry.offset for _, entry in entries if isinstance(entry.work, _Mark)]
+        return self.starts.until(marks[-1] + 1).row() if marks else {}
 
     def applied(self) -> dict[str, int]:
         """Last offset whose effect this keeper holds, a source topic (code name)."""
@@ -223,6 +229,7 @@ class Keeper(ABC, Generic[T]):
 
         Raises LogTruncatedError when the log no longer holds what comes next.
         """
+        await self._read_marks(topic, records)
         source = self.inbox.sources[topic]
         while records and records[0].offset < source.expected:
             records = [r for r in records if r.offset >= source.expected]
@@ -245,7 +252,7 @@ class Keeper(ABC, Generic[T]):
         One record a batch is looked at: such a producer misplaces most of them, and murmur2 is slow here.
         """
         key = records[-1].key
-        if key is None or self.around.partition_of(key) == self.number:
+        if key is None or key.startswith(codec.MARK) or self.around.partition_of(key) == self.number:
             return
         self.around.metrics.misplaced(self.topics[topic])
         now = self.around.now()
@@ -379,6 +386,10 @@ class RowCache:
         self._deleted.clear()
 
 
+class _Mark:
+    """A record that is no event: it is passed."""
+
+
 @dataclass(slots=True)
 class _UserWork:
     event: UserEvent
@@ -386,15 +397,16 @@ class _UserWork:
     vector: asyncio.Future[np.ndarray[Any, np.dtype[np.float32]]] | None
 
 
-def decode_timed(name: str, records: Sequence[Record]) -> list[tuple[float, Record, UserEvent | Reject]]:
-    """(merge time, record, what it holds) of records of a source of the user state, in their order."""
+def decode_timed(name: str, records: Sequence[Record]) -> list[tuple[float, Record, UserEvent | Reject | None]]:
+    """(merge time, record, what it holds) of records of a source of the user state, in their order; None of a mark."""
     decoded: codec.Decoded[Any] = codec.decode_batch(cast(codec.Topic, name), records)
-    timed: list[tuple[float, Record, UserEvent | Reject]] = [
+    timed: list[tuple[float, Record, UserEvent | Reject | None]] = [
         (min(event.ts, _record_s(record)), record, event)
         for event, record in zip(decoded.events, decoded.records, strict=True)
     ]
-    if decoded.rejects:
+    if decoded.rejects or decoded.marks:
         timed += [(_record_s(r.record), r.record, r) for r in decoded.rejects if r.record is not None]
+        timed += [(_record_s(record), record, None) for record in decoded.marks]
         timed.sort(key=lambda entry: entry[1].offset)
     return timed
 
@@ -437,19 +449,22 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
         """Decodes, and starts the encoding of texts at once, ahead of their turn."""
         self._check_place(topic, records)
         name = self.topics[topic]
-        encoder_at = self.around.encoders.reader(self.starts)
         work: list[tuple[float, int, Any]] = []
-        rejects = 0
+        passed = rejects = 0
         for at, record, event in decode_timed(name, records):
+            if event is None:
+                passed += 1
+                work.append((at, record.offset, self._pass_mark(record)))
+                continue
             if isinstance(event, Reject):
                 rejects += 1
                 work.append((at, record.offset, event))
                 continue
             vector = None
             if isinstance(event, Comment):
-                vector = self.around.encoding.submit(event.text, encoder_at(record.offset))
+                vector = self.around.encoding.submit(event.text, self._encoder_at(record.offset))
             work.append((at, record.offset, _UserWork(event, _record_s(record), vector)))
-        self.around.metrics.consumed(name, len(records) - rejects, rejects)
+        self.around.metrics.consumed(name, len(records) - rejects - passed, rejects)
         return work
 
     async def work(self, entries: list[tuple[str, Entry[Any]]]) -> None:
@@ -461,6 +476,8 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
             item = entry.work
             if isinstance(item, Reject):
                 rejects.append(item)
+                continue
+            if isinstance(item, _Mark):
                 continue
             assert item is not None
             code = USER_CODES[self.topics[topic]]
@@ -478,7 +495,7 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
             advanced = self._advanced(entries)
             self.cache.put_many(batch.rows)  # with `shown`, at once: a read's rows and offsets are of one moment
             self.shown = advanced
-            await self.partition.flush(batch.rows | self._starts_row(), downstream, advanced)
+            await self.partition.flush(batch.rows | self._starts_row(entries), downstream, advanced)
             self.cache.flushed()
         now = self.around.now()
         metrics.users_learnt(events, stamps, batch, now)
@@ -529,14 +546,13 @@ class CatalogueKeeper(Keeper["_ItemWork | Reject"]):
         self._check_place(topic, records)
         decoded = codec.decode_batch("items", records)
         self.around.metrics.consumed("items", len(decoded.events), len(decoded.rejects))
-        encoder_at = self.around.encoders.reader(self.starts)
-        work: list[tuple[float, int, Any]] = []
+        work: list[tuple[float, int, Any]] = [(0.0, r.offset, self._pass_mark(r)) for r in decoded.marks]
         for item, record in zip(decoded.events, decoded.records, strict=True):
             vector = None
             if isinstance(item, Item):
-                vector = self.around.encoding.submit_item(item, encoder_at(record.offset))
+                vector = self.around.encoding.submit_item(item, self._encoder_at(record.offset))
             work.append((0.0, record.offset, _ItemWork(item, vector)))
-        if decoded.rejects:
+        if decoded.rejects or decoded.marks:
             work += [(0.0, r.record.offset, r) for r in decoded.rejects if r.record is not None]
             work.sort(key=lambda w: w[1])
         return work
@@ -549,13 +565,15 @@ class CatalogueKeeper(Keeper["_ItemWork | Reject"]):
             if isinstance(entry.work, Reject):
                 rejects.append(entry.work)
                 continue
+            if isinstance(entry.work, _Mark):
+                continue
             assert entry.work is not None
             vector = await entry.work.vector if entry.work.vector is not None else None
             items.append((entry.offset, entry.work.item, vector))
         await self._bury(rejects)
         batch = pipeline.learn_catalogue(self.number, items, self.around.encoding.dim)
         downstream = [(b"%d" % self.number, message) for message in batch.messages]
-        await self.partition.flush(batch.rows | self._starts_row(), downstream, self._advanced(entries))
+        await self.partition.flush(batch.rows | self._starts_row(entries), downstream, self._advanced(entries))
 
 
 class LearnerKeeper(Keeper[bytes]):

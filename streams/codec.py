@@ -47,6 +47,9 @@ UNCHECKED_BYTES_MAX: Final = 2 * NESTING_MAX  # a shorter message cannot be nest
 assert UNCHECKED_BYTES_MAX < MESSAGE_BYTES_MAX
 
 
+MARK: Final = b"\xffheadwater"  # how the key of a record begins that is no event: no id does, they are UTF-8
+
+
 class Reason(StrEnum):
     """Why a message was rejected: a closed set, the label of `headwater_dead_letters_total`."""
 
@@ -105,11 +108,12 @@ E = TypeVar("E", bound=Event)
 
 
 class Decoded(NamedTuple, Generic[E]):
-    """A batch, parted. `records[i]` carried `events[i]`; all three lists are in the batch's order."""
+    """A batch, parted. `records[i]` carried `events[i]`; all lists are in the batch's order."""
 
     events: list[E]
     records: list[Record]
     rejects: list[Reject]
+    marks: list[Record]  # no events: streams.space says what they are
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -136,8 +140,12 @@ def decode_batch(topic: Topic, records: Sequence[Record]) -> Decoded[Any]:
     events: list[Event] = []
     kept: list[Record] = []
     rejects: list[Reject] = []
+    marks: list[Record] = []
     for record in records:
         value = record.value
+        if record.key is not None and record.key.startswith(MARK):
+            marks.append(record)
+            continue
         if value is None:
             outcome = shape.null(record)
         else:
@@ -149,7 +157,7 @@ def decode_batch(topic: Topic, records: Sequence[Record]) -> Decoded[Any]:
         else:
             events.append(outcome)
             kept.append(record)
-    return Decoded(events, kept, rejects)
+    return Decoded(events, kept, rejects, marks)
 
 
 def validate(topic: Topic, value: bytes, now_s: float) -> Event | Reject:

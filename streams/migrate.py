@@ -3,8 +3,9 @@
     align     a map from the new encoder's vectors into the deployment's space, from the texts of its own items
     announce  the next number in `{app}-encoder`; every worker loads the model beside what it does, and says so
     encode    every item's text, those with the most positives first, into the examples log: the learner keeps it apart
+    in use    `{app}-encoder` says so, and there is no way back
     switch    one message: all items have the new vectors, in one flush, and phi and y move along; lists go on
-    in use    `{app}-encoder` says so; each partition reads its next text by the new encoder, and notes the offset
+    mark      in every partition of comments and items: what lies behind it is read by the new encoder
     the rest  items that came meanwhile are read once more
 
 What users wrote before stays as the old encoder read it, in the same space: the alignment's fidelity tells how near the
@@ -13,12 +14,14 @@ disk, and what is published may be published twice.
 """
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from model import align
@@ -97,9 +100,11 @@ class Migration:
             if mine.state == ANNOUNCED:
                 await self._until(mine, _has_loaded, "load the encoder")
                 done = await self._publish(mine, await self._items(mine))
-                switch = examples.pack_vectors(Vectors(mine.number, mine.encoder, []), in_use=True)
-                await self._until(mine, _has_offset(await self._send([switch])), "show the items' new vectors")
-                await space.tell(self.log, Space(mine.encoder, mine.dim, mine.number, mine.model, IN_USE))
+                mine = msgspec.structs.replace(mine, state=IN_USE)
+                await space.tell(self.log, mine)
+            switch = examples.pack_vectors(Vectors(mine.number, mine.encoder, []), in_use=True)
+            await self._until(mine, _has_offset(await self._send([switch])), "show the items' new vectors")
+            await self._mark(mine)
             await self._until(mine, _has_begun, "begin with the encoder")
             late = await self._read_rest(mine)
         return {
@@ -126,12 +131,20 @@ class Migration:
                 f"{self.encoder.name} is not aligned with the space of app id {self.settings.app_id}, which is that of "
                 f"{spaces.known[0].encoder}: make such a folder by `headwater encoder align {self.model} --out FOLDER`"
             )
-        told = Space(self.encoder.name, self.encoder.dim, len(spaces.known), self.model, ANNOUNCED)
+        nonce = secrets.token_hex(8)
+        told = Space(self.encoder.name, self.encoder.dim, len(spaces.known), self.model, nonce, ANNOUNCED)
         await space.tell(self.log, told)
         found = (await space.read(self.log)).named(told.encoder)
         if found is None:
             raise MigrationError("another encoder was announced at the same moment: look at `headwater encoder`")
         return found
+
+    async def _mark(self, mine: Space) -> None:
+        """Repeats of a mark say nothing."""
+        for name in space.MARKED:
+            for partition in range(self.settings.partitions):
+                key, value = space.mark(self.settings.app_id, mine, secrets.token_hex(8))
+                await self.producer.send(self.settings.topic(name), partition, [(key, value)])
 
     async def _until(self, mine: Space, holds: Callable[[Any, Space], bool], what: str) -> None:
         """Until it holds for every worker that answers. Raises MigrationError after WAIT_S_MAX, or where a worker says
@@ -228,7 +241,7 @@ async def give_up(chosen: Settings) -> Space:
         if spaces.next is None:
             raise MigrationError("no move to another encoder is under way")
         coming = spaces.next
-        ended = Space(coming.encoder, coming.dim, coming.number, coming.model, GIVEN_UP)
+        ended = msgspec.structs.replace(coming, state=GIVEN_UP)
         await space.tell(space.log_of(chosen, producer), ended)
     return ended
 

@@ -118,7 +118,7 @@ def _timed(
     wanted: dict[int, UserEvent] = {
         record.offset: event
         for _, record, event in timed
-        if not isinstance(event, Reject) and only in (None, event.user_id)
+        if event is not None and not isinstance(event, Reject) and only in (None, event.user_id)
     }
     texts = {offset: event.text for offset, event in wanted.items() if isinstance(event, Comment)}
     vectors = _encoded(texts, encoder_at)

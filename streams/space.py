@@ -6,7 +6,8 @@ is refused before it begins. A deployment moves to another encoder (`headwater e
 other one stands behind a map into it (model.align), is announced under the next number, and is in use once the items'
 vectors are its own. Records are never deleted there.
 
-Which encoder a partition's text was read by is part of its state: a row, STARTS_KEY, names the first offset of each.
+Where a partition of texts goes over to it is said in that partition itself, by a mark between its records: so whoever
+reads the log, now or later, reads each text by the same encoder. The row STARTS_KEY of the state tells it on.
 """
 
 import asyncio
@@ -18,12 +19,14 @@ import msgspec
 
 from state.changelog import Log
 from streams import kafka
+from streams.codec import MARK
 from streams.encoding import Encoder
 from streams.settings import Fault, Settings
 
 TOPIC: Final = "encoder"
 KEY: Final = b"encoder"
-STARTS_KEY: Final = b"\xff" + b"encoders"  # no id begins so: they are UTF-8
+MARKED: Final = ("comments", "items")  # the topics that have texts
+STARTS_KEY: Final = MARK + b" encoders"  # no id begins so
 STARTS_VERSION: Final = 1
 ANNOUNCED: Final = "announced"
 IN_USE: Final = "in use"
@@ -42,7 +45,16 @@ class Space(msgspec.Struct, frozen=True, omit_defaults=True):
     dim: int
     number: int = 0  # in the order of their use
     model: str = ""  # what HEADWATER_ENCODER says for it
+    nonce: str = ""  # of its marks: none that was not written for it counts
     state: Literal["announced", "in use", "given up"] = "in use"
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """Between the records of a partition: from here on the app id's workers read its texts by this encoder."""
+
+    app_id: str
+    number: int
+    nonce: str
 
 
 class OtherSpaceError(Fault):
@@ -106,6 +118,22 @@ def decode(value: bytes | None) -> Space:
     return msgspec.json.decode(value or b"", type=Space)
 
 
+def mark(app_id: str, coming: Space, unique: str) -> tuple[bytes, bytes]:
+    """(key, value) of the record that goes into every partition of texts. unique: so that compaction takes none for
+    another one, which would move the place."""
+    return MARK + f" encoder {app_id} {coming.number} {unique}".encode(), msgspec.json.encode(
+        Mark(app_id, coming.number, coming.nonce)
+    )
+
+
+def is_marked(value: bytes | None, app_id: str) -> bool:
+    """Whether it is a mark of the app id's, whatever encoder it names."""
+    try:
+        return msgspec.json.decode(value or b"", type=Mark).app_id == app_id
+    except msgspec.DecodeError:
+        return False
+
+
 async def tell(log: Log, space: Space) -> None:
     """Appends a record. Raises what the log raises."""
     await log.append([(KEY, msgspec.json.encode(space))])
@@ -162,6 +190,16 @@ class Encoders:
         """Whether `at` has it."""
         return self._name(number) in self._loaded
 
+    def number_of(self, value: bytes | None, app_id: str) -> int | None:
+        """Of a mark's encoder, as far as the log is known here; None: it is none of this app id's."""
+        try:
+            found = msgspec.json.decode(value or b"", type=Mark)
+        except msgspec.DecodeError:
+            return None
+        known = self.spaces.known[found.number] if 0 <= found.number < len(self.spaces.known) else None
+        is_its = known is not None and known.nonce == found.nonce and known.state != GIVEN_UP
+        return found.number if found.app_id == app_id and is_its and found.nonce else None
+
     def reader(self, starts: "Starts") -> Callable[[int], Encoder]:
         """Which encoder reads the record at an offset. `load` of each number comes first."""
         return lambda offset: self.at(starts.number_at(offset))
@@ -187,10 +225,8 @@ class Encoders:
         return self.at(number)
 
     async def load_from(self, starts: "Starts", offset: int) -> None:
-        """Loads all that a partition's records from this offset on are read by, once its keeper has begun with the one
-        in use."""
-        ahead = [number for number, first in starts.pairs if first > offset]
-        for number in sorted({self.number, *ahead, *([starts.number_at(offset)] if ahead else [])}):
+        """Loads all that a partition's records from this offset on are known to be read by."""
+        for number in sorted({starts.number_at(offset), *(number for number, first in starts.pairs if first > offset)}):
             await self.load(number)
 
     async def reading(self, starts: "Starts") -> Callable[[int], Encoder]:
@@ -221,8 +257,13 @@ class Starts(NamedTuple):
         return 0
 
     def then(self, number: int, offset: int) -> "Starts":
-        """With this encoder from the offset on."""
-        return Starts((*self.pairs, (number, offset)))
+        """With this encoder from the offset on: after a later one nothing changes."""
+        newest = self.pairs[-1][0] if self.pairs else 0
+        return Starts((*self.pairs, (number, offset))) if number > newest else self
+
+    def until(self, offset: int) -> "Starts":
+        """Those that begin at this offset at the latest."""
+        return Starts(tuple(pair for pair in self.pairs if pair[1] <= offset))
 
     def pack(self) -> bytes:
         """version u1, then (number u4, first offset u8) each."""

@@ -149,7 +149,8 @@ class Worker:
         self.announced = Announced(encoder.name)
         self.around = Surroundings(
             now=now, metrics=self.telemetry, evidence=settings.evidence_config(), encoding=self.encoding,
-            encoders=self.encoders,
+            encoders=self.encoders, load_marked=self._load_marked,
+            number_of=partial(self.encoders.number_of, app_id=settings.app_id),
             end_of=self._end_heard, partition_of=partial(kafka.partition_of, partitions=settings.partitions),
             first_at=self._first_at, dead_letter=self._dead_letter, durable=self._durable, changed=self._changed,
             failed=self._failed, user_cache_bytes=self._user_cache_bytes, merge_hold_s=settings.merge_hold_ms / 1e3,
@@ -609,6 +610,20 @@ class Worker:
             log.warning("the next encoder cannot be loaded; trying again", encoder=newest.encoder, reason=str(problem))
             self.coming = NextEncoderView(newest.encoder, newest.number, "failed", str(problem))
 
+    async def _load_marked(self, value: bytes | None) -> None:
+        """The encoder of a mark, before anything behind it is read; until it can be loaded the partition waits."""
+        number_of = partial(self.encoders.number_of, value, self.settings.app_id)
+        if number_of() is None and space.is_marked(value, self.settings.app_id):  # perhaps this process is behind
+            claims = space.log_of(self.settings, self.producer)
+            spaces = await in_reach(lambda: space.read(claims), REOPEN_WAIT_S, "a mark waits for the log of encoders")
+            if spaces is not None:
+                self.encoders.spaces = spaces
+        number = number_of()
+        while number is not None and not self.encoders.is_loaded(number) and not self.stopping:
+            await self._load_encoder(self.encoders.spaces.known[number])
+            if not self.encoders.is_loaded(number):
+                await asyncio.sleep(LOAD_AGAIN_S)
+
     def _use(self, encoder: Encoder) -> None:
         """The encoder in use, for what comes from now on."""
         if encoder is self.encoding.encoder and self._in_use == self.encoders.number:
@@ -617,9 +632,6 @@ class Worker:
         self.encoding.encoder = encoder
         self.announced.of(encoder.name)
         self.metrics.checkpoint.info({"encoder": encoder.name, "adapter": self._adapter_told})
-        for key, keeper in self.keepers.items():
-            if self.open_keeper(*key) is keeper:
-                keeper.begin_encoder()
         if self._in_use:
             log.info("texts are read by the encoder in use", encoder=encoder.name, number=self._in_use)
 

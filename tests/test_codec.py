@@ -555,7 +555,7 @@ def test_batch_is_parted_in_order() -> None:
 
 
 def test_empty_batch() -> None:
-    assert decode_batch("items", []) == ([], [], [])
+    assert decode_batch("items", []) == ([], [], [], [])
 
 
 def test_decoding_twice_gives_the_same() -> None:
