@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from streams import cli_asking
+from streams import cli_asking, cli_encoder
 from streams.cli import Json, fail, faults, load, offsets, print_json, say, table
 from streams.cli_asking import print_list, running_worker
 
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_asking.app)
+app.add_typer(cli_encoder.encoder_app, name="encoder")
 keys_app = typer.Typer(
     help="The API keys that workers take, in HEADWATER_API_KEYS_FILE.\n\nExample: `headwater keys list`",
     no_args_is_help=True,

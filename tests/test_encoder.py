@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from bench import encode as bench
-from model.encoder import DEFAULT_MODEL, F4, WINDOWS_MAX, Encoder, EncoderConfig, EncoderError, _padded, locate
+from model.encoder import DEFAULT_MODEL, F4, WINDOWS_MAX, Encoder, EncoderConfig, EncoderError, padded, locate
 
 SCRIPTS = ["good film", "хороший фильм", "好电影", "جيد جدا", "ดีมาก", "좋은 영화", "मज़ेदार", "🎬🍿", "ταινία", "סרט טוב"]
 TEXTS = [
@@ -111,7 +111,7 @@ def test_long_text_is_pooled_from_overlapping_windows_by_their_tokens(encoder: E
     assert len(windows) > 2
     assert all(len(window.ids) <= encoder.config.window_tokens for window in windows)
     assert windows[0].ids[-33:-1] == windows[1].ids[1:33], "the end of a window is read again by the next"
-    means = [encoder._forward([window], _padded(len(window.ids)), 1)[0] for window in windows]
+    means = [encoder._forward([window], padded(len(window.ids)), 1)[0] for window in windows]
     pooled = np.average(means, axis=0, weights=[window.weight for window in windows])
     vector = encoder.encode([text])[0]
     assert vector @ (pooled / np.linalg.norm(pooled)) > 0.99999
