@@ -165,7 +165,8 @@ class LoraTraining:
         torch.set_num_threads(EncoderConfig.threads)
         transformers_logging.disable_progress_bar()
         self._source, self._options = locate(base)
-        with loading(base):
+        with loading(base), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed(_START))  # a layer that the files lack (a pooler) is drawn, and written later
             self._tokenizer = AutoTokenizer.from_pretrained(self._source, **self._options)
             model = AutoModel.from_pretrained(self._source, dtype="auto", **self._options)
             self._pooling = read_pooling(self._source, self._options)
@@ -184,12 +185,9 @@ class LoraTraining:
     # --- the model ---
 
     def _adapted(self, model: Any) -> Any:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError:
-            raise TrainingError(
-                "training inside the encoder needs its package: pip install 'headwater[lora]'"
-            ) from None
+        require_peft()
+        from peft import LoraConfig, get_peft_model
+
         config, layers = self.config, int(model.config.num_hidden_layers)
         upper = None if not config.layers else list(range(max(0, layers - config.layers), layers))
         everything = config.targets == ("all-linear",)
@@ -403,7 +401,8 @@ class LoraTraining:
         if cached:
             assert v.grad is not None
             for chunk in chunks:
-                self._encode(chunk).backward(v.grad[torch.from_numpy(chunk.at).to(self._device)])  # type: ignore[no-untyped-call]
+                wanted = v.grad[torch.from_numpy(chunk.at).to(self._device)]
+                self._encode(chunk).backward(wanted)  # type: ignore[no-untyped-call]
         return {part: float(loss.detach()) for part, loss in losses.items()}, count
 
     def _begin(self, losses: dict[str, torch.Tensor]) -> None:
@@ -433,9 +432,10 @@ class LoraTraining:
     def save(self) -> bytes:
         """The state: adapters, s, the optimizer's moments, how many steps were done."""
         out = io.BytesIO()
+        told = {"done": self.done, "first": self.first, "last": self.last}
         weights = {name: p.detach().cpu() for name, p in self._named}
-        state = {"done": self.done, "first": self.first, "last": self.last, "spread": self._spread.detach().cpu(), "weights": weights}
-        torch.save({**state, "optimizer": self._optimizer.state_dict()}, out)
+        optimizer = self._optimizer.state_dict()
+        torch.save({**told, "spread": self._spread.detach().cpu(), "weights": weights, "optimizer": optimizer}, out)
         return out.getvalue()
 
     def load(self, saved: bytes) -> None:
@@ -481,6 +481,14 @@ class LoraTraining:
         return {**asdict(self.config), "precision": self.precision, "device": self._device.type}
 
 
+def require_peft() -> None:
+    """Raises TrainingError where peft is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise TrainingError("training inside the encoder needs its package: pip install 'headwater[lora]'") from None
+
+
 def _batch_of(problem: TextProblem | None, pairs: dict[str, Array], views: Array) -> _Batch:
     ids = [rows[:, :2].ravel() for rows in pairs.values()]
     if problem is not None:
@@ -491,6 +499,6 @@ def _batch_of(problem: TextProblem | None, pairs: dict[str, Array], views: Array
 def _alike(rows: Array) -> Array:
     """(n, n) bool: which two pairs share a text or a group; a pair is its own positive."""
     left, right, group = rows.T
-    same = (left[:, None] == left) | (right[:, None] == right) | ((group[:, None] == group) & (group >= 0))
-    return same & ~np.eye(len(rows), dtype=np.bool_)
-
+    same: Array = (left[:, None] == left) | (right[:, None] == right) | ((group[:, None] == group) & (group >= 0))
+    np.fill_diagonal(same, val=False)
+    return same

@@ -3,14 +3,14 @@
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from streams.cli import Json, fail, faults, load, print_json, say, table
 
 encoder_app = typer.Typer(
-    help="The text encoder.\n\nExample: `headwater encoder train --help`", no_args_is_help=True, rich_markup_mode="markdown"
+    help="The text encoder itself.\n\nExample: `headwater encoder train --help`", no_args_is_help=True
 )
 
 
@@ -37,6 +37,7 @@ def train(
     lr: Annotated[float | None, typer.Option(min=0, help="Step size.")] = None,
     anchor: Annotated[float | None, typer.Option(min=0, help="Weight of the distance to the frozen vectors.")] = None,
     pairs: Annotated[int | None, typer.Option(min=2, help="Of texts of each kind in a batch.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=4, help="Of a text, in training.")] = None,
     precision: Annotated[str | None, typer.Option(help="bfloat16, float32 or auto: bfloat16 on CUDA.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all that is drawn.")] = None,
     share: Annotated[
@@ -62,17 +63,15 @@ def train(
     with faults():
         from dataclasses import replace
 
-        from aiokafka.errors import KafkaError
-
         from model.lora import LoraTrainingConfig
         from streams import encoder_training as tool
         from streams.evaluate import StreamError
         from streams.progress import Bars
 
         names = None if targets is None else tuple(name.strip() for name in targets.split(",") if name.strip())
-        given = {
+        given: dict[str, Any] = {
             "steps": steps, "accumulate": accumulate, "rank": rank, "layers": layers, "targets": names, "lr": lr,
-            "anchor": anchor, "pairs": pairs, "precision": precision, "seed": seed,
+            "anchor": anchor, "pairs": pairs, "max_tokens": max_tokens, "precision": precision, "seed": seed,
         }  # fmt: skip
         config = replace(LoraTrainingConfig(), **{name: value for name, value in given.items() if value is not None})
         options = tool.TrainOptions(out, items, events, until, share or settings.trainer_share, config)
@@ -83,12 +82,10 @@ def train(
                 manifest = tool.train(options, settings, time.time, bars.steps_of)
             except StreamError as problem:
                 fail(str(problem))
-            except KafkaError as problem:
-                fail(f"the broker at {settings.broker}: {problem!r}. Set HEADWATER_BROKER, or give --items and --events")
     if as_json:
         print_json(manifest)
         return
     before, after = manifest["held_out"]["before"], manifest["held_out"]["after"]
     rows = [[part, f"{before[part]:.4f}", f"{after[part]:.4f}"] for part in before]
     table(["held-out loss", "before", "after"], rows)
-    say(f"{manifest['name']} in {out}; hold it against the encoder as it is: HEADWATER_ENCODER={out} headwater evaluate")
+    say(f"{manifest['name']} is in {out}. Is it better? HEADWATER_ENCODER={out} headwater evaluate ...")

@@ -21,14 +21,16 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
+from aiokafka.errors import KafkaError
 
 from model import kernels, texts
 from model.encoder import Encoder
+from model.evaluate import CREATED, SCORED
 from model.examples import new_examples
 from model.learner import Learner, warm_up
 from model.lora import (
@@ -38,9 +40,10 @@ from model.lora import (
     TextProblem,
     TrainingData,
     TrainingSet,
+    require_peft,
 )
 from state.rows import COMMENTS_MAX
-from streams import codec, evaluate, examples, kafka, pipeline
+from streams import codec, evaluate, examples, kafka, topics
 from streams.codec import Record
 from streams.evaluate import Run, Stream
 from streams.events import Click, Comment, Erasure, Item
@@ -70,7 +73,7 @@ class TrainOptions:
     events: Path | None = None
     until: int | None = None  # events
     share: float = 0.25  # of a core, on a CPU
-    config: LoraTrainingConfig = LoraTrainingConfig()
+    config: LoraTrainingConfig = field(default_factory=LoraTrainingConfig)
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,7 @@ class _Gathering:
             if before and before[-1][2] != text:
                 side.pairs["comment_comment"].offer(k, (before[-1][2], text, user))
             before.append((k, event.ts, text))
-        if item is not None and self._stream.trace.kind[k] in (evaluate.SCORED, evaluate.CREATED):
+        if item is not None and self._stream.trace.kind[k] in (SCORED, CREATED):
             ts, other = self._last.get(event.user_id, (-np.inf, item))
             if other != item and event.ts - ts <= SESSION_S:
                 side.pairs["item_item"].offer(k, (other, item, -1))
@@ -324,11 +327,12 @@ def read_files(items: Path, events: Path, settings: Settings) -> Source:
 
 
 async def read_logs(settings: Settings, upto: dict[str, dict[str, int]] | None = None) -> Source:
-    """Of a deployment's topics from their beginning to their end, or to the offsets `upto` ({topic: {partition: next}}).
+    """Of a deployment's topics from their beginning to their end, or to `upto`, {topic: {partition: next offset}}.
 
     Events are in the workers' order of time; those of users who were erased since are left out, and items that were
     withdrawn. Raises Fault where there is no event, and KafkaError.
     """
+    options = settings.kafka_options()
     ends: dict[str, dict[str, int]] = {}
     catalogue: dict[str, Item] = {}
     timed: list[tuple[float, Click | Comment]] = []
@@ -336,13 +340,15 @@ async def read_logs(settings: Settings, upto: dict[str, dict[str, int]] | None =
     for name in SOURCES:
         ends[name] = {}
         for partition in range(settings.partitions):
-            told = None if upto is None else upto[name][str(partition)]
-            end = await kafka.log_end(settings.kafka_options(), settings.topic(name), partition) if told is None else told
+            if upto is None:
+                end = await kafka.log_end(options, settings.topic(name), partition)
+            else:
+                end = upto[name][str(partition)]
             ends[name][str(partition)] = end
             if not end:
                 continue
             reading = kafka.read_records(
-                settings.kafka_options(), settings.topic(name), partition, 0, end - 1, isolation_level="read_committed"
+                options, settings.topic(name), partition, 0, end - 1, isolation_level="read_committed"
             )
             async for records in reading:
                 _sort_in(name, records, catalogue, timed, erased)
@@ -374,6 +380,15 @@ def _sort_in(
 # -- the training
 
 
+class _Cost(NamedTuple):
+    """Of the steps of one process."""
+
+    steps: int
+    texts: int
+    seconds: float
+    cpu_s: float
+
+
 def train(
     options: TrainOptions, settings: Settings, now: Callable[[], float], progress: Progress,
     crash: Callable[[str], None] | None = None,
@@ -381,80 +396,97 @@ def train(
     """Trains, or goes on with the training that was interrupted, and writes OUT; its manifest.
 
     crash: called with the name of each step, for tests that end the process there. Raises Fault, EncoderError,
-    StreamError, and KafkaError where no broker answers.
+    StreamError.
     """
     crash = crash or crash_at(settings.crash_at)
+    require_peft()
     out = options.out.resolve()
     if out.exists():
         raise Fault(f"{out} is there already: give another --out, or remove it")
     if not out.parent.is_dir():
         raise Fault(f"there is no folder {out.parent}: make it first, or give another --out")
     work = out.parent / f".{out.name}.training"
-    work.mkdir(exist_ok=True)
     facts = _facts(work)
     encoder = Encoder(settings.encoder, device=settings.device)
-    if options.items is not None and options.events is not None:
-        source = read_files(options.items, options.events, settings)
-    else:
-        source = asyncio.run(read_logs(settings, facts.get("offsets")))
+    source = _read(options, settings, facts.get("offsets"))
     data = gather(source.stream, encoder, settings, options.until, progress=progress)
-    on_cpu = encoder.device.type == "cpu"
-    training = LoraTraining(
-        settings.encoder, data, options.config, settings.device, _breathing(options.share) if on_cpu else _no_breath
-    )
+    breathe = _breathing(options.share) if encoder.device.type == "cpu" else _no_breath
+    training = LoraTraining(settings.encoder, data, options.config, settings.device, breathe)
     identity = _identity(encoder.name, data, training.facts())
     if facts.get("identity", identity) != identity:
         raise Fault(
             f"{work} holds the state of a training on other data, of another encoder or with other options: "
             "ask for the same again, or remove that folder, or give another --out"
         )
-    state = work / STATE_FILE
-    if state.exists():
-        training.load(state.read_bytes())
+    work.mkdir(exist_ok=True)
+    if (work / STATE_FILE).exists():
+        training.load((work / STATE_FILE).read_bytes())
     else:
         facts = {"identity": identity, "offsets": source.covered.get("offsets"), "held_out": training.held_out()}
         _write(work / FACTS_FILE, json.dumps(facts).encode())
     tracking = Tracking(work / "events", settings.mlflow, {"encoder": encoder.name}, now)
-    began, cpu, trained, from_step = now(), time.process_time(), 0, training.done
-    for step in training.steps():
-        trained += step.texts
-        for part, loss in step.losses.items():
-            tracking.figure(f"encoder/loss_{part}", loss, step.number)
-        for part, weight in step.weights.items():
-            tracking.figure(f"encoder/weight_{part}", weight, step.number)
-        tracking.figure("encoder/texts_per_s", trained / max(1e-3, now() - began), step.number)
-        progress("train", training.done, options.config.steps)
-        crash("train")
-        if training.done % SAVE_STEPS == 0 or training.done == options.config.steps:
-            _write(state, training.save(), crash)
-            tracking.flush()
-    seconds, cpu = now() - began, time.process_time() - cpu
-    after = training.held_out()
-    for part, loss in after.items():
-        tracking.figure(f"encoder/held_out_{part}", loss, training.done)
-    tracking.close()
+    try:
+        cost = _steps(training, work, tracking, now, progress, crash)
+        after = training.held_out()
+        for part, loss in after.items():
+            tracking.figure(f"encoder/held_out_{part}", loss, training.done)
+    finally:
+        tracking.close()
     manifest = {
-        "version": MANIFEST_VERSION, "base": encoder.name, "base_model": settings.encoder or "the installed one",
+        "version": MANIFEST_VERSION, "base": encoder.name, "base_model": settings.encoder,
         "parent": _parent(settings.encoder), "covered": source.covered, "until": options.until,
-        "seed": options.config.seed, "config": training.facts(), "identity": identity,
-        "counts": {
-            "texts": len(data.texts), "problems": len(data.train.problems),
-            "examples": sum(len(problem.words) for problem in data.train.problems),
-            **{kind: len(pairs) for kind, pairs in data.train.pairs.items()},
-            "views": len(data.train.views), "held_out_problems": len(data.held.problems),
-        },
+        "seed": options.config.seed, "config": training.facts(), "identity": identity, "counts": _counts(data),
         "losses": {"before": training.first, "after": training.last},
-        "held_out": {"before": facts["held_out"], "after": after},
-        "weights": training.weights,
+        "held_out": {"before": facts["held_out"], "after": after}, "weights": training.weights,
         "training": {
-            "steps": training.done, "steps_of_this_run": training.done - from_step, "texts": trained,
-            "texts_per_s": trained / max(1e-3, seconds), "cpu_s": cpu, "seconds": seconds,
+            "steps": training.done, "steps_of_this_run": cost.steps, "texts": cost.texts, "seconds": cost.seconds,
+            "cpu_s": cost.cpu_s, "texts_per_s": cost.texts / max(1e-3, cost.seconds),
         },
         "created": now(),
     }  # fmt: skip
     manifest = _publish(training, out, work, manifest, crash)
     shutil.rmtree(work)
     return manifest
+
+
+def _read(options: TrainOptions, settings: Settings, upto: dict[str, dict[str, int]] | None) -> Source:
+    if options.items is not None and options.events is not None:
+        return read_files(options.items, options.events, settings)
+    topics.require(settings, SOURCES)
+    try:
+        return asyncio.run(read_logs(settings, upto))
+    except KafkaError as problem:
+        raise topics.unreachable(settings, problem) from problem
+
+
+def _steps(
+    training: LoraTraining, work: Path, tracking: Tracking, now: Callable[[], float], progress: Progress,
+    crash: Callable[[str], None],
+) -> _Cost:  # fmt: skip
+    """The steps that are left, with the state saved every SAVE_STEPS of them."""
+    first, began, cpu, texts = training.done, now(), time.process_time(), 0
+    for step in training.steps():
+        texts += step.texts
+        for part, loss in step.losses.items():
+            tracking.figure(f"encoder/loss_{part}", loss, step.number)
+        for part, weight in step.weights.items():
+            tracking.figure(f"encoder/weight_{part}", weight, step.number)
+        tracking.figure("encoder/texts_per_s", texts / max(1e-3, now() - began), step.number)
+        progress("train", training.done, training.config.steps)
+        crash("train")
+        if training.done % SAVE_STEPS == 0 or training.done == training.config.steps:
+            _write(work / STATE_FILE, training.save(), crash)
+            tracking.flush()
+    return _Cost(training.done - first, texts, now() - began, time.process_time() - cpu)
+
+
+def _counts(data: TrainingData) -> dict[str, int]:
+    return {
+        "texts": len(data.texts), "problems": len(data.train.problems),
+        "examples": sum(len(problem.words) for problem in data.train.problems),
+        **{kind: len(pairs) for kind, pairs in data.train.pairs.items()},
+        "views": len(data.train.views), "held_out_problems": len(data.held.problems),
+    }  # fmt: skip
 
 
 def _publish(

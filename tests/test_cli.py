@@ -24,10 +24,12 @@ from streams.settings import Settings
 COMMANDS = (
     "demo", "broker", "worker", "topics", "replay", "evaluate", "digest", "verify", "state", "recommend", "forget",
     "settings", "keys", "audit", "trainer", "checkpoints", "explain",
+    "encoder",
 )  # fmt: skip
 GROUPED = (
     "keys add", "keys list", "keys revoke", "audit verify", "audit show", "checkpoints list", "checkpoints show",
     "checkpoints promote", "checkpoints rollback", "checkpoints prune",
+    "encoder train",
 )  # fmt: skip
 APPLIED = {"clicks": [1, 41], "comments": [1, -1]}
 TOKEN = tokens.write(tokens.Token(0, b"12345678", 3, {"clicks": 7}, 1, 9, b"settings", 1.5, 1.25, 10, True, b"list"))

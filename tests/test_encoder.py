@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from bench import encode as bench
-from model.encoder import DEFAULT_MODEL, F4, WINDOWS_MAX, Encoder, EncoderConfig, EncoderError, padded, locate
+from model.encoder import DEFAULT_MODEL, F4, WINDOWS_MAX, Encoder, EncoderConfig, EncoderError, locate, padded
 
 SCRIPTS = ["good film", "хороший фильм", "好电影", "جيد جدا", "ดีมาก", "좋은 영화", "मज़ेदार", "🎬🍿", "ταινία", "סרט טוב"]
 TEXTS = [
