@@ -44,6 +44,7 @@ BLOCK_SHORT_TOKENS_MAX: Final = 64
 WINDOW_DECAY: Final = 0.2  # of a window's weight, to the one before: a text says first what it is about
 WINDOWS_MAX: Final = 256  # of a text, 25,000 tokens: a longer one is read at so many places, evenly spread
 DIGEST_BYTES: Final = 16
+POOLER: Final = "pooler."  # weights that no vector depends on; where the files lack them, they are drawn at every start
 HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WHAT_TO_GIVE: Final = (
     "HEADWATER_ENCODER takes the folder of a model, a Hugging Face id that can be reached (id@revision pins one), or "
@@ -107,19 +108,22 @@ class Encoder:
         self.config = config = EncoderConfig() if config is None else config
         torch.set_num_threads(config.threads)
         transformers_logging.disable_progress_bar()
-        self.device = torch.device(_pick_device(device))
+        self.device = torch.device(pick_device(device))
         self.precision = _pick_precision(config.precision, self.device)
         self.alignment = _alignment(model)
         source, options = locate(model if self.alignment is None else _aligned_model(Path(model), self.alignment))
-        with _loading(model):
+        with loading(model):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             if not tokenizer.is_fast:
                 raise EncoderError(
                     f"encoder {model!r} has no fast tokenizer. Set HEADWATER_ENCODER to a model with a tokenizer.json"
                 )
-            self._model = AutoModel.from_pretrained(source, dtype=getattr(torch, self.precision), **options)
+            self._model, told = AutoModel.from_pretrained(
+                source, dtype=getattr(torch, self.precision), output_loading_info=True, **options
+            )
+            self._drawn = {key for key in told["missing_keys"] if key.startswith(POOLER)}
             self._model.eval().to(self.device)
-            self._pooling = _read_pooling(source, options)
+            self._pooling = read_pooling(source, options)
             self._window_tokens = _window_tokens(config.window_tokens, tokenizer, self._model.config, source, options)
         self._pad_id: int = tokenizer.pad_token_id or 0
         self._tokenizer = tokenizer.backend_tokenizer
@@ -199,7 +203,7 @@ class Encoder:
         """(n, dim): texts in buckets of equal padded length, each bucket in passes of at most encode_tokens_max."""
         buckets: dict[int, list[_Window]] = {}
         for window in self._windows(texts):
-            buckets.setdefault(_padded(len(window.ids)), []).append(window)
+            buckets.setdefault(padded(len(window.ids)), []).append(window)
         sums = np.zeros((len(texts), int(self._model.config.hidden_size)), np.float64)
         parts: list[list[tuple[float, F4]]] = [[] for _ in texts]
         for length in sorted(buckets):
@@ -259,7 +263,7 @@ class Encoder:
         """
         digest = hashlib.blake2b(digest_size=8)
         how = asdict(self.config)
-        lengths = sorted({_padded(tokens) for tokens in range(1, self._window_tokens + 1)})
+        lengths = sorted({padded(tokens) for tokens in range(1, self._window_tokens + 1)})
         facts = [
             self._window_tokens,
             how["overlap_tokens"],
@@ -271,6 +275,8 @@ class Encoder:
         digest.update(json.dumps(facts).encode())
         digest.update(self._tokenizer.to_str().encode())
         for name, tensor in sorted(self._model.state_dict().items()):
+            if name in self._drawn:
+                continue
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             weights = tensor.detach().to("cpu", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
             digest.update(weights.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -279,7 +285,8 @@ class Encoder:
         return digest.hexdigest()
 
 
-def _pick_device(device: str) -> str:
+def pick_device(device: str) -> str:
+    """cpu or cuda, of auto, cpu, cuda. Raises EncoderError where there is no CUDA."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -298,7 +305,7 @@ def _pick_precision(precision: str, device: torch.device) -> str:
 
 
 @contextmanager
-def _loading(model: str) -> Iterator[None]:
+def loading(model: str) -> Iterator[None]:
     """Whatever transformers says of a model's files, of which there are many kinds, becomes an EncoderError."""
     try:
         yield
@@ -344,16 +351,16 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
     return name, {"revision": revision} if revision else {}
 
 
-def _read_json(source: str, file: str, options: dict[str, Any]) -> Any:
+def read_json(source: str, file: str, options: dict[str, Any]) -> Any:
     """The file's content, or None where the model has none."""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(source, file, **quiet, **options)
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def _read_pooling(source: str, options: dict[str, Any]) -> str:
+def read_pooling(source: str, options: dict[str, Any]) -> str:
     """mean or cls, as sentence-transformers wrote it beside the model."""
-    modules = _read_json(source, "modules.json", options) or []
+    modules = read_json(source, "modules.json", options) or []
     kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
     foreign = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if foreign:
@@ -363,7 +370,7 @@ def _read_pooling(source: str, options: dict[str, Any]) -> str:
     if "Pooling" not in kinds:
         return "mean"
     folder = modules[kinds.index("Pooling")]["path"]
-    pooling = _read_json(source, f"{folder}/config.json", options) or {}
+    pooling = read_json(source, f"{folder}/config.json", options) or {}
     named = pooling.get("pooling_mode")
     on = [named] if isinstance(named, str) else [k for k, v in pooling.items() if k.startswith("pooling_mode_") and v]
     simple = {"mean": "mean", "pooling_mode_mean_tokens": "mean", "cls": "cls", "pooling_mode_cls_token": "cls"}
@@ -374,7 +381,7 @@ def _read_pooling(source: str, options: dict[str, Any]) -> str:
 
 def _window_tokens(wanted: int, tokenizer: Any, config: Any, source: str, options: dict[str, Any]) -> int:
     """The window's length: as wanted, or what the model reads at the most."""
-    sentence = _read_json(source, "sentence_bert_config.json", options) or {}
+    sentence = read_json(source, "sentence_bert_config.json", options) or {}
     limits = (
         tokenizer.model_max_length,
         getattr(config, "max_position_embeddings", None),
@@ -383,7 +390,7 @@ def _window_tokens(wanted: int, tokenizer: Any, config: Any, source: str, option
     return min([wanted, *(int(limit) for limit in limits if limit)])
 
 
-def _padded(tokens: int) -> int:
+def padded(tokens: int) -> int:
     """The bucket's length: a function of the window alone."""
     block = BLOCK_TOKENS if tokens <= BLOCK_SHORT_TOKENS_MAX else 2 * BLOCK_TOKENS
     return -(-tokens // block) * block

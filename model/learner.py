@@ -101,6 +101,16 @@ class Problem(NamedTuple):
     log_weight: float
 
 
+class Sources(NamedTuple):
+    """What the words of a `Problem` are made of: words_b = sum_h history_scale_bh (e_h - mu) + own_scale_b (own_b - mu)
+    with own_b the mean of the user's own texts."""
+
+    example: Array  # (n,) places of the problem's examples in the message
+    history: Array  # (n, TEXT_HISTORY) int32 rows of the history's items, newest first; -1: none
+    history_scale: Array  # (n, TEXT_HISTORY) float32; 0 where there is no text
+    own_scale: Array  # (n,) float32; 0 where the user wrote nothing
+
+
 class Learner:
     """Owns the item matrix. Not safe for concurrent use."""
 
@@ -334,7 +344,7 @@ class Learner:
         if not (n and count):
             return None
         w, m, dim = self._work, self.matrix.arrays, self.config.dim
-        told = np.flatnonzero(w.go[:n] & w.words[:n].any(axis=1))
+        told = self._told(n)
         if not len(told):
             return None
         target, texts = w.target[told], self.matrix.adapted(w.words[told])
@@ -342,6 +352,27 @@ class Learner:
         offset = np.where(offset > kernels.CLOSED, offset - texts @ w.item[:count, dim:].T, offset)
         offset_target = w.score_i[told] - (m.e[target] * texts).sum(axis=1)
         return Problem(w.words[told], target, w.cand[:count].copy(), offset, offset_target, float(np.log(weight)))
+
+    def sources(self, examples: Examples) -> Sources:
+        """What the words of `problem` are made of; examples: the message that was learnt last."""
+        w, m, near = self._work, self.matrix.arrays, kernels.TEXT_HISTORY
+        told = self._told(self._drawn[0])
+        history, scale = np.full((len(told), near), -1, np.int32), np.zeros((len(told), near), np.float32)
+        heads = np.zeros((2, self.config.text_dim), np.float32)
+        coefficient = np.zeros((2, self.config.history_max), np.float32)
+        for at, b in enumerate(told.tolist()):
+            used = int(examples.history_count[b])
+            rows = w.history[b, :used]
+            kernels.history_texts(m, rows, examples.history_weight[b, :used], heads, coefficient)
+            count = min(used, near)
+            history[at, :count] = rows[:count]
+            scale[at, :count] = w.coefficient[b, kernels.T_TEXT : kernels.T_TEXT + 2] @ coefficient[:, :count]
+        own = np.where(examples.text_on[told], np.minimum(examples.text_weight[told], kernels.TEXT_WEIGHT_MAX), 0)
+        return Sources(told, history, scale, w.coefficient[told, kernels.T_TEXT + 2] * np.sqrt(own))
+
+    def _told(self, n: int) -> Array:
+        """Which of the n examples of the last message have a gradient, and words."""
+        return np.flatnonzero(self._work.go[:n] & self._work.words[:n].any(axis=1))
 
     def _schedule(self, examples: Examples) -> tuple[Array, Array, Array]:
         """Gives every key of the message a row, and says which items become candidates inside it.

@@ -184,7 +184,6 @@ def read_stream(items_path: Path, events_path: Path, evidence: EvidenceConfig) -
             items.append(item)
         else:
             rejects += 1
-    items.sort(key=_entry_ts)
     events: list[Click | Comment] = []
     lines: list[int] = []
     first_fault = ""
@@ -198,10 +197,18 @@ def read_stream(items_path: Path, events_path: Path, evidence: EvidenceConfig) -
         lines.append(number)
     if not events:
         raise StreamError(f"{events_path}: no line of it is an event (type, user_id, item_id, action, ts){first_fault}")
-    laid = _lay(items, events, evidence)
-    return Stream(
-        events_path.resolve().parent.name, items, events, np.array(lines, np.int64), laid, rejects, hasher.hexdigest()
-    )
+    name = events_path.resolve().parent.name
+    return stream_of(name, items, events, evidence, np.array(lines, np.int64), rejects, hasher.hexdigest())
+
+
+def stream_of(
+    name: str, items: list[Item], events: list[Click | Comment], evidence: EvidenceConfig, lines: Array | None = None,
+    rejects: int = 0, digest: str = "",
+) -> Stream:  # fmt: skip
+    """The stream of these events, in order of time, and items, which are put into the order in which they enter."""
+    items.sort(key=_entry_ts)
+    lines = np.arange(len(events)) if lines is None else lines
+    return Stream(name, items, events, lines, _lay(items, events, evidence), rejects, digest)
 
 
 def _lines(path: Path, hasher: Any) -> Iterator[tuple[int, bytes]]:
@@ -259,10 +266,10 @@ class Run:
 
     def __init__(
         self, stream: Stream, encoder: Encoder, evidence: EvidenceConfig, config: LearnerConfig,
-        adapter: Adapter | None = None,
+        adapter: Adapter | None = None, rank_sample: float = 1.0,
     ) -> None:  # fmt: skip
-        """Every target is ranked, whatever `evidence` and `config` say of sampling and cost. Raises StreamError for a
-        foreign adapter."""
+        """Every target is ranked, or `rank_sample` of them, whatever `evidence` and `config` say of sampling and cost.
+        Raises StreamError for a foreign adapter."""
         if adapter is not None and adapter.base != encoder.name:
             raise StreamError(f"the checkpoint is of the encoder {adapter.base}, texts are encoded by {encoder.name}")
         n = len(stream.events)
@@ -284,7 +291,7 @@ class Run:
         self.listed = np.full((n, LISTED), np.nan, np.float32)  # p of the ten best
         self.place = np.full(n, -1, np.int32)  # of the target among them
         self._encoder = encoder
-        self._evidence = replace(evidence, rank_sample=1.0)
+        self._evidence = replace(evidence, rank_sample=rank_sample)
         self._entered = 0  # items
         self._position = 0  # in the examples log
         self._started = 0

@@ -16,10 +16,11 @@ PLACES: Final = {
     "faust": {"streams.app", "streams.agents", "streams.web"},
     "rocksdict": {"state.store"},
     "cryptography": {"state.sealing"},
-    "torch": {"model.encoder"},
-    "transformers": {"model.encoder"},
+    "torch": {"model.encoder", "model.lora"},
+    "transformers": {"model.encoder", "model.lora"},
+    "peft": {"model.lora"},
     "fastapi": {"streams.web", "streams.openapi"},
-    "typer": {"streams.__main__", "streams.cli", "streams.cli_asking"},
+    "typer": {"streams.__main__", "streams.cli", "streams.cli_asking", "streams.cli_encoder"},
     "pydantic_settings": {"streams.settings"},
 }
 

@@ -29,7 +29,7 @@ COMMANDS = (
 GROUPED = (
     "keys add", "keys list", "keys revoke", "audit verify", "audit show", "checkpoints list", "checkpoints show",
     "checkpoints promote", "checkpoints rollback", "checkpoints prune", "encoder list", "encoder align",
-    "encoder migrate", "encoder give-up",
+    "encoder migrate", "encoder give-up", "encoder train",
 )  # fmt: skip
 APPLIED = {"clicks": [1, 41], "comments": [1, -1]}
 TOKEN = tokens.write(tokens.Token(0, b"12345678", 3, {"clicks": 7}, 1, 9, b"settings", 1.5, 1.25, 10, True, b"list"))

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from bench import encode as bench
 from model import align
 from model.align import Alignment
-from model.encoder import DEFAULT_MODEL, F4, WINDOWS_MAX, Encoder, EncoderConfig, EncoderError, _padded, locate
+from model.encoder import DEFAULT_MODEL, F4, WINDOWS_MAX, Encoder, EncoderConfig, EncoderError, locate, padded
 
 SCRIPTS = ["good film", "хороший фильм", "好电影", "جيد جدا", "ดีมาก", "좋은 영화", "मज़ेदार", "🎬🍿", "ταινία", "סרט טוב"]
 TEXTS = [
@@ -113,7 +113,7 @@ def test_long_text_is_pooled_from_overlapping_windows_by_their_tokens(encoder: E
     assert len(windows) > 2
     assert all(len(window.ids) <= encoder.config.window_tokens for window in windows)
     assert windows[0].ids[-33:-1] == windows[1].ids[1:33], "the end of a window is read again by the next"
-    means = [encoder._forward([window], _padded(len(window.ids)), 1)[0] for window in windows]
+    means = [encoder._forward([window], padded(len(window.ids)), 1)[0] for window in windows]
     pooled = np.average(means, axis=0, weights=[window.weight for window in windows])
     vector = encoder.encode([text])[0]
     assert vector @ (pooled / np.linalg.norm(pooled)) > 0.99999
@@ -191,6 +191,15 @@ def test_name_tells_weights_and_windows_apart_but_not_precisions(small_model: Pa
     assert names[0] == names[1] == names[2]
     assert len(set(names)) == 3
     assert all(name.startswith("small-bert:") for name in names), "the folder's place is no part of it"
+
+
+def test_name_does_not_depend_on_weights_that_the_files_lack(small_model: Path, tmp_path: Path) -> None:
+    """transformers draws them anew at every start."""
+    other = tmp_path / "small-bert"
+    shutil.copytree(small_model, other)
+    BertModel.from_pretrained(other, add_pooling_layer=False).save_pretrained(other)
+    names = {Encoder(str(other), config=EncoderConfig(precision=p)).name for p in ("float32", "float32", "bfloat16")}
+    assert len(names) == 1
 
 
 def test_the_name_of_the_encoder_that_is_installed_stays_the_same() -> None:
