@@ -32,7 +32,7 @@ import numpy.typing as npt
 from model import kernels
 from model.adapter import Adapter, AdapterError
 from model.kernels import Matrix
-from model.trial import ARMS, BUCKETS, Trial
+from model.trial import ARMS, BUCKETS, Arm, Trial
 
 Array = npt.NDArray[Any]
 
@@ -272,7 +272,7 @@ class ItemMatrix:
         """What the texts of a user of this bucket are compared through; (0, 0): as they are."""
         return self.arrays.rival if self.arrays.arm[bucket] else self.arrays.metric
 
-    def arm_of(self, bucket: int) -> str | None:
+    def arm_of(self, bucket: int) -> Arm | None:
         """champion or challenger, of a user of this bucket; None: no trial is on."""
         return None if self.trial is None else ARMS[self.arrays.arm[bucket]]
 

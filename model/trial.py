@@ -9,7 +9,7 @@ import hashlib
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,8 @@ from model.adapter import Adapter, AdapterError
 
 TRIAL_VERSION: Final = 1
 BUCKETS: Final = 256
-ARMS: Final = ("champion", "challenger")
+Arm = Literal["champion", "challenger"]
+ARMS: Final[tuple[Arm, Arm]] = ("champion", "challenger")
 
 _HEAD = struct.Struct("<BBHfq")  # version, zeros, share, salt
 

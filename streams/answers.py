@@ -81,16 +81,18 @@ class RankedItem(msgspec.Struct, gc=False):
 
 
 class Recommendations(msgspec.Struct):
-    """A list, best first, and the state that it was made of: applied is topic -> [partition, last offset]."""
+    """A list, best first, and the state that it was made of: applied is topic -> [partition, last offset]. arm: the
+    user's, in the trial of an adapter that is on."""
 
     user_id: str
     token: str
     model_version: str
     applied: dict[str, tuple[int, int]]
     items: list[RankedItem]
+    arm: Literal["champion", "challenger"] | UnsetType = UNSET
 
 
-class WhatIf(Recommendations):
+class WhatIf(Recommendations, kw_only=True):
     """The list that it would be, from the item state as it is. exact: to the byte that of a stream with these events
     alone; false where the user's row does not hold every event, so that a repeat or an older event might have taken
     a removed one's place. An event of `with` has the offset that would come next."""
@@ -267,15 +269,25 @@ class CheckpointView(msgspec.Struct):
     current_since: float | UnsetType = UNSET
 
 
+class TrialView(msgspec.Struct):
+    """An A/B test of an adapter on live users. adapter: the challenger's, null for the encoder as it is; share: of the
+    users; offset: of the examples log, by which the trial is known."""
+
+    adapter: str | None
+    share: float
+    offset: Count
+
+
 class EncoderView(msgspec.Struct):
     """The text encoder: name and digest, numbers a vector, and the adapter that texts are compared through or null.
     checkpoints: of such adapters, newest first, as far as they are announced on `encoder-checkpoints`, whatever app id
-    of the topic prefix they were made for."""
+    of the topic prefix they were made for. trial: that is on, or null."""
 
     name: str
     dim: int
     adapter: str | None
     checkpoints: list[CheckpointView]
+    trial: TrialView | None = None
 
 
 class LearnerView(msgspec.Struct):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from model.evaluate import ITEM_KNN
 from model.ranker import Ranker
+from model.trial import ARMS, Trial
 from state import partition as state_partition
 from streams import codec, kafka
 from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, UserKeeper
@@ -23,7 +24,9 @@ from streams.answers import (
     ModelView,
     PartitionDigest,
     Prequential,
+    Recommendations,
     ReplicaView,
+    TrialView,
 )
 from streams.events import TS_S_MAX, Click, Comment, Erasure
 from streams.pipeline import EvidenceConfig
@@ -191,7 +194,7 @@ class View:
         return ModelView(
             version("headwater"),
             self.model_version,
-            EncoderView(self.encoder, worker.encoding.dim, self._adapter(), worker.announced.newest()),
+            EncoderView(self.encoder, worker.encoding.dim, self._adapter(), worker.announced.newest(), self._trial()),
             learning,
             worker.learner_config.__dict__,
             ReplicaView(len(replica), replica.active_count, replica.positives, {"examples": worker.replica_applied}),
@@ -200,6 +203,15 @@ class View:
             None if learning is None else learning.examples,
             msgspec.convert(worker.telemetry.report, Prequential),
         )
+
+    def _trial(self) -> TrialView | None:
+        trial = self.worker.replica.trial
+        return None if trial is None else TrialView(trial.name or None, trial.share, trial.salt)
+
+    def shown(self, told: Recommendations, trial: Trial) -> None:
+        """Noted for the trial's report."""
+        adapter = trial.adapter if told.arm == ARMS[1] else self.worker.replica.adapter
+        self.worker.exposures.note(told, trial, "" if adapter is None else adapter.name)
 
     def _adapter(self) -> str | None:
         """The version that the replica compares texts through."""
