@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from model import gate
 from model.adapter import Adapter
 from model.trial import Trial, bucket_of
 from monitoring.metrics import Metrics
+from state.sealing import Sealer
 from streams import checkpoints, examples, kafka, tokens, trials
 from streams.__main__ import app
 from streams.answers import RankedItem, Recommendations
@@ -215,6 +217,18 @@ async def test_notes_outlive_a_broker_that_is_away_and_name_nobody(monkeypatch: 
     )
 
 
+async def test_notes_under_data_keys_have_nothing_that_anybody_could_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "LINGER_S", 0.0)
+    topic, metrics, sealer = Topic(), Metrics(), Sealer([bytes(range(32))])
+    notes = Exposures(topic.send, lambda: START_S, sealer, metrics.exposures_total)
+    notes.note(told_to("person"), Trial(None, 0.5, TRIAL), "")
+    await notes.close(asyncio.create_task(notes.run()))
+    [(key, value)] = topic.records
+    told = msgspec.json.decode(value or b"", type=Exposure)
+    assert key == pseudonym("person", sealer.audit_key).encode() == told.user.encode() != pseudonym("person").encode()
+    assert told.token == ""
+
+
 async def test_what_finds_no_room_is_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "QUEUE_MAX", 5)
     monkeypatch.setattr(trials, "CLOSE_MAX_S", 0.05)
@@ -301,13 +315,13 @@ async def replayed(deployment: Deployment, offset: int) -> ItemLearner:
     return learner
 
 
-def add_checkpoint(deployment: Deployment) -> tuple[str, Adapter]:
+def add_checkpoint(url: str, base: str = "words") -> tuple[str, Adapter]:
     """One in the folder, that moves texts far."""
     left, right = np.random.default_rng(1).standard_normal((2, DIM, 4)).astype(np.float32) / 6
-    adapter = Adapter("words", left, right, 1.4)
+    adapter = Adapter(base, left, right, 1.4)
     name = checkpoints.name_of(1, adapter)
-    Checkpoints(deployment.settings.checkpoints).add(adapter, Manifest(
-        name=name, adapter=adapter.name, base="words", parent="", offset=1, rank=4, digest="", created=0.0,
+    Checkpoints(url).add(adapter, Manifest(
+        name=name, adapter=adapter.name, base=base, parent="", offset=1, rank=4, digest="", created=0.0,
     ))  # fmt: skip
     return name, adapter
 
@@ -357,7 +371,7 @@ def test_a_trial_from_its_beginning_to_its_report(deployment: Deployment, monkey
     worker = deployment.start_worker()
     worker.wait_ready()
     visitors = Visitors(deployment, worker)
-    name, adapter = add_checkpoint(deployment)
+    name, adapter = add_checkpoint(settings.checkpoints)
     told = {"broker": settings.broker, "topic_prefix": settings.topic_prefix, "partitions": "2",
             "checkpoints": settings.checkpoints}  # fmt: skip
     for variable, value in environment(told).items():
@@ -389,7 +403,16 @@ def test_a_trial_from_its_beginning_to_its_report(deployment: Deployment, monkey
     command("trial", "--end")
     worker.wait_until("its end", lambda: visitors.model()["encoder"]["trial"] is None)
     assert all("arm" not in one for one in visitors.lists().values())
+    _check_erasure(worker, "u0")
     assert worker.stop()[0] == 0
+
+
+def _check_erasure(worker: WorkerProcess, user: str) -> None:
+    """The certificate tells of the one list that is still noted, and how long it is."""
+    place = worker.http.delete(f"/v1/users/{user}").headers["location"]
+    worker.wait_until("the certificate", lambda: worker.get(place)["status"] == "complete")
+    [noted] = [one for one in worker.get(place)["remains"] if one["topic"] == "exposures"]
+    assert (noted["partition"], noted["records"]) == (0, 1) and noted["until"] > time.time() + 3600
 
 
 def _check_report(worker: WorkerProcess, arms: dict[str, str], offset: int, adapter: str) -> None:
@@ -411,5 +434,8 @@ def _check_report(worker: WorkerProcess, arms: dict[str, str], offset: int, adap
     }
     assert "challenger" in command("report", "--trial", str(offset))
     assert 'outcome="noted"' in worker.http.get("/metrics").text
+    foreign, _ = add_checkpoint(worker.settings.checkpoints, "others")
+    refused = CliRunner().invoke(app, ["checkpoints", "trial", foreign])
+    assert refused.exit_code == 1 and "encoder others, the workers' is words" in refused.output
     none = CliRunner().invoke(app, ["checkpoints", "report", "--trial", "999"])
     assert none.exit_code == 1 and f"those of {offset}" in none.output
