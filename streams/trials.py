@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -302,8 +302,8 @@ async def read(settings: Settings, trial: int | None) -> list[Exposure]:
     return [exposure for exposure in found if exposure.trial == wanted]
 
 
-async def choices(settings: Settings, since: float) -> list[Choice]:
-    """The positive events of the source topics from `since` (Unix s) on. Raises KafkaError."""
+async def choices(settings: Settings, users: Container[str], since: float) -> list[Choice]:
+    """Positive events of these users (pseudonyms) in the source topics from `since` (Unix s) on. Raises KafkaError."""
     key, evidence, options = audit_key(sealer_of(settings)), settings.evidence_config(), settings.kafka_options()
     names: dict[str, str] = {}
     found: list[Choice] = []
@@ -322,7 +322,8 @@ async def choices(settings: Settings, since: float) -> list[Choice]:
                         user = names.get(event.user_id)
                         if user is None:
                             user = names[event.user_id] = pseudonym(event.user_id, key)
-                        found.append(Choice(user, item_id, event.ts))
+                        if user in users:
+                            found.append(Choice(user, item_id, event.ts))
     return found
 
 
@@ -337,4 +338,5 @@ async def tell(settings: Settings, trial: int | None, window_s: float, now: floa
     """The report of a trial (None: the newest), from the logs. Raises TrialError, KafkaError."""
     exposures = await read(settings, trial)
     since = min(exposure.ts for exposure in exposures)
-    return report(exposures, await choices(settings, since), window_s, now)
+    users = {exposure.user for exposure in exposures}
+    return report(exposures, await choices(settings, users, since), window_s, now)

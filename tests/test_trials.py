@@ -169,6 +169,12 @@ def test_too_little_a_bad_split_and_open_windows_are_said() -> None:
     assert alone.arms["challenger"].users == 0 and alone.difference is None
 
 
+@pytest.mark.parametrize("arguments", [[], ["frozen", "--end"], ["frozen", "--share=1"], ["frozen", "--share=nan"]])
+def test_a_trial_that_is_none_is_refused_before_anybody_is_asked(arguments: list[str]) -> None:
+    done = CliRunner().invoke(app, ["checkpoints", "trial", *arguments])
+    assert done.exit_code == 2 and ("--end" in done.output or "share" in done.output)
+
+
 # -- the notes
 
 
