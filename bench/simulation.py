@@ -894,13 +894,16 @@ class World:
         return self.make(**told)
 
     def switch(self) -> None:
-        """Somebody promotes a checkpoint of the encoder, or takes the one in use back."""
+        """A checkpoint of the encoder is promoted or taken back, or a trial of one begins or ends."""
         adapter = None
         if self.random.random() < 0.7:
             drawn = np.frombuffer(self.random.randbytes(2 * TEXT_DIM), np.int8).astype(np.float32) / np.float32(256)
             left, right = drawn.reshape(2, TEXT_DIM, 1)
             adapter = Adapter(self.encoder_at(0).name, left, right, self.random.choice((0.5, 1.0, 2.0)))
         message = examples.pack_adapter(adapter, taken_back=adapter is None)
+        if self.random.random() < 0.5:
+            message = examples.pack_trial(adapter, self.random.choice((0.1, 0.5)))
+            message = self.random.choice((message, message, examples.pack_trial_end()))
         self.logs[TP(self.topic("examples"), 0)].land([(b"adapter", message)])
 
     def land_late(self) -> None:

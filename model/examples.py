@@ -27,6 +27,7 @@ class Examples(NamedTuple):
     item: Array  # (B,) int64, key of the target
     label: Array  # (B,) int8, POSITIVE or EVIDENCE
     ts: Array  # (B,) float64, event time, Unix s
+    bucket: Array  # (B,) uint8, the user's in trials: `model.trial.bucket_of`
     source: Array  # (B,) int64, where the event came from: topic << 60 | partition << 48 | offset
     history_count: Array  # (B,) int32
     history_item: Array  # (B, L) int64, keys
@@ -61,6 +62,7 @@ def new_examples(sizes: Sizes, seen_max: int = SEEN_MAX) -> Examples:
         item=np.zeros(b, np.int64),
         label=np.zeros(b, np.int8),
         ts=np.zeros(b, np.float64),
+        bucket=np.zeros(b, np.uint8),
         source=np.zeros(b, np.int64),
         history_count=np.zeros(b, np.int32),
         history_item=np.zeros((b, length), np.int64),

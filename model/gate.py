@@ -5,9 +5,13 @@ no better" (E[d | past] <= 0) the wealth K_t = prod (1 + l_s d_s), with bets l_s
 is a nonnegative supermartingale, so that P(K_t >= 1 / alpha for any t) <= alpha (Ville 1939): the decision may be taken
 at any moment, and after looking every time (Howard, Ramdas, McAuliffe & Sekhon 2021). The bets are the approximate
 growth-optimal ones of the past tests' mean and variance (aGRAPA; Waudby-Smith & Ramdas 2023).
+
+Where users are split into two arms there is no such pair: the end of this file compares means over users.
 """
 
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +20,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 BET_MAX: Final = 0.9
+USERS_MIN: Final = 100  # in each of two arms: what follows is asymptotic
+USERS_TIGHT: Final = 1000  # after about so many users a sequence of intervals is as tight as it can be made
 VARIANCE_START: Final = 0.25  # of one imagined test: the first bets are small
 
 
@@ -100,3 +106,55 @@ class Duel:
 def level(alpha: float, number: int) -> float:
     """The level of the number-th (from 1) duel: all of them together err with chance alpha at the most."""
     return alpha / (number * (number + 1))
+
+
+# -- two arms of users: no test that both had
+
+
+def mean_interval(values: Array, alpha: float) -> tuple[float, float, float]:
+    """(mean, low, high) of two values or more, each of another user: the normal interval of level 1 - alpha."""
+    mean, half = float(np.mean(values)), _quantile(alpha) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def difference(challenger: Array, champion: Array, alpha: float) -> tuple[float, float, float, float]:
+    """(challenger's mean minus the champion's, low, high, two-sided p) of one value a user: Welch's, normal.
+
+    Of one look, at a moment that was fixed before: `difference_sequence` may be looked at as often as one likes.
+    """
+    mean = float(np.mean(challenger) - np.mean(champion))
+    error = math.sqrt(np.var(challenger, ddof=1) / len(challenger) + np.var(champion, ddof=1) / len(champion))
+    half = _quantile(alpha) * error
+    return mean, mean - half, mean + half, math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(mean == 0)
+
+
+def difference_sequence(values: Array, challengers: Array, share: float, alpha: float) -> tuple[Array, Array]:
+    """(low, high), after each user from the moment on at which both arms have USERS_MIN, of what the challenger adds to
+    a user's value: with chance 1 - alpha all these intervals hold the difference of the means.
+
+    values: (n,), one a user, in the order of the users; challengers: (n,) bool, drawn with chance `share`. A value v of
+    mean-so-far m counts as (v - m) / share of a challenger, as (m - v) / (1 - share) of a champion; the difference is
+    their expectation. Around their mean lies the asymptotic confidence sequence of Robbins' normal mixture
+    (Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas 2021, Time-uniform central limit theory). Each interval is the
+    intersection of those so far.
+    """
+    values, challengers = np.asarray(values, np.float64), np.asarray(challengers, bool)
+    n = np.arange(1, len(values) + 1)
+    before = np.concatenate(([0.0], np.cumsum(values)[:-1])) / np.maximum(n - 1, 1)
+    each = (values - before) * np.where(challengers, 1 / share, -1 / (1 - share))
+    mean = np.cumsum(each) / n
+    deviation = np.sqrt(np.maximum(np.cumsum(each * each) / n - mean * mean, 0.0))
+    rho = (-2 * math.log(alpha) + math.log(-2 * math.log(alpha) + 1)) / USERS_TIGHT
+    half = deviation * np.sqrt(2 * (n * rho + 1) / (n * n * rho) * np.log(np.sqrt(n * rho + 1) / alpha))
+    enough = (np.cumsum(challengers) >= USERS_MIN) & (np.cumsum(~challengers) >= USERS_MIN)
+    return np.maximum.accumulate((mean - half)[enough]), np.minimum.accumulate((mean + half)[enough])
+
+
+def split_p(challengers: int, users: int, share: float) -> float:
+    """How likely a split as uneven as this is by chance (normal): a small one says that users were lost in one arm."""
+    error = math.sqrt(users * share * (1 - share))
+    return math.erfc(abs(challengers - users * share) / error / math.sqrt(2)) if users else 1.0
+
+
+def _quantile(alpha: float) -> float:
+    return NormalDist().inv_cdf(1 - alpha / 2)

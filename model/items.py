@@ -14,6 +14,7 @@ The learner owns one; every worker keeps a replica by applying the rows that the
                      | its accumulators f4[325] | gains f4[15] | courses f4[15] | mu f4[T] | context f4[18, D]
                      | its accumulators f4[18]                  (one row, key "g")
     a  adapter       as `Adapter.pack` has it       (one row, key "a"; deleted when texts are compared as they are)
+    b  trial         as `Trial.pack` has it         (one row, key "b"; deleted when the trial ends)
 
 Text vectors are rounded to half precision on entry, so that memory equals what is stored.
 """
@@ -31,6 +32,7 @@ import numpy.typing as npt
 from model import kernels
 from model.adapter import Adapter, AdapterError
 from model.kernels import Matrix
+from model.trial import ARMS, BUCKETS, Arm, Trial
 
 Array = npt.NDArray[Any]
 
@@ -39,8 +41,10 @@ TEXT_CHARS_MAX: Final = 512  # of the text that is kept to be shown
 ID_BYTES_MAX: Final = 65_535
 CAPACITY_START: Final = 1024
 
-STATIC, DENSE, NEIGHBOURS, PENDING, MAP, GLOBALS, ADAPTER = b"s", b"d", b"n", b"p", b"m", b"g", b"a"
-KINDS: Final = frozenset((STATIC, DENSE, NEIGHBOURS, PENDING, MAP, GLOBALS, ADAPTER))
+STATIC, DENSE, NEIGHBOURS, PENDING, MAP, GLOBALS, ADAPTER, TRIAL = (
+    b"s", b"d", b"n", b"p", b"m", b"g", b"a", b"b"
+)  # fmt: skip
+KINDS: Final = frozenset((STATIC, DENSE, NEIGHBOURS, PENDING, MAP, GLOBALS, ADAPTER, TRIAL))
 
 _KEY = struct.Struct("<cq")
 _HEADER = struct.Struct("<BcBxiq")
@@ -105,6 +109,7 @@ class ItemMatrix:
         self.texts: list[str] = []
         self.pending: dict[int, PendingItem] = {}
         self.adapter: Adapter | None = None
+        self.trial: Trial | None = None
         self.version = 0  # grows with every change through this class
         self.dense = np.dtype(
             [("header", "V16"), ("rec", kernels.RECORD), ("phi", "<f4", (dim,)), ("y", "<f4", (dim,))]
@@ -137,6 +142,8 @@ class ItemMatrix:
             length=np.zeros(capacity, np.int32),
             mu=np.zeros(self.text_dim, np.float32),
             metric=np.zeros((0, 0), np.float32),
+            rival=np.zeros((0, 0), np.float32),
+            arm=np.zeros(BUCKETS, np.uint8),
             theta=theta,
             square=np.full(kernels.THETA, kernels.SQUARE_START, np.float32),
             gain=np.ones(kernels.COEFFICIENTS, np.float32),
@@ -200,7 +207,7 @@ class ItemMatrix:
         for name in ("key", "flags", "rec", "phi", "y", "e", "neighbour", "weight", "length", "dirty", "dirty_row"):
             getattr(new, name)[:used] = getattr(old, name)[:used]
         kernels.fill_table(new.table_key, new.table_row, new.key, 0, used)
-        shared = ("metric", "map", "map_square", "map_dirty", "dirty_total", *GLOBAL_ARRAYS)
+        shared = ("metric", "rival", "arm", "map", "map_square", "map_dirty", "dirty_total", *GLOBAL_ARRAYS)
         self.arrays = new._replace(**{name: getattr(old, name) for name in shared})
 
     def add_row(self, key: int) -> int:
@@ -237,16 +244,37 @@ class ItemMatrix:
 
     def adapt(self, adapter: Adapter | None) -> None:
         """Compares texts through this adapter from now on; None: as the encoder gives them. Raises AdapterError."""
-        if adapter is not None and adapter.dim != self.text_dim:
-            raise AdapterError(f"an adapter of {adapter.dim} dimensions, texts have {self.text_dim}")
+        self._require_dim(adapter)
         self.adapter = adapter
         metric = np.zeros((0, 0), np.float32) if adapter is None else adapter.metric()
         self.arrays = self.arrays._replace(metric=metric)
         self.version += 1
 
-    def adapted(self, vectors: Array) -> Array:
-        """(n, T) or (T,): what inner products with other texts' vectors make the score."""
-        return vectors @ self.arrays.metric if self.adapter is not None else vectors
+    def try_out(self, trial: Trial | None) -> None:
+        """Compares the texts of the trial's challengers through its adapter from now on; None: no trial is on. Raises
+        AdapterError."""
+        if trial is not None:
+            self._require_dim(trial.adapter)
+        self.trial = trial
+        rival, arm = (
+            (np.zeros((0, 0), np.float32), np.zeros(BUCKETS, np.uint8))
+            if trial is None
+            else (trial.metric(), trial.arms())
+        )
+        self.arrays = self.arrays._replace(rival=rival, arm=arm)
+        self.version += 1
+
+    def _require_dim(self, adapter: Adapter | None) -> None:
+        if adapter is not None and adapter.dim != self.text_dim:
+            raise AdapterError(f"an adapter of {adapter.dim} dimensions, texts have {self.text_dim}")
+
+    def metric_of(self, bucket: int) -> Array:
+        """What the texts of a user of this bucket are compared through; (0, 0): as they are."""
+        return self.arrays.rival if self.arrays.arm[bucket] else self.arrays.metric
+
+    def arm_of(self, bucket: int) -> Arm | None:
+        """champion or challenger, of a user of this bucket; None: no trial is on."""
+        return None if self.trial is None else ARMS[self.arrays.arm[bucket]]
 
     def mark(self, row: int, bits: int) -> None:
         """Marks records of a row as changed."""
@@ -317,6 +345,10 @@ class ItemMatrix:
         """The one row of the adapter; None where there is none."""
         return ADAPTER, None if self.adapter is None else self.adapter.pack()
 
+    def pack_trial(self) -> tuple[bytes, bytes | None]:
+        """The one row of the trial; None where none is on."""
+        return TRIAL, None if self.trial is None else self.trial.pack()
+
     def rows(self) -> Iterator[tuple[bytes, bytes]]:
         """Every row of the whole state; `apply` of them all makes an equal matrix."""
         everything = np.arange(len(self))
@@ -332,6 +364,8 @@ class ItemMatrix:
         yield self.pack_globals()
         if self.adapter is not None:
             yield ADAPTER, self.adapter.pack()
+        if self.trial is not None:
+            yield TRIAL, self.trial.pack()
 
     def digest(self) -> str:
         """blake2b (16 bytes, hex) over all rows in key order: a function of the state alone, not of how it was
@@ -364,7 +398,7 @@ class ItemMatrix:
             kind = key[:1]
             if kind not in KINDS:
                 raise ValueError(f"item row {key!r}: no such kind")
-            if value is not None and kind != ADAPTER:
+            if value is not None and kind not in (ADAPTER, TRIAL):
                 _check_version(value[0], repr(key))
             if kind == DENSE and value is not None:
                 if len(value) != self.dense.itemsize:
@@ -392,6 +426,8 @@ class ItemMatrix:
         kind = key[:1]
         if kind == ADAPTER:
             self.adapt(None if value is None else Adapter.unpack(value))
+        elif kind == TRIAL:
+            self.try_out(None if value is None else Trial.unpack(value))
         elif value is None:
             if kind == PENDING:
                 self.pending.pop(_KEY.unpack(key)[1], None)

@@ -172,6 +172,8 @@ class Matrix(NamedTuple):
     length: Array  # (N,) int32 neighbours in use
     mu: Array  # (T,) float32
     metric: Array  # (T, T) float32, W'W of the encoder's adapter W: texts are compared by <x, W'W e>; (0, 0): none
+    rival: Array  # (T, T) float32, that of the trial's challenger; (0, 0): none, or the encoder as it is
+    arm: Array  # (256,) uint8: 1 where a bucket's users have the challenger; all 0 where no trial is on
     theta: Array  # (THETA,) float32
     square: Array  # (THETA,) float32 accumulators of theta
     gain: Array  # (COEFFICIENTS,) float32: times the step of w, aT, aX, aK
@@ -717,9 +719,26 @@ def own_text(mu, text, text_weight, out):
 
 
 @nb.njit(**OPTIONS)
-def adapted(m, vectors):
+def adapted(metric, vectors):
     """(n, T): the vectors times the metric, which is symmetric; themselves where there is none."""
-    return np.dot(vectors, m.metric) if m.metric.shape[0] > 0 else vectors
+    return np.dot(vectors, metric) if metric.shape[0] > 0 else vectors
+
+
+@nb.njit(**INNER)
+def _adapted_by_arm(m, x, at, vectors):
+    """(n, T) vectors of the examples `at`, each by the metric of its user's arm. Both products are of all the vectors:
+    the bits of a product depend on how many rows it has."""
+    moved = adapted(m.metric, vectors)
+    challengers = 0
+    for a in range(len(at)):
+        challengers += m.arm[x.bucket[at[a]]]
+    if challengers == 0:
+        return moved
+    theirs = adapted(m.rival, vectors)
+    mixed = np.empty_like(vectors)
+    for a in range(len(at)):
+        mixed[a] = theirs[a] if m.arm[x.bucket[at[a]]] else moved[a]
+    return mixed
 
 
 @nb.njit(**OPTIONS)
@@ -1020,7 +1039,7 @@ def _user_side(m, w, x, steps, entry_row, entry_at, entries):
     at = np.flatnonzero(w.go[: x.count])
     if len(at) == 0:
         return at
-    text = adapted(m, w.words[at])
+    text = _adapted_by_arm(m, x, at, w.words[at])
     map_user(m, w.z[at], w.text[at], w.unit, text)
     for a in range(len(at)):
         w.user[at[a], dim:] = text[a]
@@ -1418,7 +1437,7 @@ def _history_gradients(m, w, x, b, steps, count, g, dz, touched):
 
 
 @nb.njit(**INNER)
-def _map_gradients(m, w, at, steps, users):
+def _map_gradients(m, w, x, at, steps, users):
     """Steps M; completes the gradients of the users of the examples `at` in users (n, D + T), sum_j g_j phi_j | sum_j
     g_j e_j: by the targets' e, for zC by what reaches it through M, for the texts by the metric."""
     dim = m.phi.shape[1]
@@ -1428,7 +1447,7 @@ def _map_gradients(m, w, at, steps, users):
             users[a, dim + d] += w.grad_i[b] * m.e[w.target[b], d]
     texts = np.ascontiguousarray(users[:, dim:])
     users[:, :dim] += np.dot(texts, m.map[:dim].T)
-    users[:, dim:] = adapted(m, texts)
+    users[:, dim:] = _adapted_by_arm(m, x, at, texts)
     unit = w.unit[: len(at)]
     used = 4 * dim if np.any(unit[:, 3 * dim : 4 * dim]) else 3 * dim
     step = np.empty((used + 1, m.e.shape[1]), np.float32)
@@ -1487,7 +1506,7 @@ def _gradients(m, w, x, at, steps, count, g):
         w.step_phi[c] = items[c]
     touched = count
     touched_y = 0
-    _map_gradients(m, w, at, steps, users)
+    _map_gradients(m, w, x, at, steps, users)
     for a in range(len(at)):
         b = at[a]
         target = w.target[b]
@@ -1716,17 +1735,17 @@ def best(score, k, rows):
 
 
 @nb.njit(**OPTIONS)
-def text_sides(m, rows, head, weight):
+def text_sides(m, metric, rows, head, weight):
     """(n, T): what a text head's vector (zT_h, or zX: 2), multiplied with it, adds to the score of n rows, through the
-    texts (times weight) and through M."""
+    texts (times weight, by the user's metric) and through M."""
     dim = m.project.shape[0]
     e = m.e[rows]
     lifted = np.dot(np.dot(e, m.map[dim * (1 + head) : dim * (2 + head)].T), m.project)
-    return f4(weight) * adapted(m, e) + f4(np.sqrt(m.project.shape[1] / dim)) * lifted
+    return f4(weight) * adapted(metric, e) + f4(np.sqrt(m.project.shape[1] / dim)) * lifted
 
 
 @nb.njit(**OPTIONS)
-def term_heads(m, rows, history, near, wt, ck, text_coefficient, coefficient, out):
+def term_heads(m, metric, rows, history, near, wt, ck, text_coefficient, coefficient, out):
     """(3, n, m'), zeros before: what each entry of the history adds to the score of n rows through the learnt, the
     co-occurrence and the text heads, in logits. near: entries in the co-occurrence block."""
     dim = m.project.shape[0]
@@ -1742,5 +1761,5 @@ def term_heads(m, rows, history, near, wt, ck, text_coefficient, coefficient, ou
                     out[1, a, q] = x * m.rec[j].damping * np.sqrt(m.weight[k, r])
     texts = m.e[history] - m.mu
     for h in range(len(text_coefficient)):
-        out[2] += np.dot(text_sides(m, rows, h, coefficient[T_TEXT + h]), texts.T) * text_coefficient[h]
+        out[2] += np.dot(text_sides(m, metric, rows, h, coefficient[T_TEXT + h]), texts.T) * text_coefficient[h]
     out *= f4(m.scalar[SHARP])

@@ -18,6 +18,7 @@ from model import kernels
 from model.adapter import Adapter
 from model.examples import Examples, new_examples
 from model.items import PENDING, TEXT_CHARS_MAX, ItemMatrix, PendingItem, half, row_key
+from model.trial import Trial
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
@@ -126,8 +127,9 @@ class Learner:
         )  # fmt: skip
         self._heap: list[tuple[float, int, int]] = []  # (ts, order, key) of pending items; stale ones are skipped
         self._dirty_pending: set[int] = set()
-        self._dirty_adapter = False
+        self._dirty_adapter = self._dirty_trial = False
         self._drawn = (0, 0, 0.0)  # of the last message: examples (0: no gradient), candidates, what each weighs
+        self._bucket = np.zeros(0, np.uint8)  # its examples'
         self._outcomes = [_new_outcomes(config.message_examples_max)]  # of as many messages as came at once
 
     @cached_property
@@ -280,6 +282,14 @@ class Learner:
         self.matrix.adapt(adapter)
         self._dirty_adapter = True
 
+    def try_out(self, trial: Trial | None) -> None:
+        """Compares the texts of the trial's challengers through its adapter from the next message on; None: no trial.
+
+        Both arms' examples are learnt, each through its own. Raises AdapterError for another dimension.
+        """
+        self.matrix.try_out(trial)
+        self._dirty_trial = True
+
     # --- learning ---
 
     def learn(self, examples: Examples, position: int) -> Outcome:
@@ -326,6 +336,7 @@ class Learner:
             count, np.array(positions[:count]), *entries, self.matrix.record_bytes,
         )  # fmt: skip
         self._drawn = (messages[count - 1].count if learnt else 0, drawn, float(weight))
+        self._bucket = messages[count - 1].bucket
         self.matrix.version += 1
         return [self._outcome(n, examples.count) for n, examples in enumerate(messages[:count])]
 
@@ -347,11 +358,15 @@ class Learner:
         told = self._told(n)
         if not len(told):
             return None
-        target, texts = w.target[told], self.matrix.adapted(w.words[told])
+        words, arms = w.words[told], m.arm[self._bucket[told]]
+        texts = kernels.adapted(m.metric, words)
+        if arms.any():
+            texts = np.where(arms[:, None], kernels.adapted(m.rival, words), texts)
+        target = w.target[told]
         offset = w.logit[told, :count]
         offset = np.where(offset > kernels.CLOSED, offset - texts @ w.item[:count, dim:].T, offset)
         offset_target = w.score_i[told] - (m.e[target] * texts).sum(axis=1)
-        return Problem(w.words[told], target, w.cand[:count].copy(), offset, offset_target, float(np.log(weight)))
+        return Problem(words, target, w.cand[:count].copy(), offset, offset_target, float(np.log(weight)))
 
     def sources(self, examples: Examples) -> Sources:
         """What the words of `problem` are made of; examples: the message that was learnt last."""
@@ -478,6 +493,8 @@ class Learner:
         taken.update([self.matrix.pack_globals()])
         if self._dirty_adapter:
             taken.update([self.matrix.pack_adapter()])
+        if self._dirty_trial:
+            taken.update([self.matrix.pack_trial()])
         self._clean()
         return taken
 
@@ -487,7 +504,7 @@ class Learner:
         m.dirty_total[:] = 0
         m.map_dirty[:] = 0
         self._dirty_pending.clear()
-        self._dirty_adapter = False
+        self._dirty_adapter = self._dirty_trial = False
 
     def load(self, rows: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Takes a whole state from its rows; what was learnt here before is gone."""

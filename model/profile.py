@@ -37,6 +37,7 @@ class User:
     text_weight: float = 0.0  # sum of the decays
     comment: Array | None = None  # (c, T) float32 unit vectors
     comment_weight: Array = field(default_factory=lambda: _none(np.float32))  # (c,) float32
+    bucket: int = 0  # in trials: `model.trial.bucket_of`
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Profile:
     text: Array  # (3, T) float32: zT of the history for g = .7 and .97, zX of the user's words
     text_coefficient: Array  # (2, m') float32: zT_h = sum_k text_coefficient[h, k] (e_k - mu)
     coefficient: Array  # (COEFFICIENTS,) float32: w, aT, aX, aK of a user like this
+    metric: Array  # (T, T) float32, of the user's arm; (0, 0): none
     v: Array  # (T,) float32: the metric times sum_h aT_h zT_h + aX zX, plus u M, to be multiplied with e_j
 
 
@@ -79,9 +81,15 @@ def profile_of(matrix: ItemMatrix, user: User, now: float, cooccurrence_history:
     context = np.zeros_like(z)
     kernels.add_context(m.context, since, length, context)
     z += context
-    v = matrix.adapted(own[kernels.T_TEXT : kernels.T_NEIGHBOUR] @ text)[None, :]
+    metric = matrix.metric_of(user.bucket)
+    v = _adapted(metric, own[kernels.T_TEXT : kernels.T_NEIGHBOUR] @ text)[None, :]
     kernels.map_user(m, z[None, :], text[None, :], np.zeros((1, len(m.map)), np.float32), v)
-    return Profile(entry, rows, z, context, wt, ck, text, coefficient, own, v[0])
+    return Profile(entry, rows, z, context, wt, ck, text, coefficient, own, metric, v[0])
+
+
+def _adapted(metric: Array, vectors: Array) -> Array:
+    """(n, T) or (T,): what inner products with other texts' vectors make the score."""
+    return vectors @ metric if len(metric) else vectors
 
 
 def text_terms(matrix: ItemMatrix, profile: Profile, head: int, vectors: Array) -> Array:
@@ -90,5 +98,5 @@ def text_terms(matrix: ItemMatrix, profile: Profile, head: int, vectors: Array) 
     first = matrix.dim * (1 + head)
     scale = np.float32(np.sqrt(matrix.text_dim / matrix.dim))
     lifted = (vectors @ m.project.T) * scale @ m.map[first : first + matrix.dim]
-    terms: Array = profile.coefficient[kernels.T_TEXT + head] * matrix.adapted(vectors) + lifted
+    terms: Array = profile.coefficient[kernels.T_TEXT + head] * _adapted(profile.metric, vectors) + lifted
     return terms

@@ -181,8 +181,8 @@ class Ranking:
         profile = self.profile
         heads = np.zeros((4, len(rows), len(profile.row)), np.float32)
         kernels.term_heads(
-            self.matrix.arrays, rows, profile.row, self.near, profile.wt, profile.ck, profile.text_coefficient,
-            profile.coefficient, heads[:3],
+            self.matrix.arrays, profile.metric, rows, profile.row, self.near, profile.wt, profile.ck,
+            profile.text_coefficient, profile.coefficient, heads[:3],
         )  # fmt: skip
         heads[:3].sum(axis=0, out=heads[3])
         entries = profile.entry.tolist()
@@ -211,7 +211,7 @@ class Ranking:
         if user.text is None or user.text_weight <= 0:
             return [([], 0.0)] * len(rows)
         gain = float(m.scalar[kernels.SHARP]) * math.sqrt(min(user.text_weight, kernels.TEXT_WEIGHT_MAX))
-        sides = kernels.text_sides(m, rows, 2, profile.coefficient[kernels.T_TEXT + 2])
+        sides = kernels.text_sides(m, profile.metric, rows, 2, profile.coefficient[kernels.T_TEXT + 2])
         whole = gain * (sides @ (user.text - m.mu)).astype(np.float64)
         if user.comment is None:
             return [([], rest) for rest in whole.tolist()]

@@ -106,6 +106,14 @@ class Metrics:
         )  # fmt: skip
         self.learning_rate = Gauge("headwater_learning_rate", "Step sizes of the learner", ["parameter"], registry=own)
         self.checkpoint = Info("headwater_checkpoint", "The encoder in use", registry=own)
+        self.trial_share = Gauge(
+            "headwater_trial_share", "Share of the users that are a trial's challengers; 0: no trial is on",
+            registry=own,
+        )  # fmt: skip
+        self.exposures_total = Counter(
+            "headwater_exposures_total", "Lists that were answered in a trial, by arm and by whether they were noted",
+            ["arm", "outcome"], registry=own,
+        )  # fmt: skip
 
     def _add_state(self, own: CollectorRegistry) -> None:
         self.state_rows = Gauge("headwater_state_rows", "Rows of a kind of state, estimated", ["kind"], registry=own)

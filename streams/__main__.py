@@ -57,6 +57,7 @@ ItemsFile = Annotated[Path, typer.Option("--items", help="The catalogue: items.j
 EventsFile = Annotated[Path, typer.Option("--events", help="The events: events.jsonl or .jsonl.gz, in order of time.")]
 ReportFile = Annotated[Path | None, typer.Option(callback=_output, help="Write the report to this file, as JSON.")]
 FROZEN: Final = "frozen"  # the encoder as it is
+TRIAL: Final = ("encoder", "examples", "exposures")  # internal topics of an A/B test
 TUNING: Final = ("encoder", "examples", "items-changelog")  # internal topics of the trainer, and of switches by hand
 CheckpointName = Annotated[str, typer.Argument(help="The checkpoint's name, or its adapter's.")]
 
@@ -393,6 +394,96 @@ def rollback_checkpoint() -> None:
         offset = asyncio.run(tool.switch(settings, parent, folder, taken_back=True))
     told = parent.name if parent is not None else "the encoder as it is"
     say(f"{told} is in use from offset {offset} of {settings.internal_topic('examples')} on")
+
+
+@checkpoints_app.command("trial")
+def try_checkpoint(
+    name: Annotated[
+        str | None, typer.Argument(help="The challenger: a checkpoint, or frozen for the encoder as it is.")
+    ] = None,
+    share: Annotated[float, typer.Option(help="Of the users that have the challenger, above 0 and below 1.")] = 0.5,
+    end: Annotated[bool, typer.Option("--end", help="End the trial that is on: all have the champion.")] = False,
+) -> None:
+    """An A/B test on live users: a share of them, by a hash of the id, has texts compared through a checkpoint.
+
+    All events teach one model; what is shown is noted until the trial ends, by --end, promote or rollback.
+
+    Example: `headwater checkpoints trial 000000000209-1f2e3d4c5b6a --share .5`
+    """
+    if end == (name is not None):
+        raise typer.BadParameter("name a checkpoint, or give --end")
+    if not 0 < share < 1:
+        raise typer.BadParameter(f"{share} is no share: above 0 and below 1", param_hint="--share")
+    settings, folder = load(), _checkpoints()
+    with broker_faults(settings, TRIAL):
+        import asyncio
+
+        from streams import trainer as tool
+
+        log = settings.internal_topic("examples")
+        if end:
+            say(f"no trial is on from offset {asyncio.run(tool.end_trial(settings))} of {log} on")
+            return
+        manifest = None if name in (None, FROZEN) else folder.get(str(name))
+        offset = asyncio.run(tool.try_out(settings, manifest, folder, share))
+    told = manifest.name if manifest is not None else "the encoder as it is"
+    say(f"trial {offset}: {told} for {share:g} of the users from offset {offset} of {log} on")
+    print(offset)
+
+
+@checkpoints_app.command("report")
+def report_trial(
+    trial: Annotated[int | None, typer.Option(min=0, help="Its offset. Default: the newest trial.")] = None,
+    window: Annotated[float, typer.Option(min=1, help="Seconds after a list in which a choice of it counts.")] = 1800,
+    as_json: Json = False,
+) -> None:
+    """A trial's result: how often each arm's lists were chosen from, a mean over users, and how sure that is.
+
+    Reads what was shown, and the events since then. Run it with the workers' settings.
+
+    Example: `headwater checkpoints report --window 1800`
+    """
+    settings = load()
+    with broker_faults(settings, TRIAL):
+        import asyncio
+
+        import msgspec
+
+        from streams import trials as tool
+
+        told = asyncio.run(tool.tell(settings, trial, window, time.time()))
+    if as_json:
+        print_json(msgspec.to_builtins(told))
+        return
+    say(f"trial {told.trial}: lists since {_moment(told.first_ts)}, the last of {_moment(told.last_ts)}")
+    table(
+        ["arm", "adapter", "users", "lists", "chosen from", "of a user's lists", "95 %"],
+        [[arm, one.adapter or "the encoder as it is", one.users, one.exposures, one.outcomes, _number(one.rate),
+          _between(one.low, one.high)] for arm, one in told.arms.items()],
+    )  # fmt: skip
+    if told.difference is not None:
+        d = told.difference
+        print(f"challenger - champion: {d.mean:+.4f}, 95 % {_between(d.low, d.high)}, p {d.p:.3g} (for one look)")
+    if told.anytime is not None:
+        a = told.anytime
+        verdict = f"the challenger is {a.verdict}" if a.verdict else "not decided"
+        print(f"first lists of {a.users} users, at any look: 95 % {_between(a.low, a.high)}: {verdict}")
+    for note in told.notes:
+        say(note)
+
+
+def _moment(ts: float) -> str:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(ts, UTC).isoformat(timespec="seconds")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _between(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"[{low:+.4f}, {high:+.4f}]"
 
 
 @checkpoints_app.command("prune")

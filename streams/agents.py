@@ -659,7 +659,8 @@ class LearnerKeeper(Keeper[bytes]):
         learner = self.learner if fresh is None else fresh
         named = self.learner.named
         learner.settled(offset)
-        adapter = learner.learner.matrix.adapter
+        matrix = learner.learner.matrix
+        adapter = matrix.adapter or (None if matrix.trial is None else matrix.trial.adapter)
         if adapter is not None and model.exact and (named if fresh is None else model.removed):
             model.exact = False
             model.reason = (

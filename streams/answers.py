@@ -81,16 +81,18 @@ class RankedItem(msgspec.Struct, gc=False):
 
 
 class Recommendations(msgspec.Struct):
-    """A list, best first, and the state that it was made of: applied is topic -> [partition, last offset]."""
+    """A list, best first, and the state that it was made of: applied is topic -> [partition, last offset]. arm: the
+    user's, in the trial of an adapter that is on."""
 
     user_id: str
     token: str
     model_version: str
     applied: dict[str, tuple[int, int]]
     items: list[RankedItem]
+    arm: Literal["champion", "challenger"] | UnsetType = UNSET
 
 
-class WhatIf(Recommendations):
+class WhatIf(Recommendations, kw_only=True):
     """The list that it would be, from the item state as it is. exact: to the byte that of a stream with these events
     alone; false where the user's row does not hold every event, so that a repeat or an older event might have taken
     a removed one's place. An event of `with` has the offset that would come next."""
@@ -277,11 +279,20 @@ class NextEncoderView(msgspec.Struct):
     reason: str = ""
 
 
+class TrialView(msgspec.Struct):
+    """An A/B test of an adapter on live users. adapter: the challenger's, null for the encoder as it is; share: of the
+    users; offset: of the examples log, by which the trial is known."""
+
+    adapter: str | None
+    share: float
+    offset: Count
+
+
 class EncoderView(msgspec.Struct):
     """The text encoder: name and digest, numbers a vector, and the adapter that texts are compared through or null.
     number: of the encoders that the app id has had, from 0; next: the one that it is to move to, or null. checkpoints:
     of such adapters, newest first, as far as they are announced on `encoder-checkpoints`, whatever app id of the topic
-    prefix they were made for."""
+    prefix they were made for. trial: that is on, or null."""
 
     name: str
     dim: int
@@ -289,6 +300,7 @@ class EncoderView(msgspec.Struct):
     checkpoints: list[CheckpointView]
     number: Count = 0
     next: NextEncoderView | None = None
+    trial: TrialView | None = None
 
 
 class LearnerView(msgspec.Struct):

@@ -24,6 +24,7 @@ from state.partition import Partition, digest
 from state.sealing import Sealer
 from streams import codec, examples, kafka
 from streams.answers import Certificate, ChangelogErased, LogRemains, ModelUnlearnt, StateErased, StoreErased
+from streams.audit import audit_key, pseudonym
 from streams.events import Erasure
 from streams.pipeline import Erased
 from streams.settings import Settings
@@ -36,6 +37,7 @@ RETRY_S: Final = 5.0
 CERTIFICATES_MAX: Final = 100_000  # kept in memory, newest; older ones stay in the topic
 MODEL: Final = "/model"
 CHANGELOG: Final = "users-changelog"
+EXPOSURES: Final = "exposures"  # lists shown in trials, by pseudonym
 ID: Final = re.compile(r"erasures:([0-9]{1,9}):([0-9]{1,16})")
 
 
@@ -143,7 +145,7 @@ class Reach(Protocol):
         """The erasure whose record is there; None: retention has taken it."""
 
     async def places(self, topic: str, partition: int, users: Collection[str]) -> dict[str, list[Place]]:
-        """Where each of the users is named by a record's key, in order; reads the whole log."""
+        """Where each of the users is named by a record's key, of exposures by their pseudonym; reads the whole log."""
 
     async def begin(self, topic: str, partition: int) -> int:
         """Where the log begins."""
@@ -326,6 +328,7 @@ class Eraser:
         for topic in examples.USER_SOURCES.values():
             found[topic, self.number] = await self.reach.places(topic, self.number, wanted)
             found[f"{topic}.dlq", 0] = await self.reach.places(f"{topic}.dlq", 0, wanted)
+        found[EXPOSURES, 0] = await self.reach.places(EXPOSURES, 0, wanted)
         asked: list[bytes] = []
         for certificate in certificates:
             user = users[certificate.erasure_id]
@@ -386,12 +389,17 @@ class KafkaReach:
     async def places(self, topic: str, partition: int, users: Collection[str]) -> dict[str, list[Place]]:
         """`Reach.places`."""
         found: dict[str, list[Place]] = {user: [] for user in users}
-        of_key = {user.encode(): found[user] for user in users}
-        async for offset, key, timestamp in kafka.keys(self._options, self._settings.topic(topic), partition):
+        of_key = {self._key_of(topic, user): found[user] for user in users}
+        internal = topic == EXPOSURES
+        name = self._settings.internal_topic(topic) if internal else self._settings.topic(topic)
+        async for offset, key, timestamp in kafka.keys(self._options, name, partition):
             places = of_key.get(key)
             if places is not None:
                 places.append(Place(offset, timestamp / 1e3))
         return found
+
+    def _key_of(self, topic: str, user: str) -> bytes:
+        return pseudonym(user, audit_key(self._sealer)).encode() if topic == EXPOSURES else user.encode()
 
     async def begin(self, topic: str, partition: int) -> int:
         """`Reach.begin`."""

@@ -2,16 +2,20 @@
 
     header      8 B   version u1 | kind u1 (1 = examples, 2 = items, 3 = adapter, 4 = removals,
                       5 = time, 6 = vectors) | source partition u2
-                      | count u2 | flags u2 (kind 3: 1 = taken back; kind 4: 1 = more of the same removal follows;
-                      kind 6: 1 = the encoder is in use from here on)
+                      | count u2 | flags u2 (kind 3: 1 = taken back, 2 = a trial; kind 4: 1 = more of the same removal
+                      follows; kind 6: 1 = the encoder is in use from here on)
     kind 1, `count` times:
       example  32 B   item key i8 | ts f8 | position u8 (state.rows.position) | label u1 (1 positive, 0 low rating)
-                      | history_count u1 | flags u1 (1 = text, 2 = ranked) | zero u1 | weight f4
+                      | history_count u1 | flags u1 (1 = text, 2 = ranked) | bucket u1 | weight f4
+                      bucket: model.trial.bucket_of the user
       history  16 B each, newest first, as in the user's row (state.rows) *before* this event
       text     weight f4 | scale f4 | vector i1[text_dim]        only with flag 1
       seen     count u4 | keys i8 each                           only with flag 2: consumed beyond the history
     kind 2: a MessagePack array of `count` ItemEntry
-    kind 3: model.adapter.Adapter.pack, or nothing (count 0): texts are compared through it from the next message on
+    kind 3: model.adapter.Adapter.pack, or nothing (count 0): texts are compared through it from the next message on,
+            and no trial is on any more
+            with flag 2: share f4, then a challenger's Adapter.pack or nothing (the encoder as it is): from the next
+            message on a trial is on, whose salt is this message's offset; with count 0 instead: none is
     kind 4: offset u8 of the erasure in `erasures`, then `count` times: position u8 of an event that is to be left out
     kind 5: now f8, Unix s: the time has come to there (count 0), and no event has said so
     kind 6: a MessagePack array of the encoder's number, its name, and `count` times [item key, vector <f2[text_dim]]:
@@ -36,8 +40,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from model.adapter import Adapter
+from model.adapter import Adapter, AdapterError
 from model.examples import Examples
+from model.trial import Trial
 
 MESSAGE_VERSION: Final = 1
 KIND_EXAMPLES: Final = 1
@@ -55,11 +60,14 @@ KEYS_KEPT: Final = 1 << 18  # of items, with their ids
 
 FLAG_TEXT: Final = 1
 FLAG_RANKED: Final = 2
+FLAG_TAKEN_BACK: Final = 1  # of a message of kind 3
+FLAG_TRIAL: Final = 2
 
 HEADER: Final = struct.Struct("<BBHHH")
 EXAMPLE: Final = struct.Struct("<qdQBBBBf")
 TEXT: Final = struct.Struct("<ff")
 TIME: Final = struct.Struct("<d")
+SHARE: Final = struct.Struct("<f")
 COUNT: Final = struct.Struct("<I")
 
 TOPICS: Final = ("clicks", "comments", "items")  # topic codes: the index is stored, so append only
@@ -171,6 +179,36 @@ def pack_adapter(adapter: Adapter | None, taken_back: bool = False) -> bytes:
     return HEADER.pack(MESSAGE_VERSION, KIND_ADAPTER, 0, adapter is not None, taken_back) + body
 
 
+def pack_trial(adapter: Adapter | None, share: float) -> bytes:
+    """The message that begins a trial of this adapter (None: the encoder as it is) by this share of the users.
+
+    Raises AdapterError for a share that is none.
+    """
+    trial = Trial(adapter, share, 0)
+    body = SHARE.pack(trial.share) + (b"" if adapter is None else adapter.pack())
+    return HEADER.pack(MESSAGE_VERSION, KIND_ADAPTER, 0, 1, FLAG_TRIAL) + body
+
+
+def pack_trial_end() -> bytes:
+    """The message that ends the trial: all users compare texts as the champion's did."""
+    return HEADER.pack(MESSAGE_VERSION, KIND_ADAPTER, 0, 0, FLAG_TRIAL)
+
+
+def is_trial(message: bytes) -> bool:
+    """Whether a message of kind 3 begins or ends a trial, and switches nobody else."""
+    return bool(HEADER.unpack_from(message)[4] & FLAG_TRIAL)
+
+
+def unpack_trial(message: bytes, offset: int) -> Trial | None:
+    """The trial of the message at this offset; None: it ends one. Raises AdapterError."""
+    if not HEADER.unpack_from(message)[3]:
+        return None
+    body = message[HEADER.size + SHARE.size :]
+    if len(message) < HEADER.size + SHARE.size:
+        raise AdapterError(f"message of a trial has {len(message)} bytes")
+    return Trial(Adapter.unpack(body) if body else None, SHARE.unpack_from(message, HEADER.size)[0], offset)
+
+
 def pack_time(now: float) -> bytes:
     """The message that moves the learner's clock on to `now` (Unix s), for items that wait for it."""
     return HEADER.pack(MESSAGE_VERSION, KIND_TIME, 0, 0, 0) + TIME.pack(now)
@@ -196,8 +234,8 @@ def unpack_time(message: bytes) -> float:
 
 def unpack_adapter(message: bytes) -> tuple[Adapter | None, bool]:
     """(the adapter, whether it was taken back) of a message of kind 3. Raises AdapterError."""
-    count, taken_back = HEADER.unpack_from(message)[3:]
-    return Adapter.unpack(message[HEADER.size :]) if count else None, bool(taken_back)
+    count, flags = HEADER.unpack_from(message)[3:]
+    return Adapter.unpack(message[HEADER.size :]) if count else None, bool(flags & FLAG_TAKEN_BACK)
 
 
 def read_header(message: bytes) -> tuple[int, int, int]:
@@ -271,7 +309,7 @@ def unpack_examples(
         left_out = np.zeros(1, np.int64)
     kept, used = _unpack(
         buffer, buffer.ctypes.data, HEADER.size, count, partition, applied, removed, left_out,
-        out.item, out.label, out.ts, out.source, out.history_count, out.history_item, out.history_ts,
+        out.item, out.label, out.ts, out.bucket, out.source, out.history_count, out.history_item, out.history_ts,
         out.history_weight, out.text_on, out.text, out.text_weight, out.ranked, out.seen_start, out.seen,
     )  # fmt: skip
     if used != len(message):
@@ -338,8 +376,8 @@ def _half(bits: int) -> np.float32:
 
 @nb.njit(cache=True)
 def _unpack(  # type: ignore[no-untyped-def]
-    buffer, address, at, count, partition, applied, removed, left_out, item, label, ts, source, history_count,
-    history_item, history_ts, history_weight, text_on, text, text_weight, ranked, seen_start, seen,
+    buffer, address, at, count, partition, applied, removed, left_out, item, label, ts, bucket, source,
+    history_count, history_item, history_ts, history_weight, text_on, text, text_weight, ranked, seen_start, seen,
 ):  # fmt: skip
     """Bounds are checked before each section: returns (kept, bytes used), used = -1 when a section does not fit."""
     size = len(buffer)
@@ -379,6 +417,7 @@ def _unpack(  # type: ignore[no-untyped-def]
                 continue
         item[kept] = _load_i64(address + start)
         ts[kept] = _load_f64(address + start + 8)
+        bucket[kept] = buffer[start + 27]
         source[kept] = topic << 60 | np.int64(partition) << 48 | offset
         label[kept] = buffer[start + 24]
         history_count[kept] = entries

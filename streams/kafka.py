@@ -365,6 +365,19 @@ async def log_start(options: Mapping[str, Any], topic: str, partition: int) -> i
         return int((await reader.beginning_offsets([tp]))[tp])
 
 
+async def offset_since(options: Mapping[str, Any], topic: str, partition: int, since: float) -> int:
+    """The offset of the first record whose timestamp is `since` (Unix s) or later, where the log tells; else where it
+    begins, or, where it has no such record, its end."""
+    tp = TopicPartition(topic, partition)
+    async with consumer(options) as reader:
+        beginning = int((await reader.beginning_offsets([tp]))[tp])
+        try:
+            found = (await reader.offsets_for_times({tp: round(1e3 * since)}))[tp]
+        except KafkaError:
+            return beginning
+    return await log_end(options, topic, partition) if found is None else max(beginning, int(found.offset))
+
+
 async def log_bounds(options: Mapping[str, Any], topics: Iterable[str], partition: int) -> dict[str, tuple[int, int]]:
     """{topic: (`log_start`, end)} of the same partition of some topics, by one connection.
 

@@ -106,6 +106,7 @@ def _list(kind: int) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "user_id": "196", "token": tokens.write(token), "model_version": _VERSION, "applied": _APPLIED, "items": _ITEMS,
+        "arm": "champion",
     }  # fmt: skip
 
 
@@ -183,7 +184,8 @@ _CHECKPOINTS = [
 ]  # fmt: skip
 _MODEL = {
     "version": "0.1.0", "model_version": _VERSION,
-    "encoder": {"name": _ENCODER, "dim": 384, "adapter": "7d0c41f2a9b3", "checkpoints": _CHECKPOINTS},
+    "encoder": {"name": _ENCODER, "dim": 384, "adapter": "7d0c41f2a9b3", "checkpoints": _CHECKPOINTS,
+                "trial": {"adapter": "c1e5f0a2d7b4", "share": 0.5, "offset": 2190}},
     "learner": {"applied": {"examples": 2210}, "examples": 55375, "items": 1682, "messages": 2211},
     "config": LearnerConfig().__dict__,
     "replica": {"items": 1682, "active": 1682, "positives": 55375, "applied": {"examples": 2210}},
@@ -212,7 +214,8 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "getRecommendations": Operation(
         "A list for a user", "The best items, exactly ranked over the whole catalogue. With `explain`, bias + the "
         "contributions' values + rest = logit, within 1e-4; with `parts`, each in its parts too. `score` is the "
-        "probability among all candidates. The `token` names all that the list was made of.",
+        "probability among all candidates. The `token` names all that the list was made of. While a trial of an "
+        "adapter is on, `arm` is the user's, and the list is noted on `{app}-exposures`.",
         "users", USER_READ, answers.Recommendations, _list(tokens.LIST),
         query=serving.ListQuery, is_tagged=True,
     ),

@@ -20,6 +20,7 @@ from model.adapter import Adapter, AdapterError
 from model.examples import Examples, new_examples
 from model.items import ItemMatrix
 from model.learner import MESSAGES_MAX, Learner, LearnerConfig, Outcome
+from model.trial import bucket_of
 from state import rows
 from state.changelog import leaving
 from state.rows import UserRow
@@ -93,7 +94,7 @@ def learn_users(partition: int, events: Sequence[SourceEvent], get_many: GetMany
     keys = [u.encode() for u in users]
     before = get_many(keys)
     folds = {
-        user: _UserFold(rows.unpack(value) if value is not None else UserRow())
+        user: _UserFold(user, rows.unpack(value) if value is not None else UserRow())
         for user, value in zip(users, before, strict=True)
     }
     packed: list[bytes] = []
@@ -103,7 +104,7 @@ def learn_users(partition: int, events: Sequence[SourceEvent], get_many: GetMany
         fold = folds[event.user_id]
         if isinstance(event, Erasure):
             erased.append(_erased(offset, event, fold.row))
-            folds[event.user_id] = _UserFold(UserRow())
+            folds[event.user_id] = _UserFold(event.user_id, UserRow())
             continue
         position = rows.position(topic, offset)
         if isinstance(event, Click):
@@ -155,9 +156,10 @@ def is_low(event: Click, config: EvidenceConfig) -> bool:
 class _UserFold:
     """A user's row while a batch is folded into it."""
 
-    __slots__ = ("row", "text_section", "text_visible_from")
+    __slots__ = ("bucket", "row", "text_section", "text_visible_from")
 
-    def __init__(self, row: UserRow) -> None:
+    def __init__(self, user_id: str, row: UserRow) -> None:
+        self.bucket = bucket_of(user_id)
         self.row = row
         self.text_section = b""  # of an example after `text_visible_from`, when all kept comments are visible
         self.text_visible_from = float("nan")
@@ -179,8 +181,8 @@ class _UserFold:
             seen = examples.COUNT.pack(len(row.seen) >> 3) + row.seen
         history = row.history
         head = examples.EXAMPLE.pack(
-            int.from_bytes(key, "little", signed=True), ts, position, 0 if low else 1, len(history) >> 4, flags, 0,
-            weight,
+            int.from_bytes(key, "little", signed=True), ts, position, 0 if low else 1, len(history) >> 4, flags,
+            self.bucket, weight,
         )  # fmt: skip
         second = min(max(int(ts), 0), rows.TS_MAX)
         slot = rows.SLOT.pack(
@@ -293,6 +295,7 @@ class Learnt(NamedTuple):
     entries: int
     newest_ts: float
     outcome: Outcome | None
+    challengers: npt.NDArray[np.bool_] | None = None  # of the examples, in a trial: those of its challenger's users
     urgent: bool = False  # replicas do not wait for it: another adapter, or items that are candidates now
     ends_removal: bool = False  # see `ItemLearner.owes_replay` and `ItemLearner.asked`
 
@@ -399,7 +402,9 @@ class ItemLearner:
         for (offset, partition, batch), outcome in zip(waiting, outcomes, strict=True):
             self.offset = offset
             newest = float(batch.ts[: batch.count].max()) if batch.count else 0.0
-            learnt.append(Learnt(partition, batch.count, 0, newest, outcome if batch.count else None))
+            arms = None if self.learner.matrix.trial is None else self.learner.matrix.arrays.arm
+            challengers = None if arms is None else arms[batch.bucket[: batch.count]] > 0
+            learnt.append(Learnt(partition, batch.count, 0, newest, outcome if batch.count else None, challengers))
         waiting.clear()
         return learnt
 
@@ -409,7 +414,7 @@ class ItemLearner:
             return self._remove(offset, message)
         self.offset = offset
         if kind == examples.KIND_ADAPTER:
-            self._adapt(examples.unpack_adapter(message)[0])
+            self._adapt(offset, message)
             return Learnt(partition, 0, 0, 0.0, None, urgent=True)
         if kind == examples.KIND_TIME:
             self.learner.pass_time(examples.unpack_time(message))
@@ -419,15 +424,34 @@ class ItemLearner:
         entered = self._enter(examples.unpack_items(message), self._applied(partition))
         return Learnt(partition, 0, entered, 0.0, None)
 
-    def _adapt(self, adapter: Adapter | None) -> None:
+    def _adapt(self, offset: int, message: bytes) -> None:
+        """A switch for all ends a trial, of whatever adapter."""
+        if examples.is_trial(message):
+            trial = examples.unpack_trial(message, offset)
+            if trial is None or not self._is_left_behind(trial.adapter):
+                self.learner.try_out(trial)
+            return
+        adapter, _ = examples.unpack_adapter(message)
+        if not self._is_left_behind(adapter):
+            self.learner.adapt(adapter)
+            self.end_trial()
+
+    def end_trial(self) -> None:
+        """No trial is on any more."""
+        if self.learner.matrix.trial is not None:
+            self.learner.try_out(None)
+
+    def _is_left_behind(self, adapter: Adapter | None) -> bool:
+        """Whether it was asked for when the deployment was about to move on from its encoder. Raises AdapterError for
+        one that stands behind another encoder where there was no move."""
         if adapter is not None and self.encoder not in ("", adapter.base):
             if self.number:
-                return  # asked for when the deployment was about to move on from its encoder
+                return True
             raise AdapterError(
                 f"the examples log switches to an adapter of the encoder {adapter.base}, but texts are encoded by "
                 f"{self.encoder} here: set HEADWATER_ENCODER to the log's, or use an app id of its own"
             )
-        self.learner.adapt(adapter)
+        return False
 
     def _take_vectors(self, told: examples.Vectors, in_use: bool) -> bool:
         """Keeps vectors of the next encoder apart, or takes them in; whether anything that is served has changed."""
@@ -444,6 +468,7 @@ class ItemLearner:
         if not in_use:
             return False
         self.learner.adapt(None)  # an adapter is of one encoder
+        self.end_trial()
         self.learner.revector(sorted(self.staged.items()))
         self.number, self.encoder = told.number, told.encoder
         self._drop_staged()

@@ -21,6 +21,7 @@ from model import kernels, texts
 from model.profile import Profile, User, profile_of, text_terms
 from model.ranker import Explanation as RankerExplanation
 from model.ranker import Ranker, Ranking, Scored
+from model.trial import Trial, bucket_of
 from state import rows
 from state.rows import UserRow
 from streams import examples, tokens
@@ -158,6 +159,9 @@ class WorkerView(Protocol):
     def model_info(self) -> ModelView:
         """Versions, settings, live prequential metrics."""
 
+    def shown(self, told: Recommendations, trial: Trial) -> None:
+        """The list was answered while this trial was on: it is noted, beside the answer."""
+
     def ready(self) -> list[str]:
         """What the worker still waits for; empty: ready."""
 
@@ -260,6 +264,7 @@ class Reader:
     ) -> None:  # fmt: skip
         """row: instead of the user's own. read: a moment ago, for the same answer. Raises NotReady."""
         self.view = view
+        self.bucket = bucket_of(user_id)
         self.partition = view.partition_of(user_id)
         self.read = view.read(user_id) if read is None else read
         self.row = _row_of(self.read) if row is None else row
@@ -274,11 +279,11 @@ class Reader:
         ts, weights = slots["ts"].astype(np.float64), slots["weight"].astype(np.float32)
         text_weight, mean, _ = visible_text(row, self.at) if row.text_dim else (0.0, None, 0.0)
         if not text_weight:
-            return User(slots["key"], ts, weights)
+            return User(slots["key"], ts, weights, bucket=self.bucket)
         kept = [texts.dequantize(c.scale, c.vector) for c in self.comments]
         vectors = np.stack(kept) if kept else np.zeros((0, row.text_dim), np.float32)
         decays = texts.DECAY ** np.arange(len(kept), dtype=np.float32)
-        return User(slots["key"], ts, weights, mean, text_weight, vectors, decays)
+        return User(slots["key"], ts, weights, mean, text_weight, vectors, decays, self.bucket)
 
     def consumed(self) -> npt.NDArray[np.int64]:
         """(n,) int64 keys of the items that the user has consumed."""
@@ -381,7 +386,10 @@ def _list(
         origin.epoch, origin.examples, origin.settings, reader.at, view.ranker.bias_at, options.limit,
         options.exclude_seen, tokens.list_digest((item.item_id, item.logit) for item in items),
     )  # fmt: skip
-    return Recommendations(user_id, tokens.write(token), view.model_version, reader.applied(), items)
+    arm = view.ranker.matrix.arm_of(reader.bucket)
+    return Recommendations(
+        user_id, tokens.write(token), view.model_version, reader.applied(), items, UNSET if arm is None else arm
+    )  # fmt: skip
 
 
 # -- answers
@@ -446,7 +454,7 @@ def what_if(
         row = rows.unpack(folded.rows[user_id.encode()] or b"")
     reader = Reader(view, user_id, row, read)
     found = _list(reader, user_id, best(reader, options), tokens.WHAT_IF, options)
-    return WhatIf(found.user_id, found.token, found.model_version, found.applied, found.items, exact)
+    return WhatIf(*msgspec.structs.astuple(found), exact=exact)
 
 
 def _row_without(row: UserRow, partition: int, without: Sequence[str]) -> tuple[UserRow, bool]:

@@ -82,6 +82,7 @@ def planned(settings: Settings) -> list[Topic]:
         (settings.topic("encoder-checkpoints"), 1, lag, "published encoders"),
         (settings.internal_topic(space.TOPIC), 1, forever, "whose vectors there are"),
         (settings.internal_topic("examples"), 1, examples, "training examples and catalogue entries"),
+        (settings.internal_topic("exposures"), 1, kept, "lists shown in trials of an adapter"),
         (settings.internal_topic("audit"), 1, audit, "who read or changed which user"),
         (settings.internal_topic("users-changelog"), many, cut, "user rows"),
         (settings.internal_topic("catalogue-changelog"), many, rolled, "catalogue rows"),

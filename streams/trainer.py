@@ -361,12 +361,7 @@ async def switch(settings: Settings, manifest: Manifest | None, folder: Checkpoi
     producer = kafka.Producer(settings.kafka_options())
     await producer.start()
     try:
-        workers = (await space.read(space.log_of(settings, producer))).current
-        if manifest is not None and workers is not None and workers.encoder != manifest.base:
-            raise CheckpointError(
-                f"checkpoint {manifest.name} is of the encoder {manifest.base}, the workers' is {workers.encoder}: "
-                "take a checkpoint that was trained behind that one"
-            )
+        await _require_base(settings, producer, manifest)
         topic = settings.internal_topic("examples")
         message = examples.pack_adapter(adapter, taken_back)
         offset = await producer.send(topic, LEARNER_PARTITION, [(ADAPTER_KEY, message)])
@@ -375,3 +370,34 @@ async def switch(settings: Settings, manifest: Manifest | None, folder: Checkpoi
     finally:
         await producer.stop()
     return offset
+
+
+async def _require_base(settings: Settings, producer: kafka.Producer, manifest: Manifest | None) -> None:
+    workers = (await space.read(space.log_of(settings, producer))).current
+    if manifest is not None and workers is not None and workers.encoder != manifest.base:
+        raise CheckpointError(
+            f"checkpoint {manifest.name} is of the encoder {manifest.base}, the workers' is {workers.encoder}: "
+            "take a checkpoint that was trained behind that one"
+        )
+
+
+async def try_out(settings: Settings, manifest: Manifest | None, folder: Checkpoints, share: float) -> int:
+    """Puts the beginning of a trial into the examples log: a share of the users has the checkpoint (None: the encoder
+    as it is); its offset, by which the trial is known. Raises CheckpointError, as `switch` does."""
+    message = examples.pack_trial(None if manifest is None else folder.adapter(manifest), share)
+    return await _tell(settings, message, manifest)
+
+
+async def end_trial(settings: Settings) -> int:
+    """Puts the end of the trial into the examples log; its offset."""
+    return await _tell(settings, examples.pack_trial_end())
+
+
+async def _tell(settings: Settings, message: bytes, manifest: Manifest | None = None) -> int:
+    producer = kafka.Producer(settings.kafka_options())
+    await producer.start()
+    try:
+        await _require_base(settings, producer, manifest)
+        return await producer.send(settings.internal_topic("examples"), LEARNER_PARTITION, [(ADAPTER_KEY, message)])
+    finally:
+        await producer.stop()

@@ -4,7 +4,8 @@ A function of the log, the encoder's name and the configuration: no clock, no ra
 own learner, message by message. From it come the problems that candidates are trained on; a candidate then runs in
 shadow: a fork of the champion with the candidate's adapter that learns every message too, and is compared on the
 tests that the log marks (`ranked`). A winner is asked for (`wanted`) and takes over when the log says so; from there
-on its predecessor runs in shadow, and is asked for again if it proves better.
+on its predecessor runs in shadow, and is asked for again if it proves better. A trial on live users is learnt like all
+that the log says: a duel then goes on without the tests of its challenger's users, and a winner waits for its end.
 
     gather --(round_examples)--> shadow --better--> asked --(the log switches)--> watch --better--> asked --> gather
                                    \\--worse, none--> gather                        \\--worse, none--> gather
@@ -103,7 +104,7 @@ class Tuning:
     def advance(self, offset: int, message: bytes, trained: Trained = lambda step, loss: None) -> list[Decision]:
         """Takes in the message at this offset of the examples log; what was decided by it."""
         if examples.read_header(message)[0] == examples.KIND_ADAPTER:
-            return self._switch(offset, message)
+            return self._try_out(offset, message) if examples.is_trial(message) else self._switch(offset, message)
         before = self.base, self.current
         mine = self.learnt = self.champion.learn(offset, message)
         if self.base != before[0]:
@@ -163,6 +164,8 @@ class Tuning:
         if mine.outcome is None or theirs.outcome is None or self.duel is None:
             return
         both = (mine.outcome.candidates > 0) & (theirs.outcome.candidates > 0)
+        if mine.challengers is not None:  # both compare these users' texts through the trial's adapter
+            both &= ~mine.challengers
         self.duel.observe(_scores(theirs.outcome, both), _scores(mine.outcome, both))
 
     def _decide(self, duel: Duel) -> Decision:
@@ -194,10 +197,16 @@ class Tuning:
         """The log says that another adapter is in use: a promotion is watched, what was taken back is not."""
         adapter, taken_back = examples.unpack_adapter(message)
         before = _name(self.current)
-        if _name(adapter) == before or (adapter is not None and adapter.base != self.base):
+        if adapter is not None and adapter.base != self.base:
+            self.champion.learn(offset, message)  # which passes it over, or raises
+            return []
+        if _name(adapter) == before:
             self.champion.learn(offset, message)
+            if self.rival is not None:
+                self.rival.end_trial()
             return []
         predecessor = self._fork()
+        predecessor.end_trial()
         self.champion.learn(offset, message)
         self.wanted, self.taking_back = None, False
         self.rival = self.duel = None
@@ -209,13 +218,21 @@ class Tuning:
             self.duel = Duel.new(level(self.config.alpha, self.watches), self.config.watch_tests)
         return [Decision("switched", adapter, before, offset, {"taken_back": taken_back})]
 
+    def _try_out(self, offset: int, message: bytes) -> list[Decision]:
+        """A trial begins or ends: nobody's promotion, so that nothing is decided and nothing watched."""
+        for learner in (self.champion, self.rival):
+            if learner is not None:
+                learner.learn(offset, message)
+        return []
+
     def adopt(self, rows: dict[bytes, bytes], offset: int) -> None:
         """Begins with a learner's rows, as of this offset of the log, where the log's own beginning is gone."""
         self.champion = self._learner_of(rows.items(), offset)
 
     def request(self) -> bytes | None:
-        """The message that the log must get, while one is asked for."""
-        return examples.pack_adapter(self.wanted, self.taking_back) if self.phase == "asked" else None
+        """The message that the log must get, while one is asked for; a promotion, which would end a trial, waits."""
+        waits = self.champion.learner.matrix.trial is not None and not self.taking_back
+        return examples.pack_adapter(self.wanted, self.taking_back) if self.phase == "asked" and not waits else None
 
     def _fork(self) -> ItemLearner:
         fork = ItemLearner(self._learner_config, self.text_dim, self._first_base)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from model.evaluate import ITEM_KNN
 from model.ranker import Ranker
+from model.trial import ARMS, Trial
 from state import partition as state_partition
 from streams import codec, kafka
 from streams.agents import CatalogueKeeper, Keeper, LearnerKeeper, UserKeeper
@@ -23,7 +24,9 @@ from streams.answers import (
     ModelView,
     PartitionDigest,
     Prequential,
+    Recommendations,
     ReplicaView,
+    TrialView,
 )
 from streams.events import TS_S_MAX, Click, Comment, Erasure
 from streams.pipeline import EvidenceConfig
@@ -211,7 +214,18 @@ class View:
     def _encoder_view(self) -> EncoderView:
         worker = self.worker
         checkpoints, number = worker.announced.newest(), worker.encoders.number
-        return EncoderView(self.encoder, worker.encoding.dim, self._adapter(), checkpoints, number, worker.coming)
+        return EncoderView(
+            self.encoder, worker.encoding.dim, self._adapter(), checkpoints, number, worker.coming, self._trial()
+        )
+
+    def _trial(self) -> TrialView | None:
+        trial = self.worker.replica.trial
+        return None if trial is None else TrialView(trial.name or None, trial.share, trial.salt)
+
+    def shown(self, told: Recommendations, trial: Trial) -> None:
+        """Noted for the trial's report."""
+        adapter = trial.adapter if told.arm == ARMS[1] else self.worker.replica.adapter
+        self.worker.exposures.note(told, trial, "" if adapter is None else adapter.name)
 
     def _adapter(self) -> str | None:
         """The version that the replica compares texts through."""

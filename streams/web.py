@@ -563,13 +563,18 @@ def _user_routes(app: FastAPI, http: Http) -> None:
         async def answer() -> Response:
             read = view.read(user)
             # Words are of the log, as far as it gave them in time: no validator stands for that.
-            etag = "" if asked.words else _tag(view, user, read.row, asked)
+            # In a trial every list is told whole: an answer without it would be one more that was shown, and not noted.
+            trial = view.ranker.matrix.trial
+            etag = "" if asked.words or trial is not None else _tag(view, user, read.row, asked)
             unchanged = _unchanged(request, etag)
             if unchanged is not None:
                 return unchanged
             with view.metrics.recommendation_seconds.time():
                 told = serving.recommend(view, user, asked, read)
-            return await _told(request, view, told, asked.words, etag)
+            answered = await _told(request, view, told, asked.words, etag)
+            if trial is not None:
+                view.shown(told, trial)
+            return answered
 
         return await http.for_user(request, user, answer, asked.at_least)
 

@@ -22,7 +22,7 @@ from state.changelog import Accepted, Reader
 from state.partition import INLINE_ROWS_MAX, Fenced, Partition
 from state.sealing import SealedPartition
 from state.store import RocksDisk, StoreError, StoreLockedError
-from streams import audit, heap, kafka, space
+from streams import audit, heap, kafka, space, trials
 from streams.agents import (
     CatalogueKeeper,
     Keeper,
@@ -45,6 +45,7 @@ from streams.settings import Settings
 from streams.space import Encoders, Space
 from streams.telemetry import Telemetry
 from streams.topics import TopicsError, other_partitions, planned
+from streams.trials import Exposures
 
 log = structlog.get_logger(__name__)
 
@@ -147,6 +148,8 @@ class Worker:
         self.source: Source = source
         self.book = Book(self._publish_certificate)
         self.announced = Announced(encoder.name)
+        self.exposures = Exposures(self._send_exposures, now, self.sealer, self.metrics.exposures_total)
+        self._noting: asyncio.Task[None] | None = None
         self.around = Surroundings(
             now=now, metrics=self.telemetry, evidence=settings.evidence_config(), encoding=self.encoding,
             encoders=self.encoders, load_marked=self._load_marked,
@@ -307,6 +310,9 @@ class Worker:
     async def send_audit(self, records: list[tuple[bytes | None, bytes | None]]) -> None:
         """Appends records to the audit topic, acknowledged."""
         await self.producer.send(self.settings.internal_topic("audit"), audit.PARTITION, records)
+
+    async def _send_exposures(self, records: list[tuple[bytes | None, bytes | None]]) -> None:
+        await self.producer.send(self.settings.internal_topic(trials.TOPIC), trials.PARTITION, records)
 
     def open_keeper(self, kind: str, number: int) -> Keeper[Any] | None:
         """The keeper of a partition of this worker, once its state is restored."""
@@ -511,6 +517,7 @@ class Worker:
         take()  # between two reads
         self.replica_applied = accepted.applied["examples"]
         self._tell_adapter()
+        self.metrics.trial_share.set(0.0 if self.replica.trial is None else self.replica.trial.share)
         del take
         if count > TRIM_ROWS:
             await asyncio.to_thread(heap.trim)
@@ -555,6 +562,7 @@ class Worker:
         checkpoints = self.settings.topic("encoder-checkpoints")
         follow = self.announced.follow(self.options, self.producer, checkpoints)
         self._spawn(self._guarded(follow), "checkpoints")
+        self._noting = asyncio.get_running_loop().create_task(self._guarded(self.exposures.run()), name="exposures")
         self._spawn(self._guarded(self._every(COMMIT_INTERVAL_S, self.commit)), "commit")
         self._spawn(self._guarded(self._every(OBSERVE_INTERVAL_S, self.observe)), "observe")
         self._spawn(self._guarded(self._every(OBSERVE_INTERVAL_S, self.wipe_left_folders)), "wipe")
@@ -676,7 +684,9 @@ class Worker:
         self.encoding.close()
 
     async def disconnect(self) -> None:
-        """After `stop`: the producers leave."""
+        """After `stop`: what was shown is noted, and the producers leave."""
+        if self._noting is not None:
+            await self.exposures.close(self._noting)
         await self.producer.stop()
         await self.item_producer.stop()
 

@@ -14,6 +14,7 @@ from model.evaluate import LiveMetrics
 from model.items import ItemMatrix
 from model.learner import LearnerConfig
 from model.ranker import Ranker
+from model.trial import Trial
 from state.partition import digest
 from streams import answers, codec, examples, pipeline, serving
 from streams.agents import POPULARITIES
@@ -76,6 +77,7 @@ class World:
         self.adapter: str | None = None
         self.checkpoints: list[answers.CheckpointView] = []
         self.listeners: list[asyncio.Queue[dict[str, Any]]] = []
+        self.exposed: list[tuple[answers.Recommendations, Trial]] = []
         config = LearnerConfig(dim=16, text_dim=TEXT_DIM, negatives=32, neighbours_max=32, rank_items=0)
         self.settings_digest = settings_digest(self.encoder, config, EVIDENCE)
         self._config = config
@@ -184,6 +186,9 @@ class World:
             msgspec.convert({} if self.learns_at else self._live.report(), answers.Prequential),
         )  # fmt: skip
 
+    def shown(self, told: answers.Recommendations, trial: Trial) -> None:
+        self.exposed.append((told, trial))
+
     def ready(self) -> list[str]:
         return self.waits_for
 
@@ -198,6 +203,10 @@ class World:
             self.listeners.remove(queue)
 
     # -- the stream behind it
+
+    def tell_learner(self, message: bytes) -> None:
+        """A message of the examples log that is of no event."""
+        self._learn([message])
 
     def status(self) -> dict[str, Any]:
         ratios = np.mean(self.hits or [(False, False, False)], axis=0).tolist()

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from model import kernels
 from model.adapter import RANK_MAX, Adapter, AdapterError
 from model.items import ItemMatrix
 from model.learner import Learner
@@ -128,9 +129,8 @@ def test_the_problem_of_a_message_is_its_scores_without_texts() -> None:
             told += len(problem.words)
             n, k = len(problem.words), len(problem.candidate)
             assert problem.offset.shape == (n, k) and k <= SMALL.negatives
-            scores = (
-                problem.offset + learner.matrix.adapted(problem.words) @ learner.matrix.arrays.e[problem.candidate].T
-            )
+            m = learner.matrix.arrays
+            scores = problem.offset + kernels.adapted(m.metric, problem.words) @ m.e[problem.candidate].T
             logits = learner._work.logit[
                 np.flatnonzero(learner._work.go[: x.count] & learner._work.words[: x.count].any(1))
             ]

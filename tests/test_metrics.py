@@ -37,7 +37,11 @@ CONTRACT: Final = {  # name as exposed: its labels
     "erasures_total": set(),
     "build_info": {"version", "python"},
 }
-MORE: Final[dict[str, set[str]]] = {"learnt_seconds": set()}  # beyond the contract
+MORE: Final[dict[str, set[str]]] = {  # beyond the contract
+    "learnt_seconds": set(),
+    "trial_share": set(),
+    "exposures_total": {"arm", "outcome"},
+}
 METRICS: Final = CONTRACT | MORE
 TRAINER: Final[dict[str, set[str]]] = {  # what `headwater trainer` exposes, on a port of its own
     "trainer_examples_total": set(),

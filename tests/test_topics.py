@@ -41,6 +41,7 @@ def test_one_missing_topic_is_made_beside_the_others(broker: str, make_settings:
     made = {report.topic.name for report in topics.ensure(other) if report.state is State.CREATED}
     assert made == {other.internal_topic(name) for name in (
         "encoder", "examples", "audit", "users-changelog", "catalogue-changelog", "items-changelog", "certificates",
+        "exposures",
     )}  # fmt: skip
 
 
