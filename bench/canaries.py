@@ -9,7 +9,7 @@ import msgspec
 
 from state.changelog import Accepted, Marker, marker_record, row_records
 from state.partition import Partition, _Restore
-from streams.agents import Keeper, UserKeeper
+from streams.agents import Keeper, UserKeeper, _Mark
 from streams.answers import Certificate
 from streams.codec import DeadLetter
 from streams.erasure import Eraser
@@ -82,6 +82,7 @@ PARTITIONS: Final = (
 
 
 _announce, _take, _removal = UserKeeper._announce, _Restore.take, Eraser._removal  # the real ones
+_pass_mark = Keeper._pass_mark
 
 
 async def _letter_not_awaited(self: Worker, letter: DeadLetter) -> None:
@@ -123,6 +124,10 @@ def _removal_of_all(self: Eraser, certificate: Certificate, places: Any) -> list
     return _removal(self, msgspec.structs.replace(certificate, state=state), places)
 
 
+def _passed_late(self: Keeper[Any], record: Any) -> _Mark:
+    return _pass_mark(self, record._replace(offset=self.inbox.sources[record.topic].expected + 2))
+
+
 # Name -> what is replaced in the product.
 WORKERS: Final[Mapping[str, tuple[str, Any]]] = {
     "LetterNotAwaited": ("streams.worker.Worker._dead_letter", _letter_not_awaited),
@@ -133,6 +138,7 @@ WORKERS: Final[Mapping[str, tuple[str, Any]]] = {
     "PurgeNotOwed": ("state.partition.Partition._owed", _nothing_owed),
     "DeletedUnderTheSameEpoch": ("state.partition.Partition.renew", Partition.drain),
     "FoldersLeft": ("streams.worker.Worker.wipe_left_folders", _folders_left),
+    "EncoderBeginsLate": ("streams.agents.Keeper._pass_mark", _passed_late),
     "EncoderStartForgotten": ("streams.agents.Keeper._starts_row", _started_nowhere),
     "UnlearnsWhatCameAfter": ("streams.erasure.Eraser._removal", _removal_of_all),
 }

@@ -1,13 +1,15 @@
 """A move to another encoder in the middle of a recorded stream: what it is worth, and whether the lists jump.
 
 The same stream four times: with the encoder as it is all along; with the other one all along; moved to the other one
-where half of the events are learnt, behind a map that is fitted to the items that there are by then; and moved to it as
-it is, without a map. Users' words of before the move stay as the old encoder read them. The other encoder is the lower
-layers of the one there is, or --model.
+where half of the events are learnt, behind a map that is fitted to the items that there are by then; and moved to it
+without a map. Users' words of before the move stay as the old encoder read them. The other encoder is the lower layers
+of the one there is, or --model, and is turned by a random rotation, as an encoder of another origin is: the lower layers
+alone are of nearly the same space.
 """
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -17,7 +19,6 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from model import align
-from model.align import Alignment
 from model.encoder import Encoder, locate
 from model.items import ItemMatrix
 from model.learner import warm_up
@@ -48,7 +49,7 @@ def run(args: list[str]) -> dict[str, Any]:
     warm_up(learner)
     with tempfile.TemporaryDirectory(prefix="headwater-move-") as folder:
         other = options.model or str(_lower_layers(chosen.encoder, options.layers, Path(folder) / "lower"))
-        trial = _Trial(stream, encoder, other, Path(folder), chosen, options.until)
+        trial = _Trial(stream, encoder, other, chosen, options.until)
         return {"stream": stream.name, "encoder": encoder.name, **trial.told()}
 
 
@@ -62,13 +63,44 @@ def _lower_layers(model: str, layers: int, folder: Path) -> Path:
     return folder
 
 
+class _Turned:
+    """An encoder whose vectors are turned: the same geometry, in a space of its own."""
+
+    def __init__(self, plain: Encoder) -> None:
+        self.dim, self.name, self._plain = plain.dim, f"{plain.name}-turned", plain
+        draw = np.random.default_rng(5).standard_normal((plain.dim, plain.dim))
+        self._rotation = np.linalg.qr(draw)[0].astype(np.float32)
+
+    def encode(self, texts: Sequence[str]) -> Any:
+        return self._plain.encode(texts) @ self._rotation
+
+    def project(self, vector: Any) -> Any:
+        return self._plain.project(vector) @ self._rotation
+
+    def combine(self, text_vector: Any, plain_vector: Any) -> Any:
+        return self._plain.combine(text_vector, plain_vector)
+
+
+class _Aligned:
+    """A turned encoder behind a map."""
+
+    def __init__(self, turned: _Turned, matrix: Any, dim: int) -> None:
+        self.dim, self.name, self._turned, self._matrix = dim, f"{turned.name}-aligned", turned, matrix
+
+    def encode(self, texts: Sequence[str]) -> Any:
+        moved = np.stack([align.apply(self._matrix, vector) for vector in self._turned.encode(texts)])
+        norms = np.linalg.norm(moved, axis=1, keepdims=True)
+        return (moved / np.where(norms > 0, norms, 1)).astype(np.float32)
+
+    project = combine = None  # no recorded stream brings vectors of its own
+
+
 class _Trial:
     def __init__(
-        self, stream: evaluate.Stream, encoder: Encoder, model: str, folder: Path, chosen: settings.Settings,
-        until: int | None,
-    ) -> None:  # fmt: skip
-        self.stream, self.encoder, self.model, self.folder, self.chosen = stream, encoder, model, folder, chosen
-        self.other = Encoder(model)
+        self, stream: evaluate.Stream, encoder: Encoder, model: str, chosen: settings.Settings, until: int | None
+    ) -> None:
+        self.stream, self.encoder, self.chosen = stream, encoder, chosen
+        self.other = _Turned(Encoder(model))
         self.until = until or len(stream.events)
         self.config = chosen.learner_config(encoder.dim)
 
@@ -95,22 +127,21 @@ class _Trial:
             told[name] = {"after": _figures(one, at, None), "soon_after": _figures(one, at, SOON)}
         return told
 
-    def _run(self, encoder: Encoder) -> evaluate.Run:
+    def _run(self, encoder: Any) -> evaluate.Run:
         fresh = evaluate.Run(self.stream, encoder, self.chosen.evidence_config(), self.config)
-        fresh.encode(self.until, settings.cache_dir() / "vectors", _unseen)
+        fresh.encode(self.until, settings.cache_dir() / "vectors" if encoder is self.encoder else None, _unseen)
         return fresh
 
-    def _aligned(self, moved: evaluate.Run) -> tuple[Encoder, align.Fidelity]:
+    def _aligned(self, moved: evaluate.Run) -> tuple[_Aligned, align.Fidelity]:
         """The other encoder behind a map that is fitted to the items that have entered."""
         m = moved.learner.learner.matrix
         plain = {examples.item_key(i.item_id): i.text for i in self.stream.items if i.text and i.vector is None}
         known = [(row, plain[int(m.arrays.key[row])]) for row in range(len(m)) if int(m.arrays.key[row]) in plain]
         old = m.arrays.e[[row for row, _ in known]]
         matrix, fidelity = align.fit(old, self.other.encode([text for _, text in known]))
-        Alignment(self.model, self.other.name, self.encoder.name, matrix, fidelity).write(self.folder / "aligned")
-        return Encoder(str(self.folder / "aligned")), fidelity
+        return _Aligned(self.other, matrix, self.encoder.dim), fidelity
 
-    def _move(self, moved: evaluate.Run, other: Encoder) -> float:
+    def _move(self, moved: evaluate.Run, other: Any) -> float:
         """Moves the run's items to the other encoder's vectors, as the log would; what comes is read by it, too. The
         share of the users' lists that is the same."""
         before = self._lists(moved)

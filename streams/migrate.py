@@ -83,10 +83,14 @@ async def fit(chosen: Settings, model: str, encoder: Encoder, out: Path, steps: 
 class Migration:
     """The move of a deployment to an encoder of its space. `run` may be started again after anything."""
 
-    def __init__(self, chosen: Settings, model: str, encoder: Encoder, ask: Ask, steps: Steps) -> None:
-        """model: what HEADWATER_ENCODER says for the encoder, on every worker's machine."""
+    def __init__(
+        self, chosen: Settings, model: str, encoder: Encoder, ask: Ask, steps: Steps,
+        crash: Callable[[str], None] = lambda step: None,
+    ) -> None:  # fmt: skip
+        """model: what HEADWATER_ENCODER says for the encoder, on every worker's machine. crash: called with the name of
+        each step that is done, for tests that end it there."""
         self.settings, self.model, self.encoder = chosen, model, encoder
-        self.ask, self.steps = ask, steps
+        self.ask, self.steps, self._crash = ask, steps, crash
         self.producer = kafka.Producer(chosen.kafka_options())
         self.log = space.log_of(chosen, self.producer)
 
@@ -96,15 +100,21 @@ class Migration:
         async with _started(self.producer):
             spaces = await _spaces(self.settings)
             mine = await self._announced(spaces)
+            self._crash("announce")
             done = 0
             if mine.state == ANNOUNCED:
                 await self._until(mine, _has_loaded, "load the encoder")
+                self._crash("load")
                 done = await self._publish(mine, await self._items(mine))
+                self._crash("encode")
                 mine = msgspec.structs.replace(mine, state=IN_USE)
                 await space.tell(self.log, mine)
+                self._crash("in use")
             switch = examples.pack_vectors(Vectors(mine.number, mine.encoder, []), in_use=True)
             await self._until(mine, _has_offset(await self._send([switch])), "show the items' new vectors")
+            self._crash("switch")
             await self._mark(mine)
+            self._crash("mark")
             await self._until(mine, _has_begun, "begin with the encoder")
             late = await self._read_rest(mine)
         return {
@@ -145,6 +155,7 @@ class Migration:
             for partition in range(self.settings.partitions):
                 key, value = space.mark(self.settings.app_id, mine, secrets.token_hex(8))
                 await self.producer.send(self.settings.topic(name), partition, [(key, value)])
+                self._crash("one mark")
 
     async def _until(self, mine: Space, holds: Callable[[Any, Space], bool], what: str) -> None:
         """Until it holds for every worker that answers. Raises MigrationError after WAIT_S_MAX, or where a worker says
@@ -179,6 +190,7 @@ class Migration:
             cuts = (told[at : at + MESSAGE_VECTORS_MAX] for at in range(0, len(told), MESSAGE_VECTORS_MAX))
             messages = [examples.pack_vectors(Vectors(mine.number, mine.encoder, cut), in_use) for cut in cuts]
             offset = max(offset, await self._send(messages))
+            self._crash("items")
             published += len(told)
             self.steps("items that came meanwhile" if in_use else "items", start + len(part), len(items))
         if in_use and published:
