@@ -3,8 +3,8 @@
 The same stream four times: with the encoder as it is all along; with the other one all along; moved to the other one
 where half of the events are learnt, behind a map that is fitted to the items that there are by then; and moved to it
 without a map. Users' words of before the move stay as the old encoder read them. The other encoder is the lower layers
-of the one there is, or --model, and is turned by a random rotation, as an encoder of another origin is: the lower layers
-alone are of nearly the same space.
+of the one there is, or --model, turned by a random rotation, as an encoder of another origin is: the lower layers alone
+are of nearly the same space.
 """
 
 import argparse
