@@ -41,6 +41,7 @@ def run(args: list[str]) -> dict[str, Any]:
     parser.add_argument("--until", type=int, help="only about so many events")
     parser.add_argument("--layers", type=int, default=4, help="of the other encoder")
     parser.add_argument("--model", help="the other encoder, as HEADWATER_ENCODER takes it")
+    parser.add_argument("--back", action="store_true", help="from the other encoder to the one there is")
     options = parser.parse_args(args)
     chosen = settings.load()
     encoder = Encoder(chosen.encoder, device=chosen.device)
@@ -49,8 +50,9 @@ def run(args: list[str]) -> dict[str, Any]:
     warm_up(learner)
     with tempfile.TemporaryDirectory(prefix="headwater-move-") as folder:
         other = options.model or str(_lower_layers(chosen.encoder, options.layers, Path(folder) / "lower"))
-        trial = _Trial(stream, encoder, other, chosen, options.until)
-        return {"stream": stream.name, "encoder": encoder.name, **trial.told()}
+        first, second = (Encoder(other), encoder) if options.back else (encoder, Encoder(other))
+        trial = _Trial(stream, first, second, chosen, options.until)
+        return {"stream": stream.name, "encoder": first.name, **trial.told()}
 
 
 def _lower_layers(model: str, layers: int, folder: Path) -> Path:
@@ -97,10 +99,10 @@ class _Aligned:
 
 class _Trial:
     def __init__(
-        self, stream: evaluate.Stream, encoder: Encoder, model: str, chosen: settings.Settings, until: int | None
+        self, stream: evaluate.Stream, encoder: Encoder, other: Encoder, chosen: settings.Settings, until: int | None
     ) -> None:
         self.stream, self.encoder, self.chosen = stream, encoder, chosen
-        self.other = _Turned(Encoder(model))
+        self.other = _Turned(other)
         self.until = until or len(stream.events)
         self.config = chosen.learner_config(encoder.dim)
 
