@@ -184,7 +184,8 @@ _CHECKPOINTS = [
 ]  # fmt: skip
 _MODEL = {
     "version": "0.1.0", "model_version": _VERSION,
-    "encoder": {"name": _ENCODER, "dim": 384, "adapter": "7d0c41f2a9b3", "checkpoints": _CHECKPOINTS,
+    "encoder": {"name": _ENCODER, "dim": 384, "adapter": "7d0c41f2a9b3", "checkpoints": _CHECKPOINTS, "number": 0,
+                "next": {"name": "e5:0c9d3b51e77a4f26", "number": 1, "state": "loaded", "reason": ""},
                 "trial": {"adapter": "c1e5f0a2d7b4", "share": 0.5, "offset": 2190}},
     "learner": {"applied": {"examples": 2210}, "examples": 55375, "items": 1682, "messages": 2211},
     "config": LearnerConfig().__dict__,

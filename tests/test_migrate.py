@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -122,88 +122,105 @@ def command(worker: WorkerProcess, *words: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_deployment_moves_to_another_encoder_while_it_answers(
-    deployment: Deployment, shorter: Path, tmp_path: Path
-) -> None:
-    feed = Feed(deployment)
-    feed.items(0, ITEMS)
-    for number in range(6):
-        feed.round(number)
-    first, second = deployment.start_worker("a"), deployment.start_worker("b")
-    for worker in (first, second):
-        worker.wait_ready()
-    first.wait_quiet()
-    old = first.get("/v1/model")["encoder"]
-    assert (old["number"], old["next"]) == (0, None)
-    lists = {f"u{u}": first.get(f"/v1/users/u{u}/recommendations", limit=10) for u in range(USERS)}
+class Moving(NamedTuple):
+    """A deployment of two workers that has learnt some rounds, and where the other encoder is."""
 
-    # Another encoder as it is has no place here; aligned it has.
-    code, _, said = command(first, "encoder", "migrate", str(shorter))
-    assert code == 1 and "headwater encoder align" in said
-    aligned = tmp_path / "aligned"
-    code, _, said = command(first, "encoder", "align", str(shorter), "--out", str(aligned))
-    assert code == 0 and f"in the space of {old['name']}" in said
-    new = Encoder(str(aligned))
+    deployment: Deployment
+    feed: Feed
+    workers: list[WorkerProcess]
+    aligned: Path
+    new: Encoder
 
-    # Ended after each of its steps, and a worker with it, then gone on with, beside a stream and its readers.
-    workers = [first, second]
+    def run_to(self, last: str) -> None:
+        """Moves, and is ended after that step."""
 
-    def ask() -> list[Any]:
-        return [worker.get("/v1/model") for worker in workers]
-
-    def run_to(last: str) -> None:
         def crash(step: str) -> None:
             if step == last:
                 raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt):
-            asyncio.run(Migration(first.settings, str(aligned), new, ask, lambda *_: None, crash).run())
+        def ask() -> list[Any]:
+            return [worker.get("/v1/model") for worker in self.workers]
 
+        settings = self.workers[0].settings
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(Migration(settings, str(self.aligned), self.new, ask, lambda *_: None, crash).run())
+
+
+@pytest.fixture
+def moving(deployment: Deployment, shorter: Path, tmp_path: Path) -> Moving:
+    """Another encoder as it is has no place there; aligned it has."""
+    feed = Feed(deployment)
+    feed.items(0, ITEMS)
+    for number in range(6):
+        feed.round(number)
+    workers = [deployment.start_worker("a"), deployment.start_worker("b")]
+    for worker in workers:
+        worker.wait_ready()
+    workers[0].wait_quiet()
+    old = workers[0].get("/v1/model")["encoder"]
+    assert (old["number"], old["next"]) == (0, None)
+    code, _, said = command(workers[0], "encoder", "migrate", str(shorter))
+    assert code == 1 and "headwater encoder align" in said
+    aligned = tmp_path / "aligned"
+    code, _, said = command(workers[0], "encoder", "align", str(shorter), "--out", str(aligned))
+    assert code == 0 and f"in the space of {old['name']}" in said
+    return Moving(deployment, feed, workers, aligned, Encoder(str(aligned)))
+
+
+@pytest.mark.embedded
+def test_a_deployment_moves_to_another_encoder_while_it_answers(moving: Moving) -> None:
+    first, new, feed = moving.workers[0], moving.new, moving.feed
+    lists = {f"u{u}": first.get(f"/v1/users/u{u}/recommendations", limit=10) for u in range(USERS)}
+    old = first.get("/v1/model")["encoder"]["name"]
+
+    # Ended after each of its steps, and a worker with it, then gone on with, beside a stream and its readers.
     for step in ("announce", "load", "items", "encode"):
-        run_to(step)
+        moving.run_to(step)
     coming = first.get("/v1/model")["encoder"]
-    assert (coming["name"], coming["next"]["name"], coming["next"]["state"]) == (old["name"], new.name, "loaded")
+    assert (coming["name"], coming["next"]["name"], coming["next"]["state"]) == (old, new.name, "loaded")
     with Reader(first) as reader:
         feed.round(6)
         feed.items(ITEMS, 5)
         for step in ("in use", "switch", "one mark", "mark"):
-            run_to(step)
+            moving.run_to(step)
             if step == "one mark":  # some partitions have passed theirs
-                workers.pop().kill()
-                workers.append(deployment.start_worker("b"))
-                workers[-1].wait_ready()
-        code, out, _ = command(first, "encoder", "migrate", str(aligned), "--json")
-        assert code == 0
-        told = json.loads(out)
+                moving.workers.pop().kill()
+                moving.workers.append(moving.deployment.start_worker("b"))
+                moving.workers[-1].wait_ready()
+        code, out, _ = command(first, "encoder", "migrate", str(moving.aligned), "--json")
         feed.round(7)
         first.wait_quiet()
+    told = json.loads(out)
+    assert (code, told["encoder"], told["number"]) == (0, new.name, 1)
     assert not reader.failures and len({a["model_version"].split("@")[0] for a in reader.answers}) == 2
-    assert (told["encoder"], told["number"]) == (new.name, 1)
-    for worker in workers:
+    for worker in moving.workers:
         model = worker.get("/v1/model")["encoder"]
         assert (model["name"], model["number"], model["next"]) == (new.name, 1, None)
-
     after = {user: first.get(f"/v1/users/{user}/recommendations", limit=10) for user in lists}
     assert after["u1"]["model_version"].startswith(new.name)
+    _check_afterwards(moving, [*lists.values(), *after.values(), reader.answers[len(reader.answers) // 2]])
 
-    # A worker that is killed, one that starts with the new encoder, and everything is what the logs say.
-    workers[-1].kill()
-    feed.round(8)
-    third = deployment.start_worker("c", encoder=str(aligned))
+
+def _check_afterwards(moving: Moving, lists: list[Any]) -> None:
+    """A worker that is killed, one that starts with the new encoder, and everything is what the logs say."""
+    first, base = moving.workers[0], Encoder()
+    moving.workers[-1].kill()
+    moving.feed.round(8)
+    third = moving.deployment.start_worker("c", encoder=str(moving.aligned))
     third.wait_ready()
     first.wait_quiet()
     assert third.get("/v1/model")["encoder"]["number"] == 1
-    digests = lambda: [worker.get("/v1/digest") for worker in (first, third)]  # noqa: E731
-    base = Encoder()
-    for own in (base, new):  # whichever of the two the command has, the other one is found
+
+    def digests() -> list[Any]:
+        return [worker.get("/v1/digest") for worker in (first, third)]
+
+    for own in (base, moving.new):  # whichever of the two the command has, the other one is found
         verdicts = verify.verify(first.settings, digests, own, lambda *step: None)
         assert all(one.is_equal for one in verdicts), verdicts
-    for answer in (*lists.values(), *after.values(), reader.answers[len(reader.answers) // 2]):
+    for answer in lists:
         assert rebuild_list(first.settings, tokens.read(answer["token"]), base, [], lambda *step: None).is_equal
-
-    # Again is nothing; and there is no way to give up what is done.
-    code, out, _ = command(first, "encoder", "migrate", str(aligned), "--json")
-    assert (code, json.loads(out)["items"]) == (0, 0)
+    code, out, _ = command(first, "encoder", "migrate", str(moving.aligned), "--json")
+    assert (code, json.loads(out)["items"]) == (0, 0)  # again is nothing
     code, _, said = command(first, "encoder", "give-up")
     assert code == 1 and "no move to another encoder is under way" in said
     code, out, _ = command(first, "encoder", "list", "--json")

@@ -51,17 +51,20 @@ async def test_of_two_that_claim_at_once_the_first_in_the_log_has_it() -> None:
 async def test_an_encoder_is_announced_then_in_use_or_given_up() -> None:
     log = MemoryLog()
     await space.claim(log, OURS, "app")
-    second, third = Space("bge:1", 384, 1, "/m/bge", "announced"), Space("e5:2", 384, 1, "/m/e5", "announced")
+    second, third = (
+        Space("bge:1", 384, 1, "/m/bge", state="announced"),
+        Space("e5:2", 384, 1, "/m/e5", state="announced"),
+    )
     for told in (second, third):  # of two for one number the first stands
         await space.tell(log, told)
     spaces = await space.read(log)
     assert (spaces.current, spaces.next, spaces.named("e5:2")) == (OURS, second, None)
-    await space.tell(log, Space("bge:1", 384, 1, "/m/bge", "given up"))
-    await space.tell(log, Space("bge:1", 384, 1, "/m/bge", "in use"))  # too late
-    await space.tell(log, Space("e5:2", 384, 2, "/m/e5", "announced"))
-    await space.tell(log, Space("e5:2", 384, 2, "/m/e5", "in use"))
+    await space.tell(log, Space("bge:1", 384, 1, "/m/bge", state="given up"))
+    await space.tell(log, Space("bge:1", 384, 1, "/m/bge", state="in use"))  # too late
+    await space.tell(log, Space("e5:2", 384, 2, "/m/e5", state="announced"))
+    await space.tell(log, Space("e5:2", 384, 2, "/m/e5", state="in use"))
     spaces = await space.read(log)
-    assert spaces.current == Space("e5:2", 384, 2, "/m/e5", "in use") and spaces.next is None
+    assert spaces.current == Space("e5:2", 384, 2, "/m/e5", state="in use") and spaces.next is None
     assert spaces.named("bge:1") is None
     for mine in (OURS, spaces.current):  # a worker may start with either
         assert (await space.claim(log, mine, "app")).current == spaces.current
@@ -76,7 +79,7 @@ class Named:
 
 async def test_a_process_loads_what_it_needs_of_the_encoders_and_no_other() -> None:
     spaces = Spaces()
-    for told in (OURS, Space("bge:1", 384, 1, "/m/bge", "announced"), Space("bge:1", 384, 1, "/m/bge")):
+    for told in (OURS, Space("bge:1", 384, 1, "/m/bge", state="announced"), Space("bge:1", 384, 1, "/m/bge")):
         spaces.take(told)
     asked: list[str] = []
 
@@ -95,6 +98,6 @@ async def test_a_process_loads_what_it_needs_of_the_encoders_and_no_other() -> N
     await moved.load_from(starts, 40)  # past the old one's texts
     with pytest.raises(OtherSpaceError, match="set HEADWATER_ENCODER to it"):
         await moved.load_from(starts, 39)
-    spaces.take(Space("e5:2", 384, 2, "/m/bge", "announced"))
+    spaces.take(Space("e5:2", 384, 2, "/m/bge", state="announced"))
     with pytest.raises(OtherSpaceError, match="what is at /m/bge is bge:1"):
         await encoders.load(2)
