@@ -427,7 +427,11 @@ def _check_report(worker: WorkerProcess, arms: dict[str, str], offset: int, adap
     def result() -> Any:
         return json.loads(command("report", "--json"))
 
-    worker.wait_until("all notes", lambda: sum(one["users"] for one in result()["arms"].values()) == len(arms))
+    def has_all() -> bool:
+        done = CliRunner().invoke(app, ["checkpoints", "report", "--json"])  # refused while there is none
+        return done.exit_code == 0 and sum(o["users"] for o in json.loads(done.stdout)["arms"].values()) == len(arms)
+
+    worker.wait_until("all notes", has_all)
     found = result()
     assert (found["trial"], found["share"], found["difference"]) == (offset, 0.5, None)
     assert "too little to tell" in found["notes"][-1]
