@@ -7,6 +7,7 @@ import pytest
 
 from bench.doubles import MemoryLog
 from streams import space
+from streams.codec import MARK
 from streams.space import Encoders, OtherSpaceError, Space, Spaces, Starts
 
 OURS = Space("minilm:0123", 384)
@@ -101,3 +102,32 @@ async def test_a_process_loads_what_it_needs_of_the_encoders_and_no_other() -> N
     spaces.take(Space("e5:2", 384, 2, "/m/bge", state="announced"))
     with pytest.raises(OtherSpaceError, match="what is at /m/bge is bge:1"):
         await encoders.load(2)
+
+
+def test_a_mark_counts_for_its_own_app_id_and_announcement_alone() -> None:
+    spaces = Spaces()
+    announced = Space("bge:1", 384, 1, "/m/bge", "nonce", "announced")
+    for told in (OURS, announced):
+        spaces.take(told)
+    encoders = Encoders(cast(Any, Named(OURS.encoder)), cast(Any, None), spaces)
+    key, value = space.mark("app", announced, "a")
+    assert key.startswith(MARK) and key != space.mark("app", announced, "b")[0]
+    assert encoders.number_of(value, "app") == 1 and space.is_marked(value, "app")
+    for other in (
+        space.mark("other", announced, "a")[1],
+        space.mark("app", Space("bge:1", 384, 1, "/m/bge", "forged"), "a")[1],
+        space.mark("app", OURS, "a")[1],  # without a nonce nobody has announced it
+        space.mark("app", Space("bge:1", 384, 7, "/m/bge", "nonce"), "a")[1],
+        b"{", b"[1]", None,
+    ):  # fmt: skip
+        assert encoders.number_of(other, "app") is None
+    spaces.take(Space("bge:1", 384, 1, "/m/bge", "nonce", "given up"))
+    assert encoders.number_of(value, "app") is None
+
+
+def test_the_first_mark_of_a_number_holds() -> None:
+    starts = Starts().then(1, 10).then(1, 20).then(2, 30).then(1, 40)
+    assert starts.pairs == ((1, 10), (2, 30))
+    assert starts.until(29).pairs == ((1, 10),) and starts.until(9).row() == {}
+    with pytest.raises(ValueError, match="another version"):
+        Starts.unpack(b"\x02")
