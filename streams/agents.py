@@ -171,13 +171,17 @@ class Keeper(ABC, Generic[T]):
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run(), name=f"{self.kind}-{self.number}")
 
-    async def _read_marks(self, topic: str, records: Sequence[Record]) -> None:
-        """Loads the encoders that texts of a batch go over to: until it is there, the partition waits for it."""
+    async def _read_marks(self, topic: str, records: Sequence[Record]) -> bool:
+        """Loads the encoders that texts of a batch go over to: the partition waits for them. Whether they are there."""
         if self.topics[topic] != self.texts_of:
-            return
+            return True
         for record in records:
             if record.key is not None and record.key.startswith(codec.MARK):
                 await self.around.load_marked(record.value)
+                number = self.around.number_of(record.value)
+                if number is not None and not self.around.encoders.is_loaded(number):
+                    return False  # the worker stops
+        return True
 
     def _pass_mark(self, record: Record) -> "_Mark":
         """What comes behind it is read by its encoder, if it is one of ours."""
@@ -229,7 +233,8 @@ class Keeper(ABC, Generic[T]):
 
         Raises LogTruncatedError when the log no longer holds what comes next.
         """
-        await self._read_marks(topic, records)
+        if not await self._read_marks(topic, records):
+            return None
         source = self.inbox.sources[topic]
         while records and records[0].offset < source.expected:
             records = [r for r in records if r.offset >= source.expected]

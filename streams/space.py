@@ -12,7 +12,7 @@ reads the log, now or later, reads each text by the same encoder. The row STARTS
 
 import asyncio
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -162,12 +162,13 @@ async def claim(log: Log, mine: Space, app_id: str) -> Spaces:
 
 
 class Encoders:
-    """The encoders of a deployment that this process has loaded. `spaces` may grow at any time."""
+    """The encoders of a deployment that this process has loaded. `spaces` may grow at any time, or be behind its log."""
 
     def __init__(self, own: Encoder, make: Load, spaces: Spaces | None = None) -> None:
         """own: the one that the process was started with. make: loads the one that HEADWATER_ENCODER would name so."""
         self.own = own
         self.spaces = Spaces() if spaces is None else spaces
+        self.read: Callable[[], Awaitable[Spaces | None]] | None = None  # the log, for whoever may be behind
         self._make = make
         self._loaded = {own.name: own}
         self._loading = asyncio.Lock()
@@ -204,9 +205,17 @@ class Encoders:
         """Which encoder reads the record at an offset. `load` of each number comes first."""
         return lambda offset: self.at(starts.number_at(offset))
 
+    async def catch_up(self, number: int | None) -> None:
+        """Reads the log again, unless the number is known here; None: it is not."""
+        if self.read is not None and (number is None or number >= len(self.spaces.known) > 0):
+            spaces = await self.read()
+            if spaces is not None:
+                self.spaces = spaces
+
     async def load(self, number: int) -> Encoder:
         """Loads it beside the loop, if it is not loaded. Raises OtherSpaceError for a model of another name, and what
         a model that cannot be loaded raises."""
+        await self.catch_up(number)
         async with self._loading:
             if not self.is_loaded(number):
                 space = self.spaces.known[number]
@@ -236,7 +245,7 @@ class Encoders:
         return self.reader(starts)
 
     def _name(self, number: int) -> str:
-        return self.spaces.known[number].encoder if number < len(self.spaces.known) else self.own.name
+        return self.spaces.known[number].encoder if self.spaces.known or number else self.own.name
 
 
 class Starts(NamedTuple):

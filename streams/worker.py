@@ -587,6 +587,8 @@ class Worker:
         spaces = await in_reach(lambda: space.claim(claims, mine, self.settings.app_id), REOPEN_WAIT_S, waits)
         assert spaces is not None
         self.encoders.spaces = spaces
+        waits = "the log of encoders is out of reach; trying again"
+        self.encoders.read = lambda: in_reach(lambda: space.read(claims), REOPEN_WAIT_S, waits)
         self._use(await self.encoders.load(self.encoders.number))
 
     async def follow_encoders(self) -> None:
@@ -621,11 +623,8 @@ class Worker:
     async def _load_marked(self, value: bytes | None) -> None:
         """The encoder of a mark, before anything behind it is read; until it can be loaded the partition waits."""
         number_of = partial(self.encoders.number_of, value, self.settings.app_id)
-        if number_of() is None and space.is_marked(value, self.settings.app_id):  # perhaps this process is behind
-            claims = space.log_of(self.settings, self.producer)
-            spaces = await in_reach(lambda: space.read(claims), REOPEN_WAIT_S, "a mark waits for the log of encoders")
-            if spaces is not None:
-                self.encoders.spaces = spaces
+        if number_of() is None and space.is_marked(value, self.settings.app_id):
+            await self.encoders.catch_up(None)
         number = number_of()
         while number is not None and not self.encoders.is_loaded(number) and not self.stopping:
             await self._load_encoder(self.encoders.spaces.known[number])

@@ -104,6 +104,23 @@ async def test_a_process_loads_what_it_needs_of_the_encoders_and_no_other() -> N
         await encoders.load(2)
 
 
+async def test_a_process_that_is_behind_the_log_reads_it_before_it_takes_another_encoder() -> None:
+    """Found by the simulation, seed 16534: a restored row may name an encoder that the process has not heard of."""
+    behind, log = Spaces(), Spaces()
+    for told in (OURS, Space("bge:1", 384, 1, "/m/bge", state="announced"), Space("bge:1", 384, 1, "/m/bge")):
+        log.take(told)
+    behind.take(OURS)
+    encoders = Encoders(cast(Any, Named(OURS.encoder)), lambda model: cast(Any, Named("bge:1")), behind)
+
+    async def read() -> Spaces:
+        return log
+
+    encoders.read = read
+    starts = Starts(((1, 2),))
+    await encoders.load_from(starts, 2)
+    assert encoders.reader(starts)(2).name == "bge:1"
+
+
 def test_a_mark_counts_for_its_own_app_id_and_announcement_alone() -> None:
     spaces = Spaces()
     announced = Space("bge:1", 384, 1, "/m/bge", "nonce", "announced")
