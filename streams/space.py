@@ -162,7 +162,7 @@ async def claim(log: Log, mine: Space, app_id: str) -> Spaces:
 
 
 class Encoders:
-    """The encoders of a deployment that this process has loaded. `spaces` may grow at any time, or be behind its log."""
+    """The encoders of a deployment that this process has loaded. `spaces` may grow at any time, and may lag behind."""
 
     def __init__(self, own: Encoder, make: Load, spaces: Spaces | None = None) -> None:
         """own: the one that the process was started with. make: loads the one that HEADWATER_ENCODER would name so."""
