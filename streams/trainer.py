@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -82,6 +82,7 @@ class Trainer:
         self.options = settings.kafka_options()
         self.topic = settings.internal_topic("examples")
         self._sealer = sealer_of(settings)
+        self._first_base = base
         self.tuning = self._new_tuning(base, text_dim)
         self.folder = Checkpoints(settings.checkpoints, self._crash)
         self.metrics = TrainerMetrics()
@@ -127,22 +128,26 @@ class Trainer:
         follow = kafka.read_records(
             self.options, self.topic, LEARNER_PARTITION, self.tuning.offset + 1, isolation_level="read_committed"
         )
+        at_end = False
         async with aclosing(follow) as batches:
             async for batch in batches:
+                at_end = at_end and not batch
                 for record in batch:
                     if self._stopping.is_set():
                         return
                     await self._take(record.offset, record.value)
                     if self.tuning.owes_replay:
                         log.info("begins again without what was removed", offset=record.offset)
+                        await self._abandon("examples were unlearnt")
                         self.tuning = self.tuning.again()
                         await self._reach_back()
                         await asyncio.to_thread(self._save)
                         return
                 if self._stopping.is_set():
                     return
-                if not batch:  # at the end of the log: what was asked for is not in it
-                    self.metrics.lag.set(0)
+                if not batch and not at_end:  # or the broker is slow
+                    at_end = await self._observe_lag() == 0
+                if at_end:  # so that what was asked for is not in the log
                     await self._ask()
 
     async def _take(self, offset: int, message: bytes) -> None:
@@ -155,8 +160,20 @@ class Trainer:
         if decisions or self._unsaved >= SAVE_MESSAGES:
             self._observe()
             await asyncio.to_thread(self._save)
-            with suppress(KafkaError):  # it is a figure, and told again soon
-                self.metrics.lag.set(await kafka.log_end(self.options, self.topic, LEARNER_PARTITION) - 1 - offset)
+            await self._observe_lag()
+
+    async def _observe_lag(self) -> int | None:
+        """Records of the log that are still to come; None where the broker does not say."""
+        try:
+            lag = await kafka.log_end(self.options, self.topic, LEARNER_PARTITION) - 1 - self.tuning.offset
+        except KafkaError:
+            return None
+        self.metrics.lag.set(max(0, lag))
+        return max(0, lag)
+
+    async def _abandon(self, why: str) -> None:
+        for decision in self.tuning.abandoned({"reason": why}):
+            await self._decided(decision)
 
     def _opened(self, value: bytes) -> bytes:
         """A message, or the saved state, as it is under the data keys. Raises SealError."""
@@ -242,15 +259,28 @@ class Trainer:
                 self.tuning.load(self._opened(await asyncio.to_thread(self._state_path.read_bytes)))
             except ValueError as problem:
                 log.warning("the saved state is left aside", path=str(self._state_path), problem=str(problem))
+                await self._drop_strays()
             else:
                 log.info("goes on", offset=self.tuning.offset, phase=self.tuning.phase)
         await self._reach_back()
+
+    async def _drop_strays(self) -> None:
+        """Candidates in shadow of a loop whose state is not used: this one makes its own."""
+        for manifest in await asyncio.to_thread(self.folder.manifests):
+            if manifest.state == checkpoints.SHADOW:
+                manifest.state = checkpoints.DROPPED
+                manifest.decisions.append(
+                    {"kind": "drop", "position": -1, "reason": "the trainer's state was set aside"}
+                )
+                await asyncio.to_thread(self.folder.put, manifest)
+                await self._announce(manifest)
 
     async def _reach_back(self) -> None:
         """The item changelog's state, where the log no longer has what comes next."""
         first = await kafka.ChangelogTopic(self.topic, LEARNER_PARTITION, self._producer, self.options).first()
         if first > self.tuning.offset + 1:
-            self.tuning = self._new_tuning(self.tuning.base, self.tuning.text_dim)
+            await self._abandon("the log's records were gone before they were learnt")
+            self.tuning = self._new_tuning(self._first_base, self.tuning.text_dim).counting_on(self.tuning)
             await self._adopt()
 
     async def _adopt(self) -> None:
@@ -287,7 +317,11 @@ def record(folder: Checkpoints, decision: Decision, now: float) -> list[Manifest
             rank=decision.adapter.left.shape[1], digest="", created=now, training=decision.facts,
         )  # fmt: skip
         folder.add(decision.adapter, manifest)
-        return [folder.get(manifest.name)]
+        manifest = folder.get(manifest.name)
+        if manifest.state == checkpoints.DROPPED:  # by a loop that began again, and has made the same
+            manifest.state = checkpoints.SHADOW
+            folder.put(manifest)
+        return [manifest]
     changed = {}
     if decision.kind == "switched":
         changed = {m.name: m for m in folder.switched(name, decision.facts["taken_back"])}

@@ -97,9 +97,26 @@ class Tuning:
 
     def again(self) -> "Tuning":
         """A loop that has not begun, and leaves out what the log has removed."""
-        fresh = Tuning(self._first_base, self.text_dim, self._learner_config, self.config)
+        fresh = Tuning(self._first_base, self.text_dim, self._learner_config, self.config).counting_on(self)
         fresh.champion = self.champion.again()
         return fresh
+
+    def counting_on(self, before: "Tuning") -> "Tuning":
+        """This loop with the numbers of candidates and watches of the one before it: both together have one alpha."""
+        self.rounds, self.watches = before.rounds, before.watches
+        return self
+
+    def abandoned(self, why: dict[str, Any], instead: Adapter | None = None) -> list[Decision]:
+        """The drop of a candidate that nobody decides on any more: the one in shadow, or a winner that waits for its
+        switch, unless the log has switched to it (`instead`)."""
+        candidate = None
+        if self.phase == "shadow" and self.rival is not None:
+            candidate = self.rival.learner.matrix.adapter
+        elif self.phase == "asked" and not self.taking_back:
+            candidate = self.wanted
+        if candidate is None or candidate.name == _name(instead):
+            return []
+        return [Decision("drop", candidate, _name(self.current), self.offset, why)]
 
     def advance(self, offset: int, message: bytes, trained: Trained = lambda step, loss: None) -> list[Decision]:
         """Takes in the message at this offset of the examples log; what was decided by it."""
@@ -182,10 +199,8 @@ class Tuning:
 
     def _move(self, base: str, adapter: Adapter | None) -> list[Decision]:
         """The log has moved from this encoder, and adapter, to another: adapters, and their replay, begin anew."""
-        facts, decisions = {"moved_from": base, "moved_to": self.base}, []
-        if self.phase == "shadow" and self.rival is not None:
-            about = self.rival.learner.matrix.adapter
-            decisions.append(Decision("drop", about, _name(adapter), self.offset, facts))
+        facts = {"moved_from": base, "moved_to": self.base}
+        decisions = [dropped._replace(parent=_name(adapter)) for dropped in self.abandoned(facts)]
         if adapter is not None:
             decisions.append(Decision("switched", None, _name(adapter), self.offset, {"taken_back": False, **facts}))
         self.replay = Replay(self.config.finetune.replay_messages, self.config.finetune.candidates_max)
@@ -207,6 +222,7 @@ class Tuning:
             return []
         predecessor = self._fork()
         predecessor.end_trial()
+        dropped = self.abandoned({"switched_to": _name(adapter)}, adapter)
         self.champion.learn(offset, message)
         self.wanted, self.taking_back = None, False
         self.rival = self.duel = None
@@ -216,7 +232,7 @@ class Tuning:
             self.watches += 1
             self.rival, self.phase = predecessor, "watch"
             self.duel = Duel.new(level(self.config.alpha, self.watches), self.config.watch_tests)
-        return [Decision("switched", adapter, before, offset, {"taken_back": taken_back})]
+        return [*dropped, Decision("switched", adapter, before, offset, {"taken_back": taken_back})]
 
     def _try_out(self, offset: int, message: bytes) -> list[Decision]:
         """A trial begins or ends: nobody's promotion, so that nothing is decided and nothing watched."""

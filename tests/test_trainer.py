@@ -26,8 +26,8 @@ from streams.datakeys import sealer_of
 from streams.pipeline import ItemLearner
 from streams.settings import Settings, environment
 from streams.space import Space
-from streams.trainer import Trainer, _claimed, switch
-from streams.tuning import TuningConfig
+from streams.trainer import Trainer, _claimed, record, switch
+from streams.tuning import Decision, TuningConfig
 from tests.tuning_world import BASE, DIM, LEARNER, TUNING, SmallTrainer, harmful, history, messages, planted
 
 WAIT_S_MAX: Final = 120.0
@@ -174,8 +174,8 @@ async def test_a_switch_by_hand_is_watched_and_taken_back(
     async for batch in kafka.read_log(
         settings.kafka_options(), settings.internal_topic("examples"), 0, 0, trainer.tuning.offset
     ):
-        for record in batch:
-            if replayed.learn(record.offset, record.value or b"").urgent:
+        for one in batch:
+            if replayed.learn(one.offset, one.value or b"").urgent:
                 adapters += [replayed.learner.matrix.adapter]
     assert [a and a.name for a in adapters] == [bad.name, None]
     assert replayed.learner.digest() == trainer.tuning.champion.learner.digest()
@@ -203,6 +203,26 @@ async def test_a_sealed_log_needs_the_keys_and_the_state_is_sealed_too(broker: s
     again = SmallTrainer(keyed, BASE, DIM, time.time)
     await run_until(again, lambda: again.tuning.offset == len(log) - 1)
     assert again.tuning.save() == trainer.tuning.save()
+
+
+@pytest.mark.embedded
+async def test_a_candidate_of_a_state_that_is_left_aside_is_dropped(broker: str, tmp_path: Path) -> None:
+    settings = settings_of(broker, tmp_path, "trainer-l")
+    Deployment(broker, tmp_path / "d", topic_prefix=settings.topic_prefix, partitions=1).create_topics()
+    folder, adapter = Checkpoints(settings.checkpoints), planted()
+    made = Decision("candidate", adapter, "", 5, {"loss": 1.0})
+    record(folder, made, 1e9)
+    settings.trainer_dir.mkdir(parents=True)
+    (settings.trainer_dir / "tuning.msgpack").write_bytes(b"of another configuration")
+    trainer = SmallTrainer(settings, BASE, DIM, time.time)
+    await run_until(trainer, lambda: folder.get(adapter.name).state == "dropped")
+    [manifest] = folder.manifests()
+    assert manifest.decisions == [{"kind": "drop", "position": -1, "reason": "the trainer's state was set aside"}]
+    told = kafka.read_log(settings.kafka_options(), settings.topic("encoder-checkpoints"), 0, 0, 0)
+    assert [json.loads(one.value or b"{}")["state"] async for batch in told for one in batch] == ["dropped"]
+    [again] = record(folder, made, 1e9)
+    assert again.state == "shadow", "a loop that makes it anew decides on it anew"
+    assert folder.prune(0) == []
 
 
 def test_files_are_whole_or_refused(tmp_path: Path) -> None:

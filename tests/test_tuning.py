@@ -142,6 +142,22 @@ def test_a_regression_is_taken_back(log: list[bytes], middle: bytes) -> None:
     assert tuning.advance(2 * offset + 2, request) == []  # a repeat changes nothing
 
 
+def test_a_candidate_that_nobody_decides_on_is_dropped(log: list[bytes], middle: bytes) -> None:
+    """By a switch to another one: while it is in shadow, and while it waits for its own switch."""
+    for phase in ("shadow", "asked"):
+        tuning = resumed(middle)
+        tuning.challenge(planted())
+        offset = len(log) // 2
+        while tuning.phase != phase:
+            tuning.advance(2 * offset, log[offset])
+            offset += 1
+        decided = tuning.advance(2 * offset, examples.pack_adapter(harmful()))
+        assert [(d.kind, d.adapter and d.adapter.name) for d in decided] == [
+            ("drop", planted().name), ("switched", harmful().name)
+        ]  # fmt: skip
+        assert decided[0].facts == {"switched_to": harmful().name} and tuning.request() is None
+
+
 def test_an_adapter_of_another_encoder_is_refused() -> None:
     learner = ItemLearner(LEARNER, DIM, "encoder:2")
     with pytest.raises(AdapterError, match="encoder:1"):
@@ -221,7 +237,10 @@ def test_a_removal_begins_again_without_what_it_names(log: list[bytes]) -> None:
     assert not tuning.owes_replay
     tuning.advance(2 * len(log), removal)
     assert tuning.owes_replay
-    seen, tuning = tuning.examples, tuning.again()
+    tuning.challenge(planted())
+    assert [(d.kind, d.facts) for d in tuning.abandoned({"reason": "removal"})] == [("drop", {"reason": "removal"})]
+    rounds, seen, tuning = tuning.rounds, tuning.examples, tuning.again()
+    assert tuning.rounds == rounds > 0, "its candidates count on: they share one alpha"
     assert tuning.offset == -1
     run(tuning, [*log, removal])
     assert not tuning.owes_replay
