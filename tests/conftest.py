@@ -15,11 +15,15 @@ from streams.settings import PREFIX, Settings, kafka_test_dir
 
 EMBEDDED: Final = "embedded"
 KAFKA: Final = "kafka"
-# The long ones, which begin first. Their tests share nothing, so that the processes of a run share them out.
-SPREAD: Final = (
-    "test_worker_simulation", "test_switch", "test_worker", "test_forget", "test_bench", "test_privacy", "test_stop",
-    "test_verify", "test_trainer",
+LONG: Final = "long"
+# The long ones, which begin first, in this order. The tests of most share nothing, so that the processes of a run share
+# them out; those of others stay in one process, as all modules do that are not named here.
+FIRST: Final = (
+    "test_damage", "test_worker_simulation", "test_migrate", "test_worker", "test_switch", "test_forget", "test_demo",
+    "test_cli", "test_bench", "test_pressure", "test_encoder_training", "test_page", "test_asking", "test_privacy",
+    "test_stop", "test_verify", "test_trainer",
 )  # fmt: skip
+IN_ONE_PROCESS: Final = {"test_damage", "test_pressure", "test_encoder_training", "test_page", "test_asking"}
 _numbers = itertools.count()
 
 # The same examples in every run, however slow the machine is.
@@ -32,11 +36,15 @@ hypothesis.settings.load_profile("headwater")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test of `broker` runs on the embedded one, and on Apache Kafka where HEADWATER_TEST_KAFKA names its jars.
 
-    Not so what no broker can make a difference to, and which is marked so: `embedded`.
+    Not so what no broker can make a difference to, and which is marked so: `embedded`. What is `long` runs on one kind,
+    the real one where it is here.
     """
     if "broker" in metafunc.fixturenames:
-        is_embedded = metafunc.definition.get_closest_marker(EMBEDDED) is not None
-        kinds = [EMBEDDED] if is_embedded or not kafka_test_dir() else [EMBEDDED, KAFKA]
+        kinds = [EMBEDDED, KAFKA] if kafka_test_dir() else [EMBEDDED]
+        if metafunc.definition.get_closest_marker(EMBEDDED) is not None:
+            kinds = [EMBEDDED]
+        elif metafunc.definition.get_closest_marker(LONG) is not None:
+            kinds = kinds[-1:]
         metafunc.parametrize("broker", kinds, indirect=True, scope="session")
 
 
@@ -49,9 +57,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if kafka_test_dir() is None:
         items[:] = [item for item in items if KAFKA + "_node" not in getattr(item, "fixturenames", ())]
     for item in items:
-        if item.path.stem not in SPREAD:
+        if item.path.stem not in FIRST or item.path.stem in IN_ONE_PROCESS:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=lambda item: SPREAD.index(item.path.stem) if item.path.stem in SPREAD else len(SPREAD))
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")

@@ -219,6 +219,7 @@ def test_topics_that_are_not_there_are_told_and_not_made(command: str, broker: s
     assert run("topics", **own).exit_code == 0, "all of them are made as planned"
 
 
+@pytest.mark.long
 def test_a_broker_of_several_that_is_away_keeps_no_worker_from_its_start(
     broker: str, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ def cut(log: list[tuple[int, bytes]], user_positions: set[int]) -> ItemLearner:
 LEARNER = LearnerConfig(text_dim=TEXT_DIM)
 
 
+@pytest.mark.long
 def test_a_user_is_forgotten_everywhere_and_by_the_model(
     deployment: Deployment, outside: Outside, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +214,7 @@ def own_positions(deployment: Deployment) -> set[int]:
     return asyncio.run(read())
 
 
+@pytest.mark.long
 def test_an_erasure_outlives_kill_9_and_the_loss_of_the_disk(deployment: Deployment, outside: Outside) -> None:
     worker = deployment.start_worker()
     outside.films()

@@ -97,6 +97,7 @@ def verified(
     return code, {(v["kind"], v["partition"]): v for v in answer["partitions"]}
 
 
+@pytest.mark.long
 def test_what_a_worker_has_is_what_the_logs_say(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip

@@ -203,6 +203,7 @@ def test_an_item_of_now_is_listed_though_nothing_else_happens(deployment: Deploy
     assert "sequel" not in recommended(worker, "v")
 
 
+@pytest.mark.long
 def test_a_killed_worker_goes_on_where_it_was(broker: str, tmp_path: Path) -> None:
     """kill -9 in mid-stream, once with the disk deleted."""
     site = chaos.Site(broker, broker)
