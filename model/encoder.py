@@ -44,6 +44,7 @@ BLOCK_SHORT_TOKENS_MAX: Final = 64
 WINDOW_DECAY: Final = 0.2  # of a window's weight, to the one before: a text says first what it is about
 WINDOWS_MAX: Final = 256  # of a text, 25,000 tokens: a longer one is read at so many places, evenly spread
 DIGEST_BYTES: Final = 16
+TRAINED: Final = "manifest.json"  # beside a model that `headwater encoder train` made
 POOLER: Final = "pooler."  # weights that no vector depends on; where the files lack them, they are drawn at every start
 HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WHAT_TO_GIVE: Final = (
@@ -111,7 +112,7 @@ class Encoder:
         self.device = torch.device(pick_device(device))
         self.precision = _pick_precision(config.precision, self.device)
         self.alignment = _alignment(model)
-        source, options = locate(model if self.alignment is None else _aligned_model(Path(model), self.alignment))
+        source, options = locate(_own_model(model, self.alignment))
         with loading(model):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             if not tokenizer.is_fast:
@@ -124,6 +125,7 @@ class Encoder:
             self._drawn = {key for key in told["missing_keys"] if key.startswith(POOLER)}
             self._model.eval().to(self.device)
             self._pooling = read_pooling(source, options)
+            self.trained_on: str = _trained_on(source, options)  # by `headwater encoder train`, in words; "": by nobody
             self._window_tokens = _window_tokens(config.window_tokens, tokenizer, self._model.config, source, options)
         self._pad_id: int = tokenizer.pad_token_id or 0
         self._tokenizer = tokenizer.backend_tokenizer
@@ -328,10 +330,22 @@ def _alignment(model: str) -> Alignment | None:
         raise EncoderError(str(problem)) from problem
 
 
-def _aligned_model(folder: Path, alignment: Alignment) -> str:
-    """What the alignment's model is to `locate`."""
-    below = folder / alignment.model
+def own_model(model: str) -> str:
+    """The model itself of an alignment's folder, without the map behind it; any other is its own. Raises
+    EncoderError."""
+    return _own_model(model, _alignment(model))
+
+
+def _own_model(model: str, alignment: Alignment | None) -> str:
+    if alignment is None:
+        return model
+    below = Path(model) / alignment.model
     return str(below) if below.is_dir() else alignment.model
+
+
+def _trained_on(source: str, options: dict[str, Any]) -> str:
+    told = read_json(source, TRAINED, options)
+    return str(told.get("trained_on", "a stream")) if isinstance(told, dict) and "covered" in told else ""
 
 
 def locate(model: str) -> tuple[str, dict[str, Any]]:

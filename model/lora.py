@@ -26,6 +26,7 @@ Importing this module imports torch (seconds); peft is the extra `lora`.
 import hashlib
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -36,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from model.encoder import EncoderConfig, EncoderError, loading, locate, padded, pick_device, read_pooling
@@ -54,6 +55,7 @@ SPREAD_BOUNDS: Final = (0.0, 4.0)  # of s: a part that is as good as learnt weig
 GRADIENT_MAX: Final = 1.0  # norm, clipped
 WARM_UP: Final = 0.1  # share of the steps in which the step size grows; then it falls to 0
 HELD_BATCHES_MAX: Final = 16
+ALL_LINEAR: Final = "all-linear"
 ADAPTER_FOLDER: Final = "adapter"  # within a written encoder: peft's files
 MODULES_FILE: Final = "modules.json"
 BESIDE: Final = (MODULES_FILE, "sentence_bert_config.json", "config_sentence_transformers.json")
@@ -70,7 +72,7 @@ class LoraTrainingConfig:
 
     rank: int = 8
     alpha: float = 16.0  # the adapters' product is scaled by alpha / rank
-    targets: tuple[str, ...] = ("query", "key", "value")  # ends of the names of linear layers; all-linear: every one
+    targets: tuple[str, ...] = ("query", "key", "value")  # ends of the names of linear modules; all-linear: every one
     layers: int = 2  # the upper ones; 0: all. Those below them need no graph
     steps: int = 256  # of the optimizer
     accumulate: int = 1  # batches a step
@@ -146,7 +148,7 @@ class LoraTraining:
         """base: a folder, a Hugging Face id or the default model, as `Encoder` takes it; device: auto, cpu or cuda.
 
         breathe: called after each chunk of texts, some 50 ms of a core. Raises EncoderError, and TrainingError where
-        peft is not installed, no layer has a name of `targets`, or there is nothing to train on.
+        peft is not installed, no module has a name of `targets`, or there is nothing to train on.
         """
         self.config = config = LoraTrainingConfig() if config is None else config
         self.base, self.data = base, data
@@ -188,23 +190,13 @@ class LoraTraining:
         require_peft()
         from peft import LoraConfig, get_peft_model
 
-        config, layers = self.config, int(model.config.num_hidden_layers)
-        upper = None if not config.layers else list(range(max(0, layers - config.layers), layers))
-        everything = config.targets == ("all-linear",)
         chosen = LoraConfig(
-            r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, bias="none", layers_to_transform=upper,
-            target_modules="all-linear" if everything else list(config.targets),
+            r=self.config.rank, lora_alpha=self.config.alpha, lora_dropout=0.0, bias="none",
+            target_modules=_targets(model, self.base, self.config),
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed(_START))
-            try:
-                return get_peft_model(model, chosen)
-            except ValueError:
-                linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-                raise TrainingError(
-                    f"encoder {self.base!r} has no layers that are called {', '.join(config.targets)}: choose of its "
-                    f"linear ones ({', '.join(sorted(linear))}), or all-linear"
-                ) from None
+            return get_peft_model(model, chosen)
 
     def _tokenized(self, texts: Sequence[str]) -> list[list[int]]:
         cut = self._tokenizer.backend_tokenizer
@@ -356,7 +348,7 @@ class LoraTraining:
     # --- training ---
 
     def steps(self) -> Iterator[LoraStep]:
-        """Trains from where it is to the configured number of steps."""
+        """Trains from where it is to the configured number of steps. Raises TrainingError where it diverges."""
         while self.done < self.config.steps:
             yield self._step()
 
@@ -374,13 +366,14 @@ class LoraTraining:
             texts += trained
             for part, loss in losses.items():
                 sums.setdefault(part, []).append(loss)
-        torch.nn.utils.clip_grad_norm_([p for _, p in self._named], GRADIENT_MAX)
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in self._named], GRADIENT_MAX)
+        means = {part: sum(some) / len(some) for part, some in sums.items()}
+        _require_finite({**means, "gradient": float(norm)}, f"before step {number + 1}")
         weights = torch.exp(-self._spread.detach()).tolist()
         self._optimizer.step()
         with torch.no_grad():
             self._spread.clamp_(*SPREAD_BOUNDS)
         self.done += 1
-        means = {part: sum(some) / len(some) for part, some in sums.items()}
         self.first, self.last = self.first or means, means
         told = {part: weight for part, weight in zip(PARTS, weights, strict=True) if part in means}
         return LoraStep(number, means, told, texts)
@@ -413,14 +406,16 @@ class LoraTraining:
             self._spread.clamp_(*SPREAD_BOUNDS)
 
     def held_out(self) -> dict[str, float]:
-        """Mean losses by part of what is held out, as the adapters are now."""
+        """Mean losses by part of what is held out, as the adapters are now. Raises TrainingError where one is none."""
         sums: dict[str, list[float]] = {}
         for number, batch in enumerate(self._held):
             chunks, count = self._laid(batch, -1 - number)
             with torch.no_grad():
                 for part, loss in self._losses(batch, self._vectors(chunks, count)).items():
                     sums.setdefault(part, []).append(float(loss))
-        return {part: sum(some) / len(some) for part, some in sums.items()}
+        means = {part: sum(some) / len(some) for part, some in sums.items()}
+        _require_finite(means, f"on what is held out, after {self.done} steps,")
+        return means
 
     @property
     def weights(self) -> dict[str, float]:
@@ -487,6 +482,50 @@ def require_peft() -> None:
         import peft  # noqa: F401
     except ImportError:
         raise TrainingError("training inside the encoder needs its package: pip install 'headwater[lora]'") from None
+
+
+def require_targets(base: str, config: LoraTrainingConfig) -> None:
+    """Raises TrainingError where no module of the model has a name of `targets`, and EncoderError; reads no weights."""
+    source, options = locate(base)
+    with loading(base), torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(source, **options))
+    _targets(model, base, config)
+
+
+def _targets(model: Any, base: str, config: LoraTrainingConfig) -> list[str]:
+    """Full names of the linear modules of the chosen layers that get adapters."""
+    layer_of = {name: _layer(name) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    first = int(model.config.num_hidden_layers) - config.layers if config.layers else 0
+    within = [name for name, layer in layer_of.items() if layer is not None and layer >= first]
+    ends = tuple(f".{target}" for target in config.targets)
+    chosen = within if config.targets == (ALL_LINEAR,) else [name for name in within if name.endswith(ends)]
+    if not chosen:
+        linear = sorted({name.rsplit(".", 1)[-1] for name in within})
+        among = f"its upper {config.layers} layers" if config.layers else "its layers"
+        raise TrainingError(
+            f"encoder {base!r} has no linear modules that are called {', '.join(config.targets)} in {among}: choose of "
+            f"{', '.join(linear)}, or {ALL_LINEAR}" if linear else
+            f"encoder {base!r} has no linear modules in {among}: give --layers 0, or choose another encoder"
+        )  # fmt: skip
+    return chosen
+
+
+def _layer(name: str) -> int | None:
+    """Number of the layer that a module is in, as its name tells; None for one outside of them.
+
+    >>> _layer("encoder.layer.11.output.dense"), _layer("pooler.dense")
+    (11, None)
+    """
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _require_finite(figures: dict[str, float], when: str) -> None:
+    broken = [name for name, figure in figures.items() if not math.isfinite(figure)]
+    if broken:
+        raise TrainingError(
+            f"the training has diverged: {when} {', '.join(broken)} is no finite number. Begin anew with a smaller "
+            "step size (--lr)"
+        )
 
 
 def _batch_of(problem: TextProblem | None, pairs: dict[str, Array], views: Array) -> _Batch:

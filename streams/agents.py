@@ -664,14 +664,9 @@ class LearnerKeeper(Keeper[bytes]):
         learner = self.learner if fresh is None else fresh
         named = self.learner.named
         learner.settled(offset)
-        matrix = learner.learner.matrix
-        adapter = matrix.adapter or (None if matrix.trial is None else matrix.trial.adapter)
-        if adapter is not None and model.exact and (named if fresh is None else model.removed):
-            model.exact = False
-            model.reason = (
-                f"the encoder's adapter in use, {adapter.name}, may have been trained on the user's examples and is "
-                "not trained again; all else is the state of a log without them, under this adapter"
-            )
+        kept = self._not_taken_back(learner, bool(named if fresh is None else model.removed), named)
+        if model.exact and kept:
+            model.exact, model.reason = False, "; and ".join(kept)
         loop = asyncio.get_running_loop()
         model.digest = await loop.run_in_executor(self._executor, learner.learner.digest)
         model.seconds = self.around.now() - started
@@ -683,6 +678,23 @@ class LearnerKeeper(Keeper[bytes]):
         self.learner, self.offset = learner, offset
         await self.flush(gone)
         return True
+
+    def _not_taken_back(self, learner: ItemLearner, has_examples: bool, has_events: bool) -> list[str]:
+        """What stands before the item state, and may have learnt from the user: in words."""
+        kept, matrix = [], learner.learner.matrix
+        adapter = matrix.adapter or (None if matrix.trial is None else matrix.trial.adapter)
+        if adapter is not None and has_examples:
+            kept.append(
+                f"the encoder's adapter in use, {adapter.name}, may have been trained on the user's examples and is "
+                "not trained again; all else is the state of a log without them, under this adapter"
+            )
+        trained_on = self.around.encoders.trained_on()
+        if trained_on and has_events:
+            kept.append(
+                f"the encoder in use, {self.around.encoders.name}, was trained on {trained_on}, maybe on the user's "
+                "words too, and is not trained again; all else is the state of a log without the user, under it"
+            )
+        return kept
 
     async def _reached(self, ask: Callable[[], Awaitable[T | None]]) -> T | None:
         """What the examples log answers, once it is in reach; None: the partition is to be given away before that."""

@@ -1,5 +1,6 @@
 """The encoder of a deployment: which it is, training inside it, another one's alignment with it, the move to that."""
 
+import math
 import os
 import time
 from pathlib import Path
@@ -13,6 +14,13 @@ from streams.cli_asking import running_worker
 encoder_app = typer.Typer()
 
 Model = Annotated[str, typer.Argument(help="A folder or a Hugging Face id, as HEADWATER_ENCODER takes it.")]
+
+
+def _finite(value: float | None) -> float | None:
+    """For an option: a lower bound lets infinity through."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
 
 
 @encoder_app.callback(invoke_without_command=True)
@@ -152,10 +160,10 @@ def train(
     rank: Annotated[int | None, typer.Option(min=1, help="Of the adapters.")] = None,
     layers: Annotated[int | None, typer.Option(min=0, help="Upper layers with adapters; 0: all.")] = None,
     targets: Annotated[
-        str | None, typer.Option(help="Ends of the names of linear layers, commas between; or all-linear.")
+        str | None, typer.Option(help="Ends of the names of linear modules, commas between; or all-linear.")
     ] = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="Step size.")] = None,
-    anchor: Annotated[float | None, typer.Option(min=0, help="Weight of the distance to the frozen vectors.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, callback=_finite, help="Step size.")] = None,
+    anchor: Annotated[float | None, typer.Option(min=0, callback=_finite, help="Pull of the frozen vectors.")] = None,
     pairs: Annotated[int | None, typer.Option(min=2, help="Of texts of each kind in a batch.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=4, help="Of a text, in training.")] = None,
     precision: Annotated[str | None, typer.Option(help="bfloat16, float32 or auto: bfloat16 on CUDA.")] = None,
@@ -168,7 +176,8 @@ def train(
     """Trains low-rank adapters inside the encoder on what users did and wrote; nothing is switched on by it.
 
     Reads the logs of the deployment, or recorded files. Killed, and started again with the same options, it goes on
-    where it was. `headwater evaluate` with HEADWATER_ENCODER set to the folder tells whether it is better.
+    where it was; from the logs as long as these still hold what they held. `headwater evaluate` with HEADWATER_ENCODER
+    set to the folder tells whether it is better.
 
     Example: `headwater encoder train --out encoders/monday --items items.jsonl.gz --events events.jsonl.gz`
     """

@@ -8,12 +8,14 @@ position: a function of the stream. The last tenth of the events is held out.
     OUT/adapter/          its adapters apart, as peft has them (safetensors)
     OUT/manifest.json     what it was trained on and what came of it
     OUT/events/           TensorBoard's event files
-    .OUT.training/        beside it, while the training goes on: its state. It holds weights and offsets, no text
+    .OUT.training/        beside it, while the training goes on: its state. It holds weights and offsets, no text, and
+                          is one process's at a time
 
 OUT is written under another name and moved into place, so that a folder of this name is whole.
 """
 
 import asyncio
+import fcntl
 import hashlib
 import heapq
 import json
@@ -21,15 +23,17 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
+import msgspec
 import numpy as np
 from aiokafka.errors import KafkaError
 
 from model import kernels, texts
-from model.encoder import Encoder
+from model.encoder import TRAINED, Encoder, own_model
 from model.evaluate import CREATED, SCORED
 from model.examples import new_examples
 from model.learner import Learner, warm_up
@@ -39,11 +43,13 @@ from model.lora import (
     LoraTrainingConfig,
     TextProblem,
     TrainingData,
+    TrainingError,
     TrainingSet,
     require_peft,
+    require_targets,
 )
 from state.rows import COMMENTS_MAX
-from streams import codec, evaluate, examples, kafka, topics
+from streams import codec, evaluate, examples, kafka, space, topics
 from streams.codec import Record
 from streams.evaluate import Run, Stream
 from streams.events import Click, Comment, Erasure, Item
@@ -52,14 +58,14 @@ from streams.settings import Fault, Settings, cache_dir
 from streams.tracking import Tracking
 from streams.worker import crash_at
 
-MANIFEST: Final = "manifest.json"
 MANIFEST_VERSION: Final = 1
 SESSION_S: Final = 1800.0  # items of one user closer than this are neighbours
 HELD_SHARE: Final = 0.1  # of the events, the last ones
 SAVE_STEPS: Final = 16
 STATE_FILE: Final = "state.pt"
 FACTS_FILE: Final = "facts.json"
-SOURCES: Final = ("items", "clicks", "comments", "erasures")
+SOURCES: Final = ("items", "clicks", "comments", "erasures")  # in the order of reading: erasures as late as can be
+PROBES: Final = 16  # texts that a trained encoder has to read before it is left
 V = TypeVar("V")
 Progress = evaluate.Progress
 
@@ -75,6 +81,11 @@ class TrainOptions:
     share: float = 0.25  # of a core, on a CPU
     config: LoraTrainingConfig = field(default_factory=LoraTrainingConfig)
 
+    @property
+    def of_logs(self) -> bool:
+        """Whether the stream is read from the deployment."""
+        return self.items is None or self.events is None
+
 
 @dataclass(frozen=True)
 class BufferConfig:
@@ -89,10 +100,11 @@ class BufferConfig:
 
 
 class Source(NamedTuple):
-    """Where a training's data come from: the stream, and what of the logs or files it covers."""
+    """Where a training's data come from: the stream with its digest, and what of the logs or files it covers."""
 
     stream: Stream
     covered: dict[str, Any]
+    told: str  # where from, in words
 
 
 class Sample(Generic[V]):
@@ -302,12 +314,15 @@ class _Gathering:
 
 def gather(
     stream: Stream, encoder: Encoder, settings: Settings, until: int | None = None, buffer: BufferConfig | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    cache: Path | None = None, progress: Progress = lambda stage, done, total: None,
 ) -> TrainingData:  # fmt: skip
-    """Learns the stream, up to about `until` events, and keeps what the encoder can be trained on."""
+    """Learns the stream, up to about `until` events, and keeps what the encoder can be trained on.
+
+    cache: where the vectors of all texts are kept for the next run; None: they are written nowhere.
+    """
     config = settings.learner_config(encoder.dim)
     run = Run(stream, encoder, settings.evidence_config(), config, rank_sample=0.0)
-    run.encode(until, cache_dir() / "vectors", progress)
+    run.encode(until, cache, progress)
     warm_up(config)
     last = len(stream.events) if until is None else min(until, len(stream.events))
     gathering = _Gathering(run, last, buffer or BufferConfig())
@@ -323,14 +338,15 @@ def read_files(items: Path, events: Path, settings: Settings) -> Source:
     """Of recorded files, as `headwater evaluate` reads them. Raises StreamError."""
     stream = evaluate.read_stream(items, events, settings.evidence_config())
     files = {"items": items.name, "events": events.name}
-    return Source(stream, {"files": files, "digest": stream.digest, "events": len(stream.events)})
+    covered = {"files": files, "digest": stream.digest, "events": len(stream.events)}
+    return Source(stream, covered, f"the recorded files {items.name} and {events.name}")
 
 
 async def read_logs(settings: Settings, upto: dict[str, dict[str, int]] | None = None) -> Source:
     """Of a deployment's topics from their beginning to their end, or to `upto`, {topic: {partition: next offset}}.
 
-    Events are in the workers' order of time; those of users who were erased since are left out, and items that were
-    withdrawn. Raises Fault where there is no event, and KafkaError.
+    Events are in the workers' order of time; those of users who were erased since are left out, whatever `upto` says
+    of erasures, and items that were withdrawn. Raises Fault where there is no event, and KafkaError.
     """
     options = settings.kafka_options()
     ends: dict[str, dict[str, int]] = {}
@@ -340,7 +356,7 @@ async def read_logs(settings: Settings, upto: dict[str, dict[str, int]] | None =
     for name in SOURCES:
         ends[name] = {}
         for partition in range(settings.partitions):
-            if upto is None:
+            if upto is None or name == "erasures":
                 end = await kafka.log_end(options, settings.topic(name), partition)
             else:
                 end = upto[name][str(partition)]
@@ -355,8 +371,13 @@ async def read_logs(settings: Settings, upto: dict[str, dict[str, int]] | None =
     events = [event for at, event in sorted(timed, key=lambda one: one[0]) if at > erased.get(event.user_id, -np.inf)]
     if not events:
         raise Fault("the logs hold no click and no comment: there is nothing to train the encoder on yet")
-    stream = evaluate.stream_of(settings.app_id, list(catalogue.values()), events, settings.evidence_config())
-    return Source(stream, {"offsets": ends, "events": len(events)})
+    items = list(catalogue.values())
+    hasher = hashlib.blake2b(digest_size=16)
+    for one in (*items, *events):
+        hasher.update(msgspec.json.encode(one) + b"\n")
+    stream = evaluate.stream_of(settings.app_id, items, events, settings.evidence_config(), digest=hasher.hexdigest())
+    covered = {"app_id": settings.app_id, "offsets": ends, "digest": stream.digest, "events": len(events)}
+    return Source(stream, covered, f"the logs of app id {settings.app_id}")
 
 
 def _sort_in(
@@ -366,6 +387,7 @@ def _sort_in(
     decoded: codec.Decoded[Any] = codec.decode_batch(name, records)  # type: ignore[call-overload]
     for event, record in zip(decoded.events, decoded.records, strict=True):
         if isinstance(event, Item):
+            catalogue.pop(event.item_id, None)  # by its last record: compaction may take the others
             catalogue[event.item_id] = event
         elif isinstance(event, Click | Comment | Erasure):
             at = min(event.ts, record.timestamp / 1e3) if record.timestamp >= 0 else event.ts
@@ -395,36 +417,149 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Trains, or goes on with the training that was interrupted, and writes OUT; its manifest.
 
-    crash: called with the name of each step, for tests that end the process there. Raises Fault, EncoderError,
-    StreamError.
+    What can be checked is checked before the stream is read. crash: called with the name of each step, for tests that
+    end the process there. Raises Fault, EncoderError, StreamError.
     """
     crash = crash or crash_at(settings.crash_at)
     require_peft()
     out = options.out.resolve()
-    if out.exists():
-        raise Fault(f"{out} is there already: give another --out, or remove it")
     if not out.parent.is_dir():
         raise Fault(f"there is no folder {out.parent}: make it first, or give another --out")
     work = out.parent / f".{out.name}.training"
-    facts = _facts(work)
-    encoder = Encoder(settings.encoder, device=settings.device)
-    source = _read(options, settings, facts.get("offsets"))
-    data = gather(source.stream, encoder, settings, options.until, progress=progress)
-    breathe = _breathing(options.share) if encoder.device.type == "cpu" else _no_breath
-    training = LoraTraining(settings.encoder, data, options.config, settings.device, breathe)
-    identity = _identity(encoder.name, data, training.facts())
-    if facts.get("identity", identity) != identity:
-        raise Fault(
-            f"{work} holds the state of a training on other data, of another encoder or with other options: "
-            "ask for the same again, or remove that folder, or give another --out"
-        )
+    with _alone(work, out):
+        if out.exists():
+            raise Fault(f"{out} is there already: give another --out, or remove it")
+        return _train(options, settings, out, work, now, progress, crash)
+
+
+@contextmanager
+def _alone(work: Path, out: Path) -> Iterator[None]:
+    """The work folder is this process's until it ends. A folder in which nothing was left is taken away."""
     work.mkdir(exist_ok=True)
+    folder = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Fault(f"another process trains {out} already: wait for it, or give another --out") from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                work.rmdir()
+    finally:
+        os.close(folder)
+
+
+def _train(
+    options: TrainOptions, settings: Settings, out: Path, work: Path, now: Callable[[], float], progress: Progress,
+    crash: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    base, encoder = _base(options, settings)
+    require_targets(base, options.config)
+    facts, asked = _facts(work), _asked(options, settings, encoder)
+    _require_same(work, facts, "asked", asked, "of another encoder, another stream, or with other options")
+    source = _read(options, settings, facts.get("offsets"))
+    changed = "since then a user was erased, an item was changed or withdrawn, or retention took records"
+    of = f"on logs that are others now ({changed})" if options.of_logs else "on other files"
+    _require_same(work, facts, "stream", source.stream.digest, of)
+    cache = None if options.of_logs else cache_dir() / "vectors"  # what users wrote stays out of a cache
+    data = gather(source.stream, encoder, settings, options.until, cache=cache, progress=progress)
+    breathe = _breathing(options.share) if encoder.device.type == "cpu" else _no_breath
+    training = LoraTraining(base, data, options.config, settings.device, breathe)
+    identity = _identity(encoder.name, data, training.facts())
+    _require_same(work, facts, "identity", identity, "by another build or on another kind of processor")
     if (work / STATE_FILE).exists():
         training.load((work / STATE_FILE).read_bytes())
     else:
-        facts = {"identity": identity, "offsets": source.covered.get("offsets"), "held_out": training.held_out()}
+        facts = {
+            "asked": asked, "stream": source.stream.digest, "offsets": source.covered.get("offsets"),
+            "identity": identity, "held_out": training.held_out(),
+        }  # fmt: skip
         _write(work / FACTS_FILE, json.dumps(facts).encode())
-    tracking = Tracking(work / "events", settings.mlflow, {"encoder": encoder.name}, now)
+    try:
+        cost, after = _run(training, work, settings.mlflow, encoder.name, now, progress, crash)
+        manifest = {
+            **_manifest(training, cost, base, encoder, source), "until": options.until, "identity": identity,
+            "counts": _counts(data), "held_out": {"before": facts["held_out"], "after": after}, "created": now(),
+        }  # fmt: skip
+        manifest = _publish(training, encoder, data.texts[:PROBES], out, work, manifest, crash)
+    except TrainingError:  # it has diverged: it would do so again from its state
+        shutil.rmtree(work)
+        raise
+    shutil.rmtree(work)
+    return manifest
+
+
+def _manifest(training: LoraTraining, cost: _Cost, base: str, encoder: Encoder, source: Source) -> dict[str, Any]:
+    """What the training tells of itself, its base and its stream."""
+    return {
+        "version": MANIFEST_VERSION, "base": encoder.name, "base_model": base,
+        "parent": encoder.name if encoder.trained_on else "",
+        "trained_on": "; before that on ".join(filter(None, (source.told, encoder.trained_on))),
+        "covered": source.covered, "seed": training.config.seed, "config": training.facts(),
+        "losses": {"before": training.first, "after": training.last}, "weights": training.weights,
+        "training": {
+            "steps": training.done, "steps_of_this_run": cost.steps, "texts": cost.texts, "seconds": cost.seconds,
+            "cpu_s": cost.cpu_s, "texts_per_s": cost.texts / max(1e-3, cost.seconds),
+        },
+    }  # fmt: skip
+
+
+def _base(options: TrainOptions, settings: Settings) -> tuple[str, Encoder]:
+    """The model that is trained, as HEADWATER_ENCODER names it, and as an encoder: an alignment's without its map.
+
+    Raises Fault where the stream is a deployment's, whose encoder is another one.
+    """
+    if options.of_logs:
+        topics.require(settings, (*SOURCES, settings.internal_topic(space.TOPIC).removeprefix(settings.topic_prefix)))
+    encoder = Encoder(settings.encoder, device=settings.device)
+    if options.of_logs:
+        try:
+            current = asyncio.run(space.of_deployment(settings)).current
+        except KafkaError as problem:
+            raise topics.unreachable(settings, problem) from problem
+        if current is not None and current.encoder != encoder.name:
+            raise Fault(
+                f"the encoder of app id {settings.app_id} is {current.encoder}, and HEADWATER_ENCODER gives "
+                f"{encoder.name}: set it to {current.model or 'the one in use'}"
+            )
+    base = own_model(settings.encoder)
+    return base, encoder if base == settings.encoder else Encoder(base, device=settings.device)
+
+
+def _require_same(work: Path, facts: dict[str, Any], what: str, value: str, of: str) -> None:
+    """Raises Fault where the state in the folder is of another one."""
+    if facts and facts.get(what) != value:
+        raise Fault(
+            f"{work} holds the state of a training {of}. Ask for the same again; or remove that folder, and it begins "
+            "anew; or give another --out"
+        )
+
+
+def _asked(options: TrainOptions, settings: Settings, encoder: Encoder) -> str:
+    """A digest of all that a training is a function of, save the stream."""
+    learner, evidence = settings.learner_config(encoder.dim), settings.evidence_config()
+    where = settings.app_id if options.of_logs else ""
+    told = [encoder.name, encoder.device.type, where, options.until, options.config, learner, evidence]
+    return hashlib.blake2b(msgspec.json.encode(told, order="deterministic"), digest_size=16).hexdigest()
+
+
+def _read(options: TrainOptions, settings: Settings, upto: dict[str, dict[str, int]] | None) -> Source:
+    if options.items is not None and options.events is not None:
+        return read_files(options.items, options.events, settings)
+    try:
+        return asyncio.run(read_logs(settings, upto))
+    except KafkaError as problem:
+        raise topics.unreachable(settings, problem) from problem
+
+
+def _run(
+    training: LoraTraining, work: Path, mlflow: str, base: str, now: Callable[[], float], progress: Progress,
+    crash: Callable[[str], None],
+) -> tuple[_Cost, dict[str, float]]:  # fmt: skip
+    """Trains to the end; what it cost, and the losses on what is held out."""
+    tracking = Tracking(work / "events", mlflow, {"encoder": base}, now)
     try:
         cost = _steps(training, work, tracking, now, progress, crash)
         after = training.held_out()
@@ -432,31 +567,7 @@ def train(
             tracking.figure(f"encoder/held_out_{part}", loss, training.done)
     finally:
         tracking.close()
-    manifest = {
-        "version": MANIFEST_VERSION, "base": encoder.name, "base_model": settings.encoder,
-        "parent": _parent(settings.encoder), "covered": source.covered, "until": options.until,
-        "seed": options.config.seed, "config": training.facts(), "identity": identity, "counts": _counts(data),
-        "losses": {"before": training.first, "after": training.last},
-        "held_out": {"before": facts["held_out"], "after": after}, "weights": training.weights,
-        "training": {
-            "steps": training.done, "steps_of_this_run": cost.steps, "texts": cost.texts, "seconds": cost.seconds,
-            "cpu_s": cost.cpu_s, "texts_per_s": cost.texts / max(1e-3, cost.seconds),
-        },
-        "created": now(),
-    }  # fmt: skip
-    manifest = _publish(training, out, work, manifest, crash)
-    shutil.rmtree(work)
-    return manifest
-
-
-def _read(options: TrainOptions, settings: Settings, upto: dict[str, dict[str, int]] | None) -> Source:
-    if options.items is not None and options.events is not None:
-        return read_files(options.items, options.events, settings)
-    topics.require(settings, SOURCES)
-    try:
-        return asyncio.run(read_logs(settings, upto))
-    except KafkaError as problem:
-        raise topics.unreachable(settings, problem) from problem
+    return cost, after
 
 
 def _steps(
@@ -490,22 +601,28 @@ def _counts(data: TrainingData) -> dict[str, int]:
 
 
 def _publish(
-    training: LoraTraining, out: Path, work: Path, manifest: dict[str, Any], crash: Callable[[str], None]
-) -> dict[str, Any]:
+    training: LoraTraining, base: Encoder, probes: list[str], out: Path, work: Path, manifest: dict[str, Any],
+    crash: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Raises TrainingError where the encoder makes nothing of one of the `probes` that its base makes a vector of."""
     fresh = out.parent / f".{out.name}.new"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     digest = training.write(fresh)
     crash("weights")
-    made = Encoder(str(fresh), device="cpu").name.rsplit(":", 1)[-1]
-    manifest = {"name": f"{out.name}:{made}", "digest": digest, **manifest}
-    (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    made = Encoder(str(fresh), device="cpu")
+    if (base.encode(probes).any(axis=1) & ~made.encode(probes).any(axis=1)).any():
+        shutil.rmtree(fresh)
+        raise TrainingError("the training has diverged: the encoder's vectors are nothing. Begin anew with a smaller "
+                            "step size (--lr)")  # fmt: skip
+    manifest = {"name": f"{out.name}:{made.name.rsplit(':', 1)[-1]}", "digest": digest, **manifest}
+    (fresh / TRAINED).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     shutil.copytree(work / "events", fresh / "events")
     crash("manifest")
-    for path in sorted(fresh.rglob("*")):
-        if path.is_file():
-            _sync(path)
+    for path in (*fresh.rglob("*"), fresh):
+        _sync(path)
     fresh.rename(out)
+    _sync(out.parent)
     return manifest
 
 
@@ -527,26 +644,22 @@ def _identity(base: str, data: TrainingData, facts: dict[str, Any]) -> str:
     return hasher.hexdigest()
 
 
-def _parent(base: str) -> str:
-    """The name of the trained encoder that this one begins from; "" where it is another kind of model."""
-    try:
-        told = json.loads((Path(base) / MANIFEST).read_bytes()) if base else {}
-    except (OSError, ValueError):
-        return ""
-    return str(told.get("name", "")) if isinstance(told, dict) else ""
-
-
 def _write(path: Path, content: bytes, crash: Callable[[str], None] = lambda step: None) -> None:
     fresh = path.with_suffix(".new")
     fresh.write_bytes(content)
     _sync(fresh)
     crash("state")
     fresh.replace(path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """A file, or a folder's entries."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _no_breath() -> None:

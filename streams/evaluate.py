@@ -47,7 +47,7 @@ from streams import report as html_report
 from streams.encoding import Encoder, item_vector
 from streams.events import Click, Comment, Item
 from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
-from streams.vectors import VectorCache
+from streams.vectors import VectorCache, encode_in_blocks
 
 Array: TypeAlias = npt.NDArray[Any]
 F4: TypeAlias = npt.NDArray[np.float32]
@@ -307,7 +307,10 @@ class Run:
         self._stops = np.append(ends[is_example[ends]] + 1, n)
 
     def encode(self, until: int | None, cache_folder: Path | None, progress: Progress) -> None:
-        """Encodes what `advance` will need: the texts of items and events still to come, each text once."""
+        """Encodes what `advance` will need: the texts of items and events still to come, each text once.
+
+        cache_folder: where vectors are kept for the next run; None: nothing is written.
+        """
         events = self.stream.events
         stop = self._stop(until)
         items = self.stream.items[self._entered : self._items_by(self._clock[stop - 1])]
@@ -322,7 +325,7 @@ class Run:
             progress("encode", done, total)
 
         if cache_folder is None:
-            vectors = encode(texts) if texts else np.zeros((0, self._encoder.dim), np.float32)
+            vectors = encode_in_blocks(texts, encode, self._encoder.dim, show)
         else:
             vectors = VectorCache(cache_folder, self._encoder.name, self._encoder.dim).encode(texts, encode, show)
         rows = iter(vectors)

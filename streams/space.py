@@ -183,9 +183,20 @@ class Encoders:
         """Of the encoder in use."""
         return self.spaces.current.number if self.spaces.current is not None else 0
 
+    @property
+    def name(self) -> str:
+        """Of the encoder in use."""
+        return self._name(self.number)
+
     def at(self, number: int) -> Encoder:
         """The encoder of this number, which is loaded."""
         return self._loaded[self._name(number)]
+
+    def trained_on(self) -> str:
+        """What `headwater encoder train` trained the encoder in use on, in words; "" where it did not."""
+        if not self.is_loaded(self.number):
+            return "something unknown (it is not loaded here)"
+        return str(getattr(self.at(self.number), "trained_on", ""))
 
     def is_loaded(self, number: int) -> bool:
         """Whether `at` has it."""

@@ -98,6 +98,18 @@ class VectorCache:
             yield
 
 
+def encode_in_blocks(
+    texts: Sequence[str], encode: Callable[[list[str]], F4], dim: int, progress: Callable[[int, int], None]
+) -> F4:
+    """As `VectorCache.encode`, with nothing written anywhere; `encode` sees each text as often as it is there."""
+    out = np.zeros((len(texts), dim), np.float32)
+    for start in range(0, len(texts), ENCODE_TEXTS_MAX):
+        block = list(texts[start : start + ENCODE_TEXTS_MAX])
+        out[start : start + len(block)] = encode(block)
+        progress(start + len(block), len(texts))
+    return out
+
+
 def _key(text: str) -> tuple[int, int]:
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")

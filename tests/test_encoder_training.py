@@ -10,15 +10,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from model import lora
+from model.align import Alignment
 from model.encoder import Encoder
 from model.items import half
 from model.lora import PAIRS, LoraTrainingConfig, TrainingData
@@ -28,6 +31,7 @@ from streams.__main__ import app
 from streams.encoder_training import BufferConfig, Sample, TrainOptions
 from streams.evaluate import stream_of
 from streams.settings import Fault, Settings
+from streams.space import Space
 from tests import tiny_model
 
 ITEMS, USERS, CLICKS = 40, 40, 18
@@ -182,6 +186,7 @@ def test_manifest_tells_what_the_encoder_was_made_of(world: Path, undisturbed: P
     encoder, base = Encoder(str(undisturbed), "cpu"), Encoder(settings.encoder, "cpu")
     assert told["name"] == encoder.name and told["base"] == base.name
     assert encoder.name != base.name and told["parent"] == ""
+    assert encoder.trained_on == "the recorded files items.jsonl.gz and events.jsonl.gz" and base.trained_on == ""
     parts = {"rec", *PAIRS, "views", "anchor"}
     for losses in (told["losses"]["before"], told["losses"]["after"], *told["held_out"].values()):
         assert set(losses) == parts
@@ -252,10 +257,18 @@ def test_process_that_is_killed_goes_on_where_it_was(world: Path, undisturbed: P
 def test_trained_encoder_is_trained_further_and_names_its_parent(
     world: Path, undisturbed: Path, settings: Settings, tmp_path: Path
 ) -> None:
+    """Behind the map into another one's space, too: the model is trained, the map is not."""
     config = LoraTrainingConfig(layers=0, steps=2, pairs=8, max_tokens=16)
-    own = settings.model_copy(update={"encoder": str(undisturbed)})
+    name = json.loads((undisturbed / "manifest.json").read_text())["name"]
+    matrix = np.eye(tiny_model.DIM, 8, dtype=np.float32)
+    Alignment(str(undisturbed), name, "theirs", matrix).write(tmp_path / "aligned")
+    aligned = Encoder(str(tmp_path / "aligned"), "cpu")
+    assert aligned.name != name and aligned.trained_on == Encoder(str(undisturbed), "cpu").trained_on != ""
+    own = settings.model_copy(update={"encoder": str(tmp_path / "aligned")})
     told = _train(_options(world, tmp_path / "more", config=config), own)
-    assert told["parent"] == told["base"] == json.loads((undisturbed / "manifest.json").read_text())["name"]
+    assert told["parent"] == told["base"] == name and told["base_model"] == str(undisturbed)
+    assert told["trained_on"] == f"{aligned.trained_on}; before that on {aligned.trained_on}"
+    assert Encoder(str(tmp_path / "more"), "cpu").trained_on == told["trained_on"]
 
 
 def test_what_cannot_go_on_is_told(
@@ -266,23 +279,33 @@ def test_what_cannot_go_on_is_told(
     with pytest.raises(Fault, match="there is no folder"):
         _train(_options(world, tmp_path / "no" / "where"), settings)
 
-    def crash(step: str) -> None:
-        if step == "train":
-            raise Killed
-
     out = tmp_path / "trained"
-    with pytest.raises(Killed):
-        _train(_options(world, out), settings, crash)
-    other = LoraTrainingConfig(layers=0, steps=20, lr=5e-3, pairs=8, max_tokens=16, seed=2)
-    with pytest.raises(Fault, match="other options"):
-        _train(_options(world, out, config=other), settings)
-    shutil.rmtree(tmp_path / ".trained.training")
+    _interrupt(_options(world, out), settings)
+    work = tmp_path / ".trained.training"
     few = _lines(
         tmp_path / "few.jsonl.gz", [{"type": "click", "user_id": "u", "item_id": "i1", "action": "c", "ts": 5}]
     )
+    with monkeypatch.context() as patched:
+        patched.setattr(tool, "gather", None)  # nothing is encoded before it is told
+        with pytest.raises(Fault, match="on other files"):
+            _train(_options(world, out, events=few), settings)
+        patched.setattr(tool, "_read", None)  # nor read
+        with pytest.raises(Fault, match="other options"):
+            _train(_options(world, out, config=replace(CONFIG, seed=2)), settings)
+        with pytest.raises(lora.TrainingError, match="w_qkv"):
+            _train(_options(world, out, config=replace(CONFIG, targets=("w_qkv",))), settings)
+        with tool._alone(work, out), pytest.raises(Fault, match="another process"):
+            _train(_options(world, out), settings)
+    shutil.rmtree(work)
     with pytest.raises(lora.TrainingError, match="nothing to train"):
         _train(_options(world, out, events=few), settings)
-    assert not (tmp_path / ".trained.training").exists(), "nothing began"
+    with pytest.raises(lora.TrainingError, match="diverged"):
+        _train(_options(world, out, config=replace(CONFIG, lr=1e30, steps=2)), settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(lora, "_require_finite", lambda *_: None)
+        with pytest.raises(lora.TrainingError, match="vectors are nothing"):
+            _train(_options(world, out, config=replace(CONFIG, lr=1e30, steps=2)), settings)
+    assert not [path.name for path in tmp_path.iterdir() if "trained" in path.name], "nothing is left of it"
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(lora.TrainingError, match=r"headwater\[lora\]"):
         _train(_options(world, out), settings)
@@ -295,6 +318,9 @@ def test_command_says_what_is_missing(
     asked = ["encoder", "train", "--out", str(tmp_path / "x"), "--items", str(world / "items.jsonl.gz")]
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 2 and "go together" in result.output
+    for option, value in (("--lr", "nan"), ("--lr", "inf"), ("--anchor", "inf"), ("--share", "nan")):
+        result = CliRunner().invoke(app, [*asked, option, value])
+        assert result.exit_code == 2 and option in result.output
     more = [*asked, "--events", str(tmp_path / "none.jsonl")]
     result = CliRunner().invoke(app, more, env={"HEADWATER_ENCODER": str(world / "tiny")})
     assert result.exit_code == 1 and "none.jsonl" in result.output
@@ -304,9 +330,10 @@ def test_command_says_what_is_missing(
 
 
 def test_logs_give_what_the_files_give(
-    world: Path, make_settings: Callable[..., Settings], broker: str, tmp_path: Path
+    world: Path, make_settings: Callable[..., Settings], broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not what was withdrawn, nor of users who were erased since."""
+    """And not what was withdrawn, nor of users who were erased since, though a training began before that."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = make_settings(broker=broker, encoder=str(world / "tiny"), device="cpu", partitions=2)
     topics.ensure(settings)
     with pytest.raises(Fault, match="no click and no comment"):
@@ -320,23 +347,47 @@ def test_logs_give_what_the_files_give(
     )
     upto = source.covered["offsets"]
     assert sum(upto["clicks"].values()) + sum(upto["comments"].values()) == len(recorded.events)
+    options = _options(world, tmp_path / "x", items=None, events=None)
+    _interrupt(options, settings)
+    _interrupt(options, settings)  # it goes on
+    assert not (tmp_path / "cache").exists(), "what users wrote is in no cache"
     _append(settings, "erasures", b"u7", json.dumps({"user_id": "u7"}).encode())
     _append(settings, "items", b"i9", None)
     later = _read(settings).stream
     assert later.events == [event for event in recorded.events if event.user_id != "u7"]
     assert {item.item_id for item in recorded.items} - {item.item_id for item in later.items} == {"i9"}
-    assert _read(settings, upto).stream.events == recorded.events, "as far as it was asked for"
+    again = _read(settings, upto).stream
+    assert again.events == later.events and "i9" in {item.item_id for item in again.items}, "as far as it was asked for"
+    with pytest.raises(Fault, match=r"x\.training holds .* a user was erased"):
+        _interrupt(options, settings)
+    shutil.rmtree(tmp_path / ".x.training")
+    told = _train(replace(options, config=replace(CONFIG, steps=2)), settings)
+    assert told["trained_on"] == f"the logs of app id {settings.app_id}"
+    assert told["covered"]["offsets"]["erasures"] != upto["erasures"]
+    _append(settings, "encoder", b"", msgspec.json.encode(Space("theirs:1", 8)), internal=True)
+    with pytest.raises(Fault, match="is theirs:1, and HEADWATER_ENCODER gives tiny:"):
+        _train(replace(options, out=tmp_path / "y"), settings)
 
 
 def _read(settings: Settings, upto: Any = None) -> tool.Source:
     return asyncio.run(tool.read_logs(settings, upto))
 
 
-def _append(settings: Settings, topic: str, key: bytes, value: bytes | None) -> None:
+def _interrupt(options: TrainOptions, settings: Settings) -> None:
+    def crash(step: str) -> None:
+        if step == "train":
+            raise Killed
+
+    with pytest.raises(Killed):
+        _train(options, settings, crash)
+
+
+def _append(settings: Settings, topic: str, key: bytes, value: bytes | None, *, internal: bool = False) -> None:
     async def send() -> None:
         producer = kafka.Producer(settings.kafka_options())
         await producer.start()
-        await producer.send_one(settings.topic(topic), key, value)
+        name = settings.internal_topic(topic) if internal else settings.topic(topic)
+        await producer.send_one(name, key, value)
         await producer.stop()
 
     asyncio.run(send())

@@ -23,6 +23,7 @@ from model.lora import (
     TrainingError,
     TrainingSet,
     _alike,
+    require_targets,
 )
 from tests import tiny_model
 
@@ -195,9 +196,27 @@ def test_pairs_that_share_a_text_or_a_group_are_no_negatives() -> None:
     assert told == {(0, 1), (0, 2), (0, 3)}
 
 
+def test_adapters_are_in_the_chosen_layers_alone(base: str, data: TrainingData) -> None:
+    for targets, modules in ((("all-linear",), 6), (("query", "value"), 2), (("output.dense",), 2)):
+        config = replace(CONFIG, layers=1, targets=targets, steps=1)
+        require_targets(base, config)
+        names = {name.split(".lora_")[0] for name, _ in LoraTraining(base, data, config, "cpu")._named}
+        assert len(names) == modules and all(".layer.1." in name for name in names), "no pooler among them"
+
+
+def test_a_training_that_diverges_is_told(base: str, data: TrainingData) -> None:
+    training = LoraTraining(base, data, replace(CONFIG, lr=1e30, steps=2), "cpu")
+    assert len(_run(training, 1)) == 1
+    with pytest.raises(TrainingError, match=r"diverged: before step 2 .*--lr"):
+        _run(training, 1)
+    with pytest.raises(TrainingError, match="diverged: on what is held out, after 1 steps"):
+        training.held_out()
+
+
 def test_what_cannot_be_trained_is_told(base: str, data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TrainingError, match=r"no layers.*w_qkv.*query.*all-linear"):
-        LoraTraining(base, data, replace(CONFIG, targets=("w_qkv",)), "cpu")
+    for layers in (0, 1):
+        with pytest.raises(TrainingError, match=r"no linear modules.*w_qkv.*query.*all-linear"):
+            require_targets(base, replace(CONFIG, targets=("w_qkv",), layers=layers))
     nothing = TrainingSet([], {kind: np.zeros((0, 3), np.int64) for kind in PAIRS}, np.zeros(0, np.int64))
     with pytest.raises(TrainingError, match="nothing to train"):
         LoraTraining(base, TrainingData([], nothing, nothing), CONFIG, "cpu")

@@ -71,6 +71,19 @@ async def test_an_encoder_is_announced_then_in_use_or_given_up() -> None:
         assert (await space.claim(log, mine, "app")).current == spaces.current
 
 
+def test_what_the_encoder_in_use_was_trained_on_is_known_here() -> None:
+    spaces = Spaces()
+    spaces.take(OURS)
+    own: Any = Named(OURS.encoder)
+    encoders = Encoders(own, cast(Any, None), spaces)
+    assert encoders.trained_on() == ""
+    own.trained_on = "the logs of app id app"
+    assert encoders.trained_on() == "the logs of app id app"
+    for state in (space.ANNOUNCED, space.IN_USE):
+        spaces.take(Space("bge:1", 384, 1, "/m/bge", state=cast(Any, state)))
+    assert encoders.name == "bge:1" and "not loaded" in encoders.trained_on()
+
+
 class Named:
     """An encoder that does nothing."""
 

@@ -1,7 +1,10 @@
 """Unlearning: the item state after a removal is that of an examples log which never held the user's examples."""
 
 import random
+from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,10 +12,14 @@ import pytest
 
 from model.learner import LearnerConfig
 from state import rows
+from state.changelog import LogRecord
 from streams import examples, pipeline
+from streams.agents import LearnerKeeper
+from streams.answers import ModelUnlearnt
 from streams.events import Click, Comment, Item
 from streams.examples import CLICKS, COMMENTS
 from streams.pipeline import EvidenceConfig, ItemLearner, Replica, SourceEvent, split_key
+from streams.space import Encoders
 
 DIM = 24
 CONFIG = LearnerConfig(text_dim=DIM, dim=8, negatives=16, neighbours_max=16)
@@ -134,6 +141,48 @@ def test_a_removal_is_part_of_the_learners_rows_and_survives_a_restart_before_it
     assert restarted.asked == [(1, 7), (1, 8)]
     again = learnt(whole, restarted.again())
     assert again.learner.digest() == learnt(stream.log(without=FORGOTTEN)).learner.digest()
+
+
+@pytest.mark.parametrize("trained_on", ["", "the logs of app id app"])
+async def test_a_certificate_names_an_encoder_that_may_have_learnt_from_the_user(trained_on: str) -> None:
+    """From whom no event is known, it cannot have learnt."""
+    stream = Stream(6)
+    whole = stream.log()
+    log = [LogRecord(offset, b"", message) for offset, message in enumerate(whole)]
+    told: dict[str, ModelUnlearnt] = {}
+
+    async def read(stop: int) -> AsyncIterator[list[LogRecord]]:
+        yield log[: stop + 1]
+
+    async def begin() -> int:
+        return 0
+
+    async def write_model(name: str, model: ModelUnlearnt) -> None:
+        told[name] = model
+
+    async def flush(*_: Any) -> None:
+        pass
+
+    encoder: Any = SimpleNamespace(name="monday:1", trained_on=trained_on)
+    around: Any = SimpleNamespace(
+        now=lambda: 0.0, merge_hold_s=0.0, flush_linger_s=0.0, encoders=Encoders(encoder, lambda _: encoder),
+        metrics=SimpleNamespace(stage=lambda _: nullcontext()),
+        reach=SimpleNamespace(examples_begin=begin, examples=read), book=SimpleNamespace(write_model=write_model),
+    )  # fmt: skip
+    partition: Any = SimpleNamespace(applied={"examples": -1}, items=list, flush=flush)
+    keeper = LearnerKeeper(0, partition, {}, around, lambda: ItemLearner(CONFIG, DIM), 1.0, 0.0, 100)
+    learnt(whole, keeper.learner)
+    nobody = examples.chained(examples.pack_removals(1, 8, examples.NOTHING))
+    for offset, message in enumerate((*stream.removal(), *nobody), len(whole)):
+        keeper.learner.learn(offset, message)
+        assert await keeper._unlearn(offset)
+        log.append(LogRecord(offset, b"", message))
+    await keeper._flushed()
+    user, other = (told[f"erasures:1:{offset}"] for offset in (7, 8))
+    assert user.removed and other.exact
+    assert (user.exact, user.reason) == (True, None) if not trained_on else not user.exact
+    assert not trained_on or all(words in str(user.reason) for words in ("monday:1", trained_on))
+    assert user.digest == learnt(stream.log(without=FORGOTTEN)).learner.digest()
 
 
 def test_a_repeated_removal_owes_nothing() -> None:
