@@ -412,8 +412,13 @@ def try_checkpoint(
     """
     if end == (name is not None):
         raise typer.BadParameter("name a checkpoint, or give --end")
-    if not 0 < share < 1:
-        raise typer.BadParameter(f"{share} is no share: above 0 and below 1", param_hint="--share")
+    from model.adapter import AdapterError
+    from model.trial import Trial
+
+    try:
+        Trial(None, share, 0)  # as it is stored: a float32
+    except AdapterError as problem:
+        raise typer.BadParameter(str(problem), param_hint="--share") from None
     settings, folder = load(), _checkpoints()
     with broker_faults(settings, TRIAL):
         import asyncio
@@ -434,12 +439,15 @@ def try_checkpoint(
 @checkpoints_app.command("report")
 def report_trial(
     trial: Annotated[int | None, typer.Option(min=0, help="Its offset. Default: the newest trial.")] = None,
-    window: Annotated[float, typer.Option(min=1, help="Seconds after a list in which a choice of it counts.")] = 1800,
+    window: Annotated[
+        float, typer.Option(min=1, help="Seconds after a list in which a choice of it counts. The same at every look.")
+    ] = 1800,
     as_json: Json = False,
 ) -> None:
     """A trial's result: how often each arm's lists were chosen from, a mean over users, and how sure that is.
 
-    Reads what was shown, and the events since then. Run it with the workers' settings.
+    Reads what was shown, and the events since then; lists whose window is open count nowhere yet. Fix the window
+    before the first look: what holds at any look holds for one window. Run it with the workers' settings.
 
     Example: `headwater checkpoints report --window 1800`
     """
@@ -455,7 +463,8 @@ def report_trial(
     if as_json:
         print_json(msgspec.to_builtins(told))
         return
-    say(f"trial {told.trial}: lists since {_moment(told.first_ts)}, the last of {_moment(told.last_ts)}")
+    say(f"trial {told.trial}: lists since {_moment(told.first_ts)}, the last of {_moment(told.last_ts)}; "
+        f"{told.open} whose window is open count nowhere yet")  # fmt: skip
     table(
         ["arm", "adapter", "users", "lists", "chosen from", "of a user's lists", "95 %"],
         [[arm, one.adapter or "the encoder as it is", one.users, one.exposures, one.outcomes, _number(one.rate),
