@@ -406,7 +406,8 @@ def try_checkpoint(
 ) -> None:
     """An A/B test on live users: a share of them, by a hash of the id, has texts compared through a checkpoint.
 
-    All events teach one model; what is shown is noted until the trial ends, by --end, promote or rollback.
+    All events teach one model; what is shown is noted until the trial ends, by --end, promote or rollback. A running
+    worker is asked: refused while a trial is on. A challenger that is in use already makes an A/A test of the set-up.
 
     Example: `headwater checkpoints trial 000000000209-1f2e3d4c5b6a --share .5`
     """
@@ -427,9 +428,15 @@ def try_checkpoint(
 
         log = settings.internal_topic("examples")
         if end:
-            say(f"no trial is on from offset {asyncio.run(tool.end_trial(settings))} of {log} on")
+            say(f"no trial is on from offset {asyncio.run(tool.end_trial(settings, folder))} of {log} on")
             return
         manifest = None if name in (None, FROZEN) else folder.get(str(name))
+        with running_worker() as worker:
+            encoder = worker.model()["encoder"]
+        if encoder["trial"] is not None:
+            fail(f"trial {encoder['trial']['offset']} is on: end it with `headwater checkpoints trial --end` first")
+        if encoder["adapter"] == (None if manifest is None else manifest.adapter):
+            say("the challenger is what is in use: both arms have the same lists, and a difference is chance (A/A)")
         offset = asyncio.run(tool.try_out(settings, manifest, folder, share))
     told = manifest.name if manifest is not None else "the encoder as it is"
     say(f"trial {offset}: {told} for {share:g} of the users from offset {offset} of {log} on")
@@ -499,7 +506,7 @@ def _between(low: float | None, high: float | None) -> str:
 def prune_checkpoints(
     keep: Annotated[int | None, typer.Option(min=0, help="Default: HEADWATER_CHECKPOINTS_KEEP.")] = None,
 ) -> None:
-    """Deletes the oldest checkpoints that are neither in use, nor in shadow, nor the parent of such.
+    """Deletes the oldest checkpoints that are neither in use, nor in shadow, nor in a trial, nor the parent of such.
 
     Example: `headwater checkpoints prune --keep 5`
     """

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ from model import gate
 from model.adapter import Adapter
 from model.trial import Trial, bucket_of
 from monitoring.metrics import Metrics
+from state.changelog import LogRecord
 from state.sealing import Sealer
 from streams import __main__ as main
 from streams import checkpoints, examples, kafka, tokens, trials
@@ -33,7 +34,7 @@ from streams.audit import pseudonym
 from streams.checkpoints import Checkpoints, Manifest
 from streams.explain import rebuild_list
 from streams.pipeline import ItemLearner
-from streams.settings import environment
+from streams.settings import Settings, environment
 from streams.trials import Choice, Exposure, Exposures, Report, report
 from streams.web import create_app
 from tests.serving_world import TEXT_DIM, World, small_world
@@ -249,6 +250,42 @@ def test_a_list_counts_once_its_window_is_over() -> None:
 
 
 @pytest.mark.parametrize(
+    ("records", "trial", "began_before_s", "found", "is_whole"),
+    [
+        ([(0, 41), (1, 41)], None, None, 2, True),  # the topic's beginning is there
+        ([(7, 30), (8, 41), (9, 30)], None, None, 1, True),  # so are lists of a trial before
+        ([(7, 30), (8, 41), (9, 30)], 30, None, 2, False),
+        ([(7, 41), (8, 41)], 41, None, 2, False),  # the trial's message is gone, too
+        ([(7, 41), (8, 41)], 41, 721 * 3600, 2, False),
+        ([(7, 41), (8, 41)], 41, 719 * 3600, 2, True),  # what was deleted was before it
+    ],
+)
+async def test_what_is_kept_of_a_trial_and_whether_it_is_all(
+    monkeypatch: pytest.MonkeyPatch, records: list[tuple[int, int]], trial: int | None, began_before_s: float | None,
+    found: int, is_whole: bool,
+) -> None:  # fmt: skip
+    async def log_end(*_: object) -> int:
+        return records[-1][0] + 1
+
+    async def read_log(*_: object) -> AsyncIterator[list[LogRecord]]:
+        one = exposure("u", START_S, ["a"])
+        for offset, number in records:
+            one.trial = number
+            yield [LogRecord(offset, b"u", b"no note"), LogRecord(offset, b"u", msgspec.json.encode(one))]
+
+    async def record_at(*_: object) -> Any:
+        return None if began_before_s is None else SimpleNamespace(timestamp=1e3 * (START_S - began_before_s))
+
+    for name, fake in (("log_end", log_end), ("read_log", read_log), ("record_at", record_at)):
+        monkeypatch.setattr(kafka, name, fake)
+    kept = await trials.read(Settings(), trial, START_S)
+    assert (len(kept.exposures), kept.is_whole) == (found, is_whole)
+    assert len({one.trial for one in kept.exposures}) == 1
+    with pytest.raises(trials.TrialError, match="the trial 99"):
+        await trials.read(Settings(), 99, START_S)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         [],
@@ -310,6 +347,19 @@ async def test_notes_outlive_a_broker_that_is_away_and_name_nobody(monkeypatch: 
     assert msgspec.json.decode(value or b"", type=Exposure) == Exposure(
         1, START_S, TRIAL, 0.25, "challenger", "abc", pseudonym("person-7"), ["i0", "i1"], "v2.t"
     )
+
+
+async def test_full_batches_of_notes_do_not_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "LINGER_S", 3600.0)
+    topic, metrics = Topic(), Metrics()
+    notes = Exposures(topic.send, lambda: START_S, None, metrics.exposures_total)
+    for number in range(4 * trials.BATCH_RECORDS_MAX):
+        notes.note(told_to(f"u{number}"), Trial(None, 0.5, TRIAL), "")
+    running = asyncio.create_task(notes.run())
+    async with asyncio.timeout(60):
+        while len(topic.records) < 4 * trials.BATCH_RECORDS_MAX:
+            await asyncio.sleep(0)
+    running.cancel()
 
 
 async def test_notes_under_data_keys_have_nothing_that_anybody_could_compute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,7 +518,7 @@ def test_a_trial_from_its_beginning_to_its_report(deployment: Deployment, monkey
     visitors = Visitors(deployment, worker)
     name, adapter = add_checkpoint(settings.checkpoints)
     told = {"broker": settings.broker, "topic_prefix": settings.topic_prefix, "partitions": "2",
-            "checkpoints": settings.checkpoints}  # fmt: skip
+            "checkpoints": settings.checkpoints, "http_port": str(worker.settings.http_port)}  # fmt: skip
     for variable, value in environment(told).items():
         monkeypatch.setenv(variable, value)
     assert all("arm" not in one for one in visitors.lists().values())
@@ -499,8 +549,19 @@ def test_a_trial_from_its_beginning_to_its_report(deployment: Deployment, monkey
     command("trial", "--end")
     worker.wait_until("its end", lambda: visitors.model()["encoder"]["trial"] is None)
     assert all("arm" not in one for one in visitors.lists().values())
+    foreign, _ = add_checkpoint(settings.checkpoints, "others")
+    refused = CliRunner().invoke(app, ["checkpoints", "trial", foreign])
+    assert refused.exit_code == 1 and "encoder others, the workers' is words" in refused.output
+    decisions = Checkpoints(settings.checkpoints).get(name).decisions
+    assert [one["kind"] for one in decisions] == ["trial", "trial ended"] and decisions[0]["position"] == offset
+    worker.wait_until("both announced", lambda: decisions_of(visitors, name) == decisions)
     _check_erasure(worker, "u0")
     assert worker.stop()[0] == 0
+
+
+def decisions_of(visitors: Visitors, name: str) -> Any:
+    """As /v1/model tells them."""
+    return next((c["decisions"] for c in visitors.model()["encoder"]["checkpoints"] if c["name"] == name), None)
 
 
 def _check_erasure(worker: WorkerProcess, user: str) -> None:
@@ -536,8 +597,7 @@ def _check_report(worker: WorkerProcess, arms: dict[str, str], offset: int, adap
     }
     assert "challenger" in command("report", "--trial", str(offset))
     assert 'outcome="noted"' in worker.http.get("/metrics").text
-    foreign, _ = add_checkpoint(worker.settings.checkpoints, "others")
-    refused = CliRunner().invoke(app, ["checkpoints", "trial", foreign])
-    assert refused.exit_code == 1 and "encoder others, the workers' is words" in refused.output
+    refused = CliRunner().invoke(app, ["checkpoints", "trial", "frozen"])
+    assert refused.exit_code == 1 and f"trial {offset} is on" in refused.output
     none = CliRunner().invoke(app, ["checkpoints", "report", "--trial", "999"])
     assert none.exit_code == 1 and f"those of {offset}" in none.output
