@@ -6,7 +6,8 @@ is a nonnegative supermartingale, so that P(K_t >= 1 / alpha for any t) <= alpha
 at any moment, and after looking every time (Howard, Ramdas, McAuliffe & Sekhon 2021). The bets are the approximate
 growth-optimal ones of the past tests' mean and variance (aGRAPA; Waudby-Smith & Ramdas 2023).
 
-Where users are split into two arms there is no such pair: the end of this file compares means over users.
+Where users are split into two arms there is no such pair: the end of this file compares means over users, at any moment
+by betting too.
 """
 
 import math
@@ -20,8 +21,9 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 BET_MAX: Final = 0.9
-USERS_MIN: Final = 100  # in each of two arms: what follows is asymptotic
-USERS_TIGHT: Final = 1000  # after about so many users a sequence of intervals is as tight as it can be made
+BETS: Final = tuple(BET_MAX * 0.5**n for n in range(8))  # of two arms: from a lift of all to one of 1 %
+DELTA_STEPS: Final = 20
+PERMUTATIONS: Final = 9_999
 VARIANCE_START: Final = 0.25  # of one imagined test: the first bets are small
 
 
@@ -112,42 +114,88 @@ def level(alpha: float, number: int) -> float:
 
 
 def mean_interval(values: Array, alpha: float) -> tuple[float, float, float]:
-    """(mean, low, high) of two values or more, each of another user: the normal interval of level 1 - alpha."""
-    mean, half = float(np.mean(values)), _quantile(alpha) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
+    """(mean, low, high) of one or more values in [0, 1], each of another user: the score interval of level 1 - alpha.
+
+    Wilson 1927, of as many users with values of 0 and 1 alone as have this variance (Korn & Graubard 1998); two users
+    with 1 and two with 0 are imagined beside the others for that, so that few outcomes do not make many users of few.
+    It holds for rare outcomes too, of which there may be none yet.
+    """
+    values, imagined = np.asarray(values, np.float64), np.append(values, (0.0, 0.0, 1.0, 1.0))
+    mean, middle = float(np.mean(values)), float(np.mean(imagined))
+    n = len(values) * middle * (1 - middle) / float(np.var(imagined))
+    z = _quantile(alpha)
+    middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return mean, max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def difference(challenger: Array, champion: Array, alpha: float) -> tuple[float, float, float, float]:
-    """(challenger's mean minus the champion's, low, high, two-sided p) of one value a user: Welch's, normal.
+    """(challenger's mean minus the champion's, low, high, two-sided p) of one value in [0, 1] a user.
 
-    Of one look, at a moment that was fixed before: `difference_sequence` may be looked at as often as one likes.
+    Of one look, at a moment that was fixed before: `difference_anytime` may be looked at as often as one likes. The
+    interval is made of those of both means (Newcombe 1998, method 10).
     """
-    mean = float(np.mean(challenger) - np.mean(champion))
-    error = math.sqrt(np.var(challenger, ddof=1) / len(challenger) + np.var(champion, ddof=1) / len(champion))
-    half = _quantile(alpha) * error
-    return mean, mean - half, mean + half, math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(mean == 0)
+    mean0, low0, high0 = mean_interval(champion, alpha)
+    mean1, low1, high1 = mean_interval(challenger, alpha)
+    d = mean1 - mean0
+    low, high = d - math.hypot(mean1 - low1, high0 - mean0), d + math.hypot(high1 - mean1, mean0 - low0)
+    return d, low, high, permutation_p(challenger, champion)
 
 
-def difference_sequence(values: Array, challengers: Array, share: float, alpha: float) -> tuple[Array, Array]:
-    """(low, high), after each user from the moment on at which both arms have USERS_MIN, of what the challenger adds to
-    a user's value: with chance 1 - alpha all these intervals hold the difference of the means.
+def permutation_p(challenger: Array, champion: Array) -> float:
+    """Two-sided p of "the arm makes no difference to anybody", 1 / (PERMUTATIONS + 1) at the least: how often arms of
+    these sizes, drawn anew, have means as far apart.
 
-    values: (n,), one a user, in the order of the users; challengers: (n,) bool, drawn with chance `share`. A value v of
-    mean-so-far m counts as (v - m) / share of a challenger, as (m - v) / (1 - share) of a champion; the difference is
-    their expectation. Around their mean lies the asymptotic confidence sequence of Robbins' normal mixture
-    (Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas 2021, Time-uniform central limit theory). Each interval is the
-    intersection of those so far.
+    Exact, whatever the values (Fisher 1935; of drawn permutations: Phipson & Smyth 2010). How many challengers have
+    each of the values is drawn, not who. A function of the values.
+    """
+    values, counts = np.unique(np.concatenate((challenger, champion)), return_counts=True)
+    n1, n0 = len(challenger), len(champion)
+    drawn = np.random.default_rng(0).multivariate_hypergeometric(counts, n1, PERMUTATIONS, method="marginals") @ values
+    expected = n1 * float(counts @ values) / (n1 + n0)  # of the challengers' sum: as far from it is as far apart
+    far = np.abs(drawn - expected) >= abs(float(np.sum(challenger)) - expected) * (1 - 1e-9)
+    return (1 + int(np.count_nonzero(far))) / (PERMUTATIONS + 1)
+
+
+def difference_anytime(values: Array, challengers: Array, share: float, alpha: float) -> tuple[float, float]:
+    """(low, high) of what the challenger adds to a user's value: with chance 1 - alpha all the intervals that are told
+    as users come hold the difference of the means. No interval is wider than one before.
+
+    values: (n,) in [0, 1], one a user, in the order of the users; challengers: (n,) bool, each drawn with chance
+    `share`, whatever came before. A value v counts as (v - m) / share of a challenger, as (m - v) / (1 - share) of a
+    champion, m the mean of the values before: so x has the difference as its expectation, for any n and however rare
+    an outcome is. That it is delta or less is bet against, each time with fixed parts of the most that can be lost
+    (BETS); the mean of these wealths is one, and it falls as delta grows: the low end is the greatest delta at which it
+    has ever reached 2 / alpha (Ville 1939; confidence sequences by betting: Waudby-Smith & Ramdas 2023). At delta = 0
+    each bet has the form of the growth-optimal one of two Bernoulli streams (Turner, Ly & Gruenwald 2024).
     """
     values, challengers = np.asarray(values, np.float64), np.asarray(challengers, bool)
-    n = np.arange(1, len(values) + 1)
-    before = np.concatenate(([0.0], np.cumsum(values)[:-1])) / np.maximum(n - 1, 1)
-    each = (values - before) * np.where(challengers, 1 / share, -1 / (1 - share))
-    mean = np.cumsum(each) / n
-    deviation = np.sqrt(np.maximum(np.cumsum(each * each) / n - mean * mean, 0.0))
-    rho = (-2 * math.log(alpha) + math.log(-2 * math.log(alpha) + 1)) / USERS_TIGHT
-    half = deviation * np.sqrt(2 * (n * rho + 1) / (n * n * rho) * np.log(np.sqrt(n * rho + 1) / alpha))
-    enough = (np.cumsum(challengers) >= USERS_MIN) & (np.cumsum(~challengers) >= USERS_MIN)
-    return np.maximum.accumulate((mean - half)[enough]), np.minimum.accumulate((mean + half)[enough])
+    m = (np.cumsum(values) - values + 0.5) / np.arange(1, len(values) + 1)
+    x = (values - m) * np.where(challengers, 1 / share, -1 / (1 - share))
+    lowest, highest = -np.maximum(m / share, (1 - m) / (1 - share)), np.maximum((1 - m) / share, m / (1 - share))
+    return _bound(x, lowest, alpha / 2), -_bound(-x, -highest, alpha / 2)
+
+
+def _bound(x: Array, lowest: Array, alpha: float) -> float:
+    """Above which the expectation of each x is, with chance 1 - alpha: within [-1, 1], to 2**-DELTA_STEPS.
+
+    lowest: (n,), x can be no less; known before x.
+    """
+    wanted, low, high = -math.log(alpha), -1.0, 1.0
+    for _ in range(DELTA_STEPS):
+        delta = (low + high) / 2
+        low, high = (delta, high) if _log_wealth_most(x, lowest, delta) >= wanted else (low, delta)
+    return low
+
+
+def _log_wealth_most(x: Array, lowest: Array, delta: float) -> float:
+    """The most that the mean of the bettors' wealths has ever been; their bets are the same for every delta <= 1."""
+    total = np.zeros(len(x) + 1)
+    total[1:] = -np.inf
+    for part in BETS:
+        total[1:] = np.logaddexp(total[1:], np.cumsum(np.log1p(part / (1 - lowest) * (x - delta))))
+    total[1:] -= math.log(len(BETS))
+    return float(total.max())
 
 
 def split_p(challengers: int, users: int, share: float) -> float:

@@ -406,14 +406,20 @@ def try_checkpoint(
 ) -> None:
     """An A/B test on live users: a share of them, by a hash of the id, has texts compared through a checkpoint.
 
-    All events teach one model; what is shown is noted until the trial ends, by --end, promote or rollback.
+    All events teach one model; what is shown is noted until the trial ends, by --end, promote or rollback. A running
+    worker is asked: refused while a trial is on. A challenger that is in use already makes an A/A test of the set-up.
 
     Example: `headwater checkpoints trial 000000000209-1f2e3d4c5b6a --share .5`
     """
     if end == (name is not None):
         raise typer.BadParameter("name a checkpoint, or give --end")
-    if not 0 < share < 1:
-        raise typer.BadParameter(f"{share} is no share: above 0 and below 1", param_hint="--share")
+    from model.adapter import AdapterError
+    from model.trial import Trial
+
+    try:
+        Trial(None, share, 0)  # as it is stored: a float32
+    except AdapterError as problem:
+        raise typer.BadParameter(str(problem), param_hint="--share") from None
     settings, folder = load(), _checkpoints()
     with broker_faults(settings, TRIAL):
         import asyncio
@@ -422,9 +428,15 @@ def try_checkpoint(
 
         log = settings.internal_topic("examples")
         if end:
-            say(f"no trial is on from offset {asyncio.run(tool.end_trial(settings))} of {log} on")
+            say(f"no trial is on from offset {asyncio.run(tool.end_trial(settings, folder))} of {log} on")
             return
         manifest = None if name in (None, FROZEN) else folder.get(str(name))
+        with running_worker() as worker:
+            encoder = worker.model()["encoder"]
+        if encoder["trial"] is not None:
+            fail(f"trial {encoder['trial']['offset']} is on: end it with `headwater checkpoints trial --end` first")
+        if encoder["adapter"] == (None if manifest is None else manifest.adapter):
+            say("the challenger is what is in use: both arms have the same lists, and a difference is chance (A/A)")
         offset = asyncio.run(tool.try_out(settings, manifest, folder, share))
     told = manifest.name if manifest is not None else "the encoder as it is"
     say(f"trial {offset}: {told} for {share:g} of the users from offset {offset} of {log} on")
@@ -434,12 +446,15 @@ def try_checkpoint(
 @checkpoints_app.command("report")
 def report_trial(
     trial: Annotated[int | None, typer.Option(min=0, help="Its offset. Default: the newest trial.")] = None,
-    window: Annotated[float, typer.Option(min=1, help="Seconds after a list in which a choice of it counts.")] = 1800,
+    window: Annotated[
+        float, typer.Option(min=1, help="Seconds after a list in which a choice of it counts. The same at every look.")
+    ] = 1800,
     as_json: Json = False,
 ) -> None:
     """A trial's result: how often each arm's lists were chosen from, a mean over users, and how sure that is.
 
-    Reads what was shown, and the events since then. Run it with the workers' settings.
+    Reads what was shown, and the events since then; lists whose window is open count nowhere yet. Fix the window
+    before the first look: what holds at any look holds for one window. Run it with the workers' settings.
 
     Example: `headwater checkpoints report --window 1800`
     """
@@ -455,7 +470,8 @@ def report_trial(
     if as_json:
         print_json(msgspec.to_builtins(told))
         return
-    say(f"trial {told.trial}: lists since {_moment(told.first_ts)}, the last of {_moment(told.last_ts)}")
+    say(f"trial {told.trial}: lists since {_moment(told.first_ts)}, the last of {_moment(told.last_ts)}; "
+        f"{told.open} whose window is open count nowhere yet")  # fmt: skip
     table(
         ["arm", "adapter", "users", "lists", "chosen from", "of a user's lists", "95 %"],
         [[arm, one.adapter or "the encoder as it is", one.users, one.exposures, one.outcomes, _number(one.rate),
@@ -490,7 +506,7 @@ def _between(low: float | None, high: float | None) -> str:
 def prune_checkpoints(
     keep: Annotated[int | None, typer.Option(min=0, help="Default: HEADWATER_CHECKPOINTS_KEEP.")] = None,
 ) -> None:
-    """Deletes the oldest checkpoints that are neither in use, nor in shadow, nor the parent of such.
+    """Deletes the oldest checkpoints that are neither in use, nor in shadow, nor in a trial, nor the parent of such.
 
     Example: `headwater checkpoints prune --keep 5`
     """

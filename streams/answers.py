@@ -238,9 +238,10 @@ class TrainingView(msgspec.Struct):
 
 class DecisionView(msgspec.Struct):
     """What was decided at a position of the examples log: promote or drop (of a candidate), switched, kept or rollback
-    (after the watch of a switch). The evidence, where a duel was decided: its tests, and log10 of the e-values that the
-    candidate (of kept and rollback: the predecessor) is better, and that it is worse. verdict: better, worse or none.
-    taken_back: of a switch."""
+    (after the watch of a switch), trial and trial ended (on live users, by hand). The evidence, where a duel was
+    decided: its tests, and log10 of the e-values that the candidate (of kept and rollback: the predecessor) is better,
+    and that it is worse. verdict: better, worse or none. taken_back: of a switch. challenger, share: of a trial, the
+    adapter ("" for the encoder as it is), and of the users."""
 
     kind: str
     position: Count
@@ -251,6 +252,8 @@ class DecisionView(msgspec.Struct):
     alpha: float | UnsetType = UNSET
     verdict: str | UnsetType = UNSET
     taken_back: bool | UnsetType = UNSET
+    challenger: str | UnsetType = UNSET
+    share: float | UnsetType = UNSET
 
 
 class CheckpointView(msgspec.Struct):

@@ -22,6 +22,7 @@ from streams.settings import Fault
 MANIFEST_VERSION: Final = 1
 SUFFIX: Final = ".safetensors"
 SHADOW, DROPPED, CURRENT, RETIRED, TAKEN_BACK = "shadow", "dropped", "current", "retired", "taken back"
+TRIAL, TRIAL_ENDED = "trial", "trial ended"  # kinds of decisions
 
 
 class CheckpointError(Fault):
@@ -43,6 +44,12 @@ class Manifest(msgspec.Struct, kw_only=True):
     training: dict[str, Any] = {}  # messages, examples, losses, seed
     decisions: list[dict[str, Any]] = []  # kind, position, evidence; in order
     version: int = MANIFEST_VERSION
+
+    @property
+    def trial(self) -> int | None:
+        """The offset of the trial's message, while one is on as far as its decisions tell."""
+        told = [one for one in self.decisions if one["kind"] in (TRIAL, TRIAL_ENDED)]
+        return int(told[-1]["position"]) if told and told[-1]["kind"] == TRIAL else None
 
 
 class Checkpoints:
@@ -137,13 +144,33 @@ class Checkpoints:
                 changed.append(manifest)
         return changed
 
+    def tried(self, name: str, position: int, challenger: str, share: float) -> Manifest:
+        """A trial has begun at this position of the log: told by the manifest of this name, of the challenger, or of
+        the one in use where that is none (""). Raises CheckpointError."""
+        manifest = self.get(name)
+        told = {"kind": TRIAL, "position": position, "challenger": challenger, "share": share}
+        manifest.decisions.append(told)
+        self.put(manifest)
+        return manifest
+
+    def trial_ended(self, position: int) -> list[Manifest]:
+        """No trial is on from this position of the log on: the manifests that told of one from before."""
+        changed = []
+        for manifest in self._manifests():
+            if manifest.trial is not None and manifest.trial < position:
+                manifest.decisions.append({"kind": TRIAL_ENDED, "position": position})
+                self.put(manifest)
+                changed.append(manifest)
+        return changed
+
     def prune(self, keep: int) -> list[str]:
-        """Deletes the oldest but `keep` that are not in use, in shadow or the parent of such; the names of those.
+        """Deletes the oldest but `keep` that are not in use, in shadow, in a trial or the parent of such; the names of
+        those.
 
         Weights that a pruning left behind when it was killed go with them.
         """
         manifests = self.manifests()
-        used = {m.name for m in manifests if m.state in (CURRENT, SHADOW)}
+        used = {m.name for m in manifests if m.state in (CURRENT, SHADOW) or m.trial is not None}
         used |= {m.parent for m in manifests if m.name in used}
         free = [m.name for m in manifests if m.name not in used]
         gone = free[: max(0, len(free) - keep)]

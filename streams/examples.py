@@ -62,6 +62,7 @@ FLAG_TEXT: Final = 1
 FLAG_RANKED: Final = 2
 FLAG_TAKEN_BACK: Final = 1  # of a message of kind 3
 FLAG_TRIAL: Final = 2
+FLAG_YIELDS: Final = 4
 
 HEADER: Final = struct.Struct("<BBHHH")
 EXAMPLE: Final = struct.Struct("<qdQBBBBf")
@@ -170,13 +171,15 @@ def pack_items(partition: int, entries: list[ItemEntry]) -> bytes:
     return HEADER.pack(MESSAGE_VERSION, KIND_ITEMS, partition, len(entries), 0) + _encode_items(entries)
 
 
-def pack_adapter(adapter: Adapter | None, taken_back: bool = False) -> bytes:
+def pack_adapter(adapter: Adapter | None, taken_back: bool = False, yields: bool = False) -> bytes:
     """The message that makes the learner, and with it every replica, compare texts through this adapter.
 
-    taken_back: it was in use before, and is no promotion that has to be watched.
+    taken_back: it was in use before, and is no promotion that has to be watched; yields: where a trial is on, the
+    message changes nothing.
     """
     body = b"" if adapter is None else adapter.pack()
-    return HEADER.pack(MESSAGE_VERSION, KIND_ADAPTER, 0, adapter is not None, taken_back) + body
+    flags = FLAG_TAKEN_BACK * taken_back | FLAG_YIELDS * yields
+    return HEADER.pack(MESSAGE_VERSION, KIND_ADAPTER, 0, adapter is not None, flags) + body
 
 
 def pack_trial(adapter: Adapter | None, share: float) -> bytes:
@@ -197,6 +200,11 @@ def pack_trial_end() -> bytes:
 def is_trial(message: bytes) -> bool:
     """Whether a message of kind 3 begins or ends a trial, and switches nobody else."""
     return bool(HEADER.unpack_from(message)[4] & FLAG_TRIAL)
+
+
+def yields(message: bytes) -> bool:
+    """Whether a message of kind 3 changes nothing where a trial is on."""
+    return bool(HEADER.unpack_from(message)[4] & FLAG_YIELDS)
 
 
 def unpack_trial(message: bytes, offset: int) -> Trial | None:

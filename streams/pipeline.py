@@ -425,14 +425,15 @@ class ItemLearner:
         return Learnt(partition, 0, entered, 0.0, None)
 
     def _adapt(self, offset: int, message: bytes) -> None:
-        """A switch for all ends a trial, of whatever adapter."""
+        """A switch for all ends a trial, of whatever adapter, unless it yields to one."""
         if examples.is_trial(message):
             trial = examples.unpack_trial(message, offset)
             if trial is None or not self._is_left_behind(trial.adapter):
                 self.learner.try_out(trial)
             return
         adapter, _ = examples.unpack_adapter(message)
-        if not self._is_left_behind(adapter):
+        yields = examples.yields(message) and self.learner.matrix.trial is not None
+        if not yields and not self._is_left_behind(adapter):
             self.learner.adapt(adapter)
             self.end_trial()
 

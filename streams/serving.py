@@ -18,6 +18,7 @@ from msgspec import UNSET, Meta, UnsetType
 from prometheus_client import CollectorRegistry, Histogram
 
 from model import kernels, texts
+from model.adapter import Adapter
 from model.profile import Profile, User, profile_of, text_terms
 from model.ranker import Explanation as RankerExplanation
 from model.ranker import Ranker, Ranking, Scored
@@ -159,8 +160,9 @@ class WorkerView(Protocol):
     def model_info(self) -> ModelView:
         """Versions, settings, live prequential metrics."""
 
-    def shown(self, told: Recommendations, trial: Trial) -> None:
-        """The list was answered while this trial was on: it is noted, beside the answer."""
+    def shown(self, told: Recommendations, trial: Trial, champion: Adapter | None) -> None:
+        """The list was made while this trial was on, and answered: it is noted, beside the answer. champion: what the
+        other users' texts were compared through then."""
 
     def ready(self) -> list[str]:
         """What the worker still waits for; empty: ready."""

@@ -324,7 +324,8 @@ def record(folder: Checkpoints, decision: Decision, now: float) -> list[Manifest
         return [manifest]
     changed = {}
     if decision.kind == "switched":
-        changed = {m.name: m for m in folder.switched(name, decision.facts["taken_back"])}
+        changed = {m.name: m for m in folder.trial_ended(decision.position)}
+        changed |= {m.name: m for m in folder.switched(name, decision.facts["taken_back"])}
     found = known.get(decision.parent if decision.kind == "rollback" else name)
     if found is not None:
         found = folder.get(found.name)
@@ -399,8 +400,10 @@ async def switch(settings: Settings, manifest: Manifest | None, folder: Checkpoi
         topic = settings.internal_topic("examples")
         message = examples.pack_adapter(adapter, taken_back)
         offset = await producer.send(topic, LEARNER_PARTITION, [(ADAPTER_KEY, message)])
-        for changed in folder.switched("" if adapter is None else adapter.name, taken_back):
-            await announce(producer, settings, changed)
+        changed = {m.name: m for m in folder.trial_ended(offset)}
+        changed |= {m.name: m for m in folder.switched("" if adapter is None else adapter.name, taken_back)}
+        for manifest in changed.values():
+            await announce(producer, settings, manifest)
     finally:
         await producer.stop()
     return offset
@@ -417,21 +420,38 @@ async def _require_base(settings: Settings, producer: kafka.Producer, manifest: 
 
 async def try_out(settings: Settings, manifest: Manifest | None, folder: Checkpoints, share: float) -> int:
     """Puts the beginning of a trial into the examples log: a share of the users has the checkpoint (None: the encoder
-    as it is); its offset, by which the trial is known. Raises CheckpointError, as `switch` does."""
+    as it is); its offset, by which the trial is known. Told of by the challenger's manifest, or by that of the one in
+    use. Raises CheckpointError, as `switch` does."""
     message = examples.pack_trial(None if manifest is None else folder.adapter(manifest), share)
-    return await _tell(settings, message, manifest)
+    told_by = manifest or folder.current()
+
+    def tell(offset: int) -> list[Manifest]:
+        ended = {m.name: m for m in folder.trial_ended(offset)}
+        if told_by is not None:
+            challenger = "" if manifest is None else manifest.adapter
+            ended[told_by.name] = folder.tried(told_by.name, offset, challenger, share)
+        return list(ended.values())
+
+    return await _tell(settings, message, tell, manifest)
 
 
-async def end_trial(settings: Settings) -> int:
+async def end_trial(settings: Settings, folder: Checkpoints) -> int:
     """Puts the end of the trial into the examples log; its offset."""
-    return await _tell(settings, examples.pack_trial_end())
+    return await _tell(settings, examples.pack_trial_end(), folder.trial_ended)
 
 
-async def _tell(settings: Settings, message: bytes, manifest: Manifest | None = None) -> int:
+async def _tell(
+    settings: Settings, message: bytes, tell: Callable[[int], list[Manifest]], manifest: Manifest | None = None
+) -> int:  # fmt: skip
+    """tell: changes, and gives, the manifests that tell of the message at its offset."""
     producer = kafka.Producer(settings.kafka_options())
     await producer.start()
     try:
         await _require_base(settings, producer, manifest)
-        return await producer.send(settings.internal_topic("examples"), LEARNER_PARTITION, [(ADAPTER_KEY, message)])
+        topic = settings.internal_topic("examples")
+        offset = await producer.send(topic, LEARNER_PARTITION, [(ADAPTER_KEY, message)])
+        for changed in tell(offset):
+            await announce(producer, settings, changed)
+        return offset
     finally:
         await producer.stop()

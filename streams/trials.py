@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -34,7 +34,7 @@ log = structlog.get_logger(__name__)
 
 EXPOSURE_VERSION: Final = 1
 TOPIC: Final = "exposures"  # internal
-PARTITION: Final = 0  # the topic has one
+PARTITION: Final = 0  # the topic has one; the examples log too
 QUEUE_MAX: Final = 20_000  # lists that wait for the broker
 BATCH_RECORDS_MAX: Final = 500
 LINGER_S: Final = 0.25
@@ -97,7 +97,7 @@ class Exposures:
             await self._arrived.wait()
             self._arrived.clear()
             while self._waiting:
-                if not self._is_closing:
+                if len(self._waiting) < BATCH_RECORDS_MAX and not self._is_closing:
                     await asyncio.sleep(LINGER_S)
                 await self._send_batch()
 
@@ -158,8 +158,11 @@ class Outcomes:
     """Who was shown what in one trial, and which lists have an outcome: within `window_s` the user chose an item of
     theirs. A choice counts for the last list that showed the item; a list has one outcome at most."""
 
-    def __init__(self, exposures: Iterable[Exposure], window_s: float) -> None:
+    def __init__(self, exposures: Sequence[Exposure], window_s: float) -> None:
+        """exposures: at least one."""
         self.window_s = window_s
+        self.trial, self.share = exposures[-1].trial, exposures[-1].share
+        self.adapters = {exposure.arm: exposure.adapter for exposure in exposures}
         self.users: dict[str, Shown] = {}
         for one in sorted(exposures, key=lambda exposure: exposure.ts):
             shown = self.users.setdefault(one.user, Shown(one.arm))
@@ -168,6 +171,8 @@ class Outcomes:
                 shown.ts.append(one.ts)
                 shown.items.append(items)
                 shown.chosen.append(False)
+        self.first_ts = min(shown.ts[0] for shown in self.users.values())
+        self.last_ts = max(shown.ts[-1] for shown in self.users.values())
 
     def choose(self, choice: Choice) -> None:
         """Takes one in; in any order."""
@@ -183,8 +188,8 @@ class Outcomes:
 
 
 class ArmReport(msgspec.Struct):
-    """One arm: users that were shown a list, lists, lists with an outcome, and the share of these, a mean over users
-    with its 95 % interval. adapter: "" for the encoder as it is."""
+    """One arm, of lists whose window is over: users that were shown one, lists, lists with an outcome, and the share of
+    these, a mean over users with its 95 % interval. adapter: "" for the encoder as it is."""
 
     adapter: str
     users: int
@@ -196,7 +201,7 @@ class ArmReport(msgspec.Struct):
 
 
 class DifferenceReport(msgspec.Struct):
-    """Challenger minus champion, of the rates; the 95 % interval and p of a look that was planned."""
+    """Challenger minus champion, of the rates; the 95 % interval and p of one planned look (`gate.difference`)."""
 
     mean: float
     low: float
@@ -207,22 +212,25 @@ class DifferenceReport(msgspec.Struct):
 class AnytimeReport(msgspec.Struct):
     """The same of each user's first list, at any moment: verdict is better, worse, or null while neither is shown.
 
-    users: whose first list's window is over. low, high: of the difference, with 95 % over all looks together."""
+    users: whose first list's window is over. low, high: of the difference, with 95 % over all looks together, each of
+    which has the same window."""
 
     users: int
-    low: float | None = None
-    high: float | None = None
+    low: float
+    high: float
     verdict: str | None = None
 
 
 class Report(msgspec.Struct):
-    """A trial's result. split_p: how likely so uneven a split of the users is by chance; notes: what to beware of."""
+    """A trial's result. open: lists that count nowhere yet, since their window is not over; split_p: how likely so
+    uneven a split of the users is by chance; notes: what to beware of."""
 
     trial: int
     share: float
     window_s: float
     first_ts: float
     last_ts: float
+    open: int
     arms: dict[str, ArmReport]
     split_p: float
     difference: DifferenceReport | None = None
@@ -230,83 +238,108 @@ class Report(msgspec.Struct):
     notes: list[str] = []
 
 
-def report(exposures: Sequence[Exposure], choices: Iterable[Choice], window_s: float, now: float) -> Report:
-    """Of the exposures of one trial, at least one. now: Unix s, until when the choices reach."""
-    outcomes = Outcomes(exposures, window_s)
-    for choice in choices:
-        outcomes.choose(choice)
-    newest = exposures[-1]
-    of = {arm: [shown for shown in outcomes.users.values() if shown.arm == arm] for arm in ARMS}
-    adapters = {exposure.arm: exposure.adapter for exposure in exposures}
-    rates = {arm: np.array([sum(s.chosen) / len(s.chosen) for s in of[arm]]) for arm in ARMS}
+def report(outcomes: Outcomes, now: float, is_whole: bool = True) -> Report:
+    """The result as of now (Unix s), until when the choices reach. is_whole: whether all its lists are there."""
+    settled = now - outcomes.window_s
+    rates: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    counts: dict[str, list[int]] = {arm: [0, 0] for arm in ARMS}  # lists, with an outcome
+    firsts: list[tuple[float, bool, bool]] = []
+    for shown in outcomes.users.values():
+        over = shown.chosen[: bisect_right(shown.ts, settled)]
+        if over:
+            rates[shown.arm].append(sum(over) / len(over))
+            counts[shown.arm][0] += len(over)
+            counts[shown.arm][1] += sum(over)
+            firsts.append((shown.ts[0], shown.arm == ARMS[1], over[0]))
     arms: dict[str, ArmReport] = {}
     for arm in ARMS:
-        known = arm in adapters and len(of[arm]) > 1
-        mean, low, high = gate.mean_interval(rates[arm], ALPHA) if known else (None, None, None)
-        lists, chosen = sum(len(s.ts) for s in of[arm]), sum(sum(s.chosen) for s in of[arm])
-        arms[arm] = ArmReport(adapters.get(arm, ""), len(of[arm]), lists, chosen, mean, low, high)
-    champion, challenger = (len(of[arm]) for arm in ARMS)
-    share = Trial(None, newest.share, newest.trial).challengers / BUCKETS
+        interval = gate.mean_interval(np.array(rates[arm]), ALPHA) if rates[arm] else (None, None, None)
+        arms[arm] = ArmReport(outcomes.adapters.get(arm, ""), len(rates[arm]), *counts[arm], *interval)
+    champions, challengers = (len(rates[arm]) for arm in ARMS)
+    share = Trial(None, outcomes.share, outcomes.trial).challengers / BUCKETS
     told = Report(
-        newest.trial, newest.share, window_s, min(e.ts for e in exposures), max(e.ts for e in exposures), arms,
-        gate.split_p(challenger, champion + challenger, share),
+        outcomes.trial, outcomes.share, outcomes.window_s, outcomes.first_ts, outcomes.last_ts,
+        sum(len(shown.ts) for shown in outcomes.users.values()) - sum(lists for lists, _ in counts.values()), arms,
+        gate.split_p(challengers, champions + challengers, share),
     )  # fmt: skip
     if told.split_p < SPLIT_P_MIN:
         told.notes.append(
-            f"{challenger} of {champion + challenger} users are challengers, which is not a share of {share:.3f}: the "
-            "split is at fault, or exposures are missing; do not trust the difference"
+            f"{challengers} of {champions + challengers} users are challengers, which is not a share of {share:.3f}: "
+            "the split is at fault, or exposures are missing; do not trust the difference"
         )
-    if min(champion, challenger) < gate.USERS_MIN:
-        told.notes.append(f"too little to tell: {gate.USERS_MIN} users in each arm are the least that says anything")
+    if not champions or not challengers:
+        told.notes.append("nothing to tell yet: no user of one arm has a list whose window is over")
         return told
-    found = gate.difference(rates[ARMS[1]], rates[ARMS[0]], ALPHA)
+    found = gate.difference(np.array(rates[ARMS[1]]), np.array(rates[ARMS[0]]), ALPHA)
     told.difference = DifferenceReport(*found)
-    told.anytime = _anytime(outcomes, share, now)
+    if is_whole:
+        told.anytime = _anytime(firsts, share)
+    else:
+        told.notes.append(
+            "the trial's first lists may be gone (HEADWATER_RETENTION_HOURS), and with them which list was a user's "
+            "first: there is no verdict for any look"
+        )
     return told
 
 
-def _anytime(outcomes: Outcomes, share: float, now: float) -> AnytimeReport:
-    """Users in the order of their first lists, each with that list's outcome alone: it does not change any more once
-    its window is over, so that what has been looked at stays as it was."""
-    firsts = sorted((s.ts[0], s.arm == ARMS[1], s.chosen[0]) for s in outcomes.users.values())
-    over = [(is_challenger, chosen) for ts, is_challenger, chosen in firsts if ts + outcomes.window_s <= now]
-    sides = np.array([side for side, _ in over], bool)
-    values = np.array([chosen for _, chosen in over], np.float64)
-    low, high = gate.difference_sequence(values, sides, share, ALPHA)
-    if not len(low):
-        return AnytimeReport(len(over))
-    verdict = "better" if low[-1] > 0 else "worse" if high[-1] < 0 else None
-    return AnytimeReport(len(over), float(low[-1]), float(high[-1]), verdict)
+def _anytime(firsts: list[tuple[float, bool, bool]], share: float) -> AnytimeReport:
+    """Users in the order of their first lists (Unix s, whether a challenger's, whether chosen from), each with that
+    list's outcome alone: it does not change any more once its window is over, so that what has been looked at stays as
+    it was."""
+    _, sides, values = zip(*sorted(firsts), strict=True)
+    low, high = gate.difference_anytime(np.array(values), np.array(sides), share, ALPHA)
+    return AnytimeReport(len(firsts), low, high, "better" if low > 0 else "worse" if high < 0 else None)
 
 
 # -- from the logs
 
 
-async def read(settings: Settings, trial: int | None) -> list[Exposure]:
+class Kept(NamedTuple):
+    """What the topic has of a trial. is_whole: all of it, from its first list on; else that cannot be told."""
+
+    exposures: list[Exposure]
+    is_whole: bool
+
+
+async def read(settings: Settings, trial: int | None, now: float) -> Kept:
     """The exposures of a trial (None: the newest), as the topic has them now. Raises TrialError, KafkaError."""
     topic, options = settings.internal_topic(TOPIC), settings.kafka_options()
     end = await kafka.log_end(options, topic, PARTITION)
     found: list[Exposure] = []
+    trials: set[int] = set()
+    oldest: Exposure | None = None
+    begins = 0
     if end:
         async for batch in kafka.read_log(options, topic, PARTITION, 0, end - 1):
             for record in batch:
                 with contextlib.suppress(msgspec.DecodeError):
-                    found.append(msgspec.json.decode(record.value or b"", type=Exposure))
-    trials = sorted({exposure.trial for exposure in found})
-    if not trials or (trial is not None and trial not in trials):
-        known = f"the topic has those of {', '.join(map(str, trials))}" if trials else "the topic is empty"
+                    one = msgspec.json.decode(record.value or b"", type=Exposure)
+                    if oldest is None:
+                        oldest, begins = one, record.offset
+                    if trial is None and one.trial > max(trials, default=-1):
+                        found.clear()
+                    trials.add(one.trial)
+                    if one.trial == (max(trials) if trial is None else trial):
+                        found.append(one)
+    if oldest is None or not found:
+        known = f"the topic has those of {', '.join(map(str, sorted(trials)))}" if trials else "the topic is empty"
         raise TrialError(
             f"no list was shown in {'a trial' if trial is None else f'the trial {trial}'} that is still kept: {known}"
         )
-    wanted = trials[-1] if trial is None else trial
-    return [exposure for exposure in found if exposure.trial == wanted]
+    wanted = found[0].trial
+    return Kept(found, begins == 0 or oldest.trial < wanted or await _is_young(settings, wanted, now))
 
 
-async def choices(settings: Settings, users: Container[str], since: float) -> list[Choice]:
+async def _is_young(settings: Settings, trial: int, now: float) -> bool:
+    """Whether a trial began so lately that nothing of its time is deleted yet."""
+    topic = settings.internal_topic("examples")
+    began = await kafka.record_at(settings.kafka_options(), topic, PARTITION, trial)
+    return began is not None and now - began.timestamp / 1e3 < 3600 * settings.retention_hours
+
+
+async def choices(settings: Settings, users: Container[str], since: float) -> AsyncIterator[Choice]:
     """Positive events of these users (pseudonyms) in the source topics from `since` (Unix s) on. Raises KafkaError."""
     key, evidence, options = audit_key(sealer_of(settings)), settings.evidence_config(), settings.kafka_options()
-    names: dict[str, str] = {}
-    found: list[Choice] = []
     for name in SOURCES:
         for partition in range(settings.partitions):
             topic = settings.topic(name)
@@ -319,12 +352,9 @@ async def choices(settings: Settings, users: Container[str], since: float) -> li
                 for event in codec.decode_batch(name, batch).events:
                     item_id = _chosen(event, evidence)
                     if item_id is not None and event.ts >= since:
-                        user = names.get(event.user_id)
-                        if user is None:
-                            user = names[event.user_id] = pseudonym(event.user_id, key)
+                        user = pseudonym(event.user_id, key)
                         if user in users:
-                            found.append(Choice(user, item_id, event.ts))
-    return found
+                            yield Choice(user, item_id, event.ts)
 
 
 def _chosen(event: Any, evidence: EvidenceConfig) -> str | None:
@@ -336,7 +366,9 @@ def _chosen(event: Any, evidence: EvidenceConfig) -> str | None:
 
 async def tell(settings: Settings, trial: int | None, window_s: float, now: float) -> Report:
     """The report of a trial (None: the newest), from the logs. Raises TrialError, KafkaError."""
-    exposures = await read(settings, trial)
-    since = min(exposure.ts for exposure in exposures)
-    users = {exposure.user for exposure in exposures}
-    return report(exposures, await choices(settings, users, since), window_s, now)
+    kept = await read(settings, trial, now)
+    outcomes = Outcomes(kept.exposures, window_s)
+    kept.exposures.clear()
+    async for choice in choices(settings, outcomes.users, outcomes.first_ts):
+        outcomes.choose(choice)
+    return report(outcomes, now, kept.is_whole)

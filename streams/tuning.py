@@ -212,7 +212,8 @@ class Tuning:
         """The log says that another adapter is in use: a promotion is watched, what was taken back is not."""
         adapter, taken_back = examples.unpack_adapter(message)
         before = _name(self.current)
-        if adapter is not None and adapter.base != self.base:
+        yields = examples.yields(message) and self.champion.learner.matrix.trial is not None
+        if yields or (adapter is not None and adapter.base != self.base):
             self.champion.learn(offset, message)  # which passes it over, or raises
             return []
         if _name(adapter) == before:
@@ -246,9 +247,12 @@ class Tuning:
         self.champion = self._learner_of(rows.items(), offset)
 
     def request(self) -> bytes | None:
-        """The message that the log must get, while one is asked for; a promotion, which would end a trial, waits."""
+        """The message that the log must get, while one is asked for; a promotion, which would end a trial, waits, and
+        yields to one that the log got meanwhile."""
         waits = self.champion.learner.matrix.trial is not None and not self.taking_back
-        return examples.pack_adapter(self.wanted, self.taking_back) if self.phase == "asked" and not waits else None
+        if self.phase != "asked" or waits:
+            return None
+        return examples.pack_adapter(self.wanted, self.taking_back, yields=not self.taking_back)
 
     def _fork(self) -> ItemLearner:
         fork = ItemLearner(self._learner_config, self.text_dim, self._first_base)

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from model.adapter import Adapter
 from model.evaluate import ITEM_KNN
 from model.ranker import Ranker
 from model.trial import ARMS, Trial
@@ -222,9 +223,9 @@ class View:
         trial = self.worker.replica.trial
         return None if trial is None else TrialView(trial.name or None, trial.share, trial.salt)
 
-    def shown(self, told: Recommendations, trial: Trial) -> None:
+    def shown(self, told: Recommendations, trial: Trial, champion: Adapter | None) -> None:
         """Noted for the trial's report."""
-        adapter = trial.adapter if told.arm == ARMS[1] else self.worker.replica.adapter
+        adapter = trial.adapter if told.arm == ARMS[1] else champion
         self.worker.exposures.note(told, trial, "" if adapter is None else adapter.name)
 
     def _adapter(self) -> str | None:

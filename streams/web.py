@@ -564,7 +564,7 @@ def _user_routes(app: FastAPI, http: Http) -> None:
             read = view.read(user)
             # Words are of the log, as far as it gave them in time: no validator stands for that.
             # In a trial every list is told whole: an answer without it would be one more that was shown, and not noted.
-            trial = view.ranker.matrix.trial
+            trial, champion = view.ranker.matrix.trial, view.ranker.matrix.adapter
             etag = "" if asked.words or trial is not None else _tag(view, user, read.row, asked)
             unchanged = _unchanged(request, etag)
             if unchanged is not None:
@@ -573,7 +573,7 @@ def _user_routes(app: FastAPI, http: Http) -> None:
                 told = serving.recommend(view, user, asked, read)
             answered = await _told(request, view, told, asked.words, etag)
             if trial is not None:
-                view.shown(told, trial)
+                view.shown(told, trial, champion)
             return answered
 
         return await http.for_user(request, user, answer, asked.at_least)

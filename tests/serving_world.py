@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from prometheus_client import CollectorRegistry, Histogram
 
+from model.adapter import Adapter
 from model.evaluate import LiveMetrics
 from model.items import ItemMatrix
 from model.learner import LearnerConfig
@@ -186,7 +187,7 @@ class World:
             msgspec.convert({} if self.learns_at else self._live.report(), answers.Prequential),
         )  # fmt: skip
 
-    def shown(self, told: answers.Recommendations, trial: Trial) -> None:
+    def shown(self, told: answers.Recommendations, trial: Trial, champion: Adapter | None) -> None:
         self.exposed.append((told, trial))
 
     def ready(self) -> list[str]:

@@ -257,6 +257,22 @@ def test_files_are_whole_or_refused(tmp_path: Path) -> None:
         Checkpoints("nosuch://x")
 
 
+def test_a_challenger_is_kept_while_its_trial_is_on(tmp_path: Path) -> None:
+    folder = Checkpoints(str(tmp_path))
+    for number, adapter in enumerate((planted(), harmful())):
+        folder.add(adapter, Manifest(
+            name=checkpoints.name_of(number, adapter), adapter=adapter.name, base=BASE, parent="", offset=number,
+            rank=4, digest="", created=float(number), state=checkpoints.DROPPED,
+        ))  # fmt: skip
+    tried, other = folder.manifests()
+    folder.tried(tried.name, 7, tried.adapter, 0.1)
+    assert folder.trial_ended(7) == [], "a switch that is learnt again, of before the trial, does not end it"
+    assert folder.prune(0) == [other.name] and folder.get(tried.name).trial == 7
+    [ended] = folder.trial_ended(9)
+    assert [one["kind"] for one in ended.decisions] == ["trial", "trial ended"] and folder.trial_ended(9) == []
+    assert folder.prune(0) == [tried.name]
+
+
 def test_adapter_message_survives_the_log() -> None:
     adapter, taken_back = examples.unpack_adapter(examples.pack_adapter(None, taken_back=True))
     assert adapter is None and taken_back

@@ -233,6 +233,36 @@ def test_a_trial_is_of_the_log_and_ends_by_its_own_message_or_a_switch() -> None
         learner.learn(len(log), examples.pack_trial(replace(planted(), base="other:1"), 0.5))
 
 
+def test_a_promotion_that_was_under_way_when_a_trial_began_waits_for_its_end() -> None:
+    """The trainer had asked for it before the trial was in the log: every learner passes it over, and it is asked for
+    again; a rollback does not yield."""
+    tuning, learner, offset = new_tuning(), ItemLearner(LEARNER, TUNED_DIM, BASE), 0
+
+    def take(message: bytes) -> list[str]:
+        nonlocal offset
+        learner.learn(offset, message)
+        decisions = tuning.advance(offset, message)
+        offset += 1
+        return [decision.kind for decision in decisions]
+
+    for message in messages(3):
+        take(message)
+    tuning.phase, tuning.wanted = "asked", planted()
+    request = tuning.request()
+    assert request is not None
+    take(examples.pack_trial(None, 0.5))
+    assert take(request) == [] and tuning.request() is None and tuning.phase == "asked"
+    for matrix in (learner.learner.matrix, tuning.champion.learner.matrix):
+        assert matrix.adapter is None and matrix.trial is not None
+    take(examples.pack_trial_end())
+    assert tuning.request() == request and take(request) == ["switched"]
+    assert learner.learner.matrix.adapter is not None
+    take(examples.pack_trial(None, 0.5))
+    tuning.phase, tuning.wanted, tuning.taking_back = "asked", None, True
+    back = tuning.request()
+    assert back is not None and take(back) == ["switched"] and learner.learner.matrix.trial is None
+
+
 def test_a_duel_learns_the_trial_and_leaves_its_challengers_tests_out() -> None:
     log = list(messages(30))
     on, off = new_tuning(), new_tuning()

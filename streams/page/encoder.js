@@ -2,7 +2,7 @@
 
 import { number, time } from "./elements.js";
 
-const SWITCHED = "switched";  // no decision of the gate: what follows one, or was asked for by hand
+const BY_HAND = ["switched", "trial", "trial ended"];  // no decision of the gate: what follows one, or was asked for
 const DECIDED = {
   promote: "promoted: it was better than what was in use",
   kept: "kept: its predecessor was not better",
@@ -34,13 +34,13 @@ function inShadow([newest]) {
   const { examples, loss, loss_frozen: before } = newest.training;
   const trained = [examples, loss, before].includes(undefined)
     ? "" : `, trained on ${number.format(examples)} examples (loss ${before.toFixed(3)} → ${loss.toFixed(3)})`;
-  const decision = newest.decisions.at(-1);
+  const decision = newest.decisions.findLast(({ kind }) => !BY_HAND.includes(kind));
   return `${newest.adapter}${trained}, ${decision ? `${words(decision)}${evidence(decision)}` : "in shadow, not decided yet"}`;
 }
 
 function decidedLast(checkpoints) {
   const all = checkpoints.flatMap((one) => one.decisions.map((decision) => ({ one, decision })));
-  const last = all.filter(({ decision }) => decision.kind !== SWITCHED).sort((a, b) => b.decision.position - a.decision.position)[0];
+  const last = all.filter(({ decision }) => !BY_HAND.includes(decision.kind)).sort((a, b) => b.decision.position - a.decision.position)[0];
   if (last === undefined) return "none yet";
   const { one, decision } = last;
   const byHand = one.state === "taken back" && decision.kind !== "rollback" ? "; then taken back by hand" : "";
