@@ -48,17 +48,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("broker", kinds, indirect=True, scope="session")
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Tests that ask for `kafka_node` exist only where Kafka's jars do: they are the same promises on more software.
 
-    Of the others a module's tests stay in one process (pytest-xdist's groups): they share what it has started.
+    Of the others a module's tests stay in one process, which shares what it has started (groups of pytest-xdist, which
+    looks for them in this hook: so they are told before it).
     """
-    if kafka_test_dir() is None:
-        items[:] = [item for item in items if KAFKA + "_node" not in getattr(item, "fixturenames", ())]
     for item in items:
         if item.path.stem not in FIRST or item.path.stem in IN_ONE_PROCESS:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    yield
+    if kafka_test_dir() is None:
+        items[:] = [item for item in items if KAFKA + "_node" not in getattr(item, "fixturenames", ())]
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
