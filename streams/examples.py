@@ -55,6 +55,7 @@ KINDS: Final = (KIND_EXAMPLES, KIND_ITEMS, KIND_ADAPTER, KIND_REMOVALS, KIND_TIM
 MESSAGE_EXAMPLES_MAX: Final = 64  # examples a message: the micro-batch; 64 costs 1 % of the hits against 1
 REMOVALS_MAX: Final = 32_768  # positions a message
 MESSAGE_BYTES_MAX: Final = 400_000  # of examples in a message: ranked ones of heavy users are large; a batch is 512 KiB
+VECTOR_HEAD_BYTES_MAX: Final = 15  # of one in a message of kind 6, in MessagePack: array, key i8, length of the bytes
 
 KEYS_KEPT: Final = 1 << 18  # of items, with their ids
 
@@ -226,6 +227,16 @@ def pack_vectors(told: Vectors, in_use: bool = False) -> bytes:
     """The message of an encoder's vectors. in_use: with it, all that were told of this encoder become their items'."""
     head = HEADER.pack(MESSAGE_VERSION, KIND_VECTORS, 0, len(told.vectors), in_use)
     return head + msgspec.msgpack.encode(told)
+
+
+def pack_all_vectors(told: Vectors, in_use: bool = False) -> list[bytes]:
+    """The messages of any number of vectors, of one length, MESSAGE_BYTES_MAX each and some; in_use: of each."""
+    vectors = told.vectors
+    count = max(1, MESSAGE_BYTES_MAX // (VECTOR_HEAD_BYTES_MAX + len(vectors[0][1]))) if vectors else 1
+    return [
+        pack_vectors(Vectors(told.number, told.encoder, vectors[at : at + count]), in_use)
+        for at in range(0, len(vectors), count)
+    ]
 
 
 def unpack_vectors(message: bytes) -> tuple[Vectors, bool]:

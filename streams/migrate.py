@@ -42,7 +42,6 @@ Steps = Callable[[str, int, int], None]  # (stage, done, in all)
 Ask = Callable[[], list[Any]]  # what each worker's /v1/model answers, anew at each call
 
 VECTORS_KEY: Final = b"vectors"  # of their messages in the examples log
-MESSAGE_VECTORS_MAX: Final = 256  # 768 bytes each at 384 dimensions
 MESSAGES_AT_ONCE: Final = 16
 ENCODE_ITEMS_MAX: Final = 1024  # between two steps of the bar, and two appends to the log
 POLL_S: Final = 0.5
@@ -109,6 +108,7 @@ class Migration:
                 self._crash("encode")
                 mine = msgspec.structs.replace(mine, state=IN_USE)
                 await space.tell(self.log, mine)
+                await self._check_log(mine)
                 self._crash("in use")
             switch = examples.pack_vectors(Vectors(mine.number, mine.encoder, []), in_use=True)
             await self._until(mine, _has_offset(await self._send([switch])), "show the items' new vectors")
@@ -149,6 +149,11 @@ class Migration:
             raise MigrationError("another encoder was announced at the same moment: look at `headwater encoder`")
         return found
 
+    async def _check_log(self, mine: Space) -> None:
+        """Raises MigrationError where the log of encoders does not say what was told last: the move was given up."""
+        if (await space.read(self.log)).known[mine.number] != mine:
+            raise MigrationError(f"the move to {mine.encoder} was given up meanwhile, and has changed nothing")
+
     async def _mark(self, mine: Space) -> None:
         """Repeats of a mark say nothing."""
         for name in space.MARKED:
@@ -184,11 +189,11 @@ class Migration:
         """The items' vectors, into the examples log; how many."""
         published, offset = 0, -1
         for start in range(0, len(items), ENCODE_ITEMS_MAX):
+            await self._check_log(mine)
             part = items[start : start + ENCODE_ITEMS_MAX]
             vectors = await asyncio.to_thread(self._vectors, [item for _, item in part])
             told = [(key, vector) for (key, _), vector in zip(part, vectors, strict=True) if vector]
-            cuts = (told[at : at + MESSAGE_VECTORS_MAX] for at in range(0, len(told), MESSAGE_VECTORS_MAX))
-            messages = [examples.pack_vectors(Vectors(mine.number, mine.encoder, cut), in_use) for cut in cuts]
+            messages = examples.pack_all_vectors(Vectors(mine.number, mine.encoder, told), in_use)
             offset = max(offset, await self._send(messages))
             self._crash("items")
             published += len(told)
@@ -254,7 +259,10 @@ async def give_up(chosen: Settings) -> Space:
             raise MigrationError("no move to another encoder is under way")
         coming = spaces.next
         ended = msgspec.structs.replace(coming, state=GIVEN_UP)
-        await space.tell(space.log_of(chosen, producer), ended)
+        log = space.log_of(chosen, producer)
+        await space.tell(log, ended)
+        if (await space.read(log)).known[ended.number] != ended:
+            raise MigrationError(f"{ended.encoder} is in use since a moment ago: there is no way back but another move")
     return ended
 
 

@@ -203,13 +203,14 @@ class Encoders:
         return self._name(number) in self._loaded
 
     def number_of(self, value: bytes | None, app_id: str) -> int | None:
-        """Of a mark's encoder, as far as the log is known here; None: it is none of this app id's."""
+        """Of a mark's encoder, as far as the log is known here; None: it is none that the app id has, or has had, in
+        use. A mark is written after the log says so: whoever has caught up with the log since knows the encoder."""
         try:
             found = msgspec.json.decode(value or b"", type=Mark)
         except msgspec.DecodeError:
             return None
         known = self.spaces.known[found.number] if 0 <= found.number < len(self.spaces.known) else None
-        is_its = known is not None and known.nonce == found.nonce and known.state != GIVEN_UP
+        is_its = known is not None and known.nonce == found.nonce and known.state == IN_USE
         return found.number if found.app_id == app_id and is_its and found.nonce else None
 
     def reader(self, starts: "Starts") -> Callable[[int], Encoder]:

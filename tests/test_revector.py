@@ -11,6 +11,7 @@ from model.items import ItemMatrix
 from model.learner import Learner
 from streams import examples
 from streams.examples import ItemEntry, Vectors
+from streams.kafka import BATCH_BYTES_MAX
 from streams.pipeline import ItemLearner, Replica
 from streams.tuning import Tuning
 from tests.tuning_world import BASE, DIM, LEARNER, TUNING, messages
@@ -224,3 +225,13 @@ def test_the_loop_that_tunes_begins_anew(phase: str, log: list[bytes]) -> None:
     for more, message in enumerate(long[offset + 1 :], offset + 2):
         decided += resumed.advance(2 * more, message)
     assert resumed.champion.learner.digest() != tuning.champion.learner.digest()
+
+
+@pytest.mark.parametrize("dim", [1, 384, 1024, 4096])
+def test_messages_of_vectors_fit_a_batch_of_the_log(dim: int) -> None:
+    count = 2 * examples.MESSAGE_BYTES_MAX // (2 * dim) + 3
+    vectors = [((-1) ** n * 2**62 + n, bytes(2 * dim)) for n in range(count)]
+    packed = examples.pack_all_vectors(Vectors(1, "an encoder's name:0123456789abcdef" * 8, vectors))
+    assert max(map(len, packed)) < examples.MESSAGE_BYTES_MAX + 1000 < BATCH_BYTES_MAX and len(packed) > 2
+    assert [pair for message in packed for pair in examples.unpack_vectors(message)[0].vectors] == vectors
+    assert examples.pack_all_vectors(Vectors(1, OTHER, [])) == []

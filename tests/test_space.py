@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from bench.doubles import MemoryLog
@@ -139,10 +140,16 @@ def test_a_mark_counts_for_its_own_app_id_and_announcement_alone() -> None:
     announced = Space("bge:1", 384, 1, "/m/bge", "nonce", "announced")
     for told in (OURS, announced):
         spaces.take(told)
+    other, given_up = Spaces(), msgspec.structs.replace(announced, state="given up")
+    for told in (OURS, announced, given_up):
+        other.take(told)
     encoders = Encoders(cast(Any, Named(OURS.encoder)), cast(Any, None), spaces)
     key, value = space.mark("app", announced, "a")
     assert key.startswith(MARK) and key != space.mark("app", announced, "b")[0]
-    assert encoders.number_of(value, "app") == 1 and space.is_marked(value, "app")
+    assert encoders.number_of(value, "app") is None and space.is_marked(value, "app")  # it may yet be given up
+    assert Encoders(encoders.own, cast(Any, None), other).number_of(value, "app") is None
+    spaces.take(msgspec.structs.replace(announced, state="in use"))
+    assert encoders.number_of(value, "app") == 1
     for other in (
         space.mark("other", announced, "a")[1],
         space.mark("app", Space("bge:1", 384, 1, "/m/bge", "forged"), "a")[1],
@@ -151,8 +158,6 @@ def test_a_mark_counts_for_its_own_app_id_and_announcement_alone() -> None:
         b"{", b"[1]", None,
     ):  # fmt: skip
         assert encoders.number_of(other, "app") is None
-    spaces.take(Space("bge:1", 384, 1, "/m/bge", "nonce", "given up"))
-    assert encoders.number_of(value, "app") is None
 
 
 def test_the_first_mark_of_a_number_holds() -> None:
