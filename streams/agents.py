@@ -193,6 +193,11 @@ class Keeper(ABC, Generic[T]):
     def _encoder_at(self, offset: int) -> Encoder:
         return self.around.encoders.at(self.starts.number_at(offset))
 
+    @property
+    def texts_read_by(self) -> int:
+        """Number of the encoder that reads what comes behind all whose examples are in their log."""
+        return self.starts.number_at(self.partition.durable[self.texts_of] + 1)
+
     def _starts_row(self, entries: Sequence[tuple[str, Entry[Any]]]) -> dict[bytes, bytes | None]:
         """The row of the encoders' starts, where a mark is among what is flushed."""
         marks = [entry.offset for _, entry in entries if isinstance(entry.work, _Mark)]

@@ -3,13 +3,18 @@
 import math
 import os
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from streams.cli import Json, broker_faults, fail, faults, load, print_json, say, table
 from streams.cli_asking import running_worker
+
+if TYPE_CHECKING:
+    from streams.settings import Settings
 
 encoder_app = typer.Typer()
 
@@ -35,7 +40,7 @@ def encoder(asked: typer.Context) -> None:
 
 @encoder_app.command("list")
 def list_encoders(as_json: Json = False) -> None:
-    """Each encoder of the app id, in the order of their use.
+    """Each encoder of the app id, in the order of their use; where workers answer, what they read by which.
 
     Example: `headwater encoder list`
     """
@@ -48,11 +53,52 @@ def list_encoders(as_json: Json = False) -> None:
     settings = load()
     with broker_faults(settings):
         known = asyncio.run(space.of_deployment(settings)).known
+        uses = _uses([one for one in _models(settings, [settings.http_url()]) if one is not None])
     if as_json:
-        print_json([msgspec.structs.asdict(one) for one in known])
+        print_json([{**msgspec.structs.asdict(one), "reads": uses.get(one.number, [])} for one in known])
         return
-    rows = [[one.number, one.encoder, one.dim, one.state, one.model or "(the default)"] for one in known]
-    table(["number", "encoder", "dim", "state", "model"], rows)
+    rows = [
+        [one.number, one.encoder, one.dim, one.state, one.model or "(the default)", ", ".join(uses.get(one.number, []))]
+        for one in known
+    ]
+    table(["number", "encoder", "dim", "state", "model", "reads"], rows)
+
+
+def _models(settings: "Settings", urls: list[str]) -> list[Any]:
+    """What /v1/model of each worker answers, None of one that does not: of all that the first to answer tells of, which
+    are then in `urls`."""
+    from streams.client import Client
+    from streams.failures import HeadwaterError
+
+    def model(url: str) -> Any:
+        try:
+            with Client(url, settings.api_key.get_secret_value(), retry_s=0) as client:
+                return client.model()
+        except HeadwaterError:
+            return None
+
+    for url in urls:
+        first = model(url)
+        if first is not None:
+            workers = first.get("workers", [])  # none: of a build that does not tell
+            urls[:] = dict.fromkeys([*workers, *urls])
+            return [model(other) for other in workers] or [first]
+    return [None]
+
+
+def _uses(models: list[Any]) -> dict[int, list[str]]:
+    """What the encoders of these numbers read, in words: the items' vectors, and what comes next in the partitions."""
+    counts: Counter[tuple[int, str]] = Counter()
+    for one in models:
+        for topic, partitions in one["encoder"].get("texts", {}).items():
+            counts.update((number, topic) for number in partitions.values())
+    uses: dict[int, list[str]] = {}
+    learner = next((one["learner"] for one in models if one["learner"] is not None), None)
+    if learner is not None:
+        uses[learner.get("encoder", 0)] = ["items' vectors"]
+    for (number, topic), count in sorted(counts.items()):
+        uses.setdefault(number, []).append(f"{count} partitions of {topic}")
+    return uses
 
 
 @encoder_app.command()
@@ -106,15 +152,8 @@ def migrate(model: Model, as_json: Json = False) -> None:
     settings = load()
     log.set_up("warning", settings.log_format)  # what it does is told by bars
     with running_worker() as client:
-        urls = client.digest()["workers"]
-
-    def ask() -> list[Any]:
-        found = []
-        for url in urls:
-            with running_worker(url) as worker:
-                found.append(worker.model())
-        return found
-
+        client.model()  # or it says why not
+    ask = partial(_models, settings, [settings.http_url()])
     with broker_faults(settings):
         from model.encoder import Encoder
         from streams import migrate as tool

@@ -17,7 +17,8 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,13 +40,13 @@ from streams.vectors import VectorCache
 from streams.worker import LEARNER_PARTITION
 
 Steps = Callable[[str, int, int], None]  # (stage, done, in all)
-Ask = Callable[[], list[Any]]  # what each worker's /v1/model answers, anew at each call
+Ask = Callable[[], list[Any]]  # what each worker's /v1/model answers, or None of it; anew at each call
+Holds = Callable[[list[Any]], tuple[int, int]]  # of such answers: (of how many something holds, of how many it should)
 
 VECTORS_KEY: Final = b"vectors"  # of their messages in the examples log
 MESSAGES_AT_ONCE: Final = 16
 ENCODE_ITEMS_MAX: Final = 1024  # between two steps of the bar, and two appends to the log
 POLL_S: Final = 0.5
-CATALOGUE_WAIT_S: Final = 30.0
 PASSES_MAX: Final = 5  # over items that came meanwhile
 WAIT_S_MAX: Final = 600.0  # for all workers to load a model, and to begin with it
 ALIGN_TEXTS_MAX: Final = 20_000  # read by the new encoder for the map: half an hour of one core
@@ -102,7 +103,7 @@ class Migration:
             self._crash("announce")
             done = 0
             if mine.state == ANNOUNCED:
-                await self._until(mine, _has_loaded, "load the encoder")
+                await self._until(mine, _each(partial(_has_loaded, mine=mine)), "workers load the encoder")
                 self._crash("load")
                 done = await self._publish(mine, await self._items(mine))
                 self._crash("encode")
@@ -111,11 +112,11 @@ class Migration:
                 await self._check_log(mine)
                 self._crash("in use")
             switch = examples.pack_vectors(Vectors(mine.number, mine.encoder, []), in_use=True)
-            await self._until(mine, _has_offset(await self._send([switch])), "show the items' new vectors")
+            await self._until(mine, _have_offset(await self._send([switch])), "workers show the items' new vectors")
             self._crash("switch")
             await self._mark(mine)
             self._crash("mark")
-            await self._until(mine, _has_begun, "begin with the encoder")
+            await self._until(mine, _each(partial(_has_begun, mine=mine)), "workers begin with the encoder")
             late = await self._read_rest(mine)
         return {
             "encoder": mine.encoder, "number": mine.number, "items": done, "items_late": late,
@@ -162,24 +163,30 @@ class Migration:
                 await self.producer.send(self.settings.topic(name), partition, [(key, value)])
                 self._crash("one mark")
 
-    async def _until(self, mine: Space, holds: Callable[[Any, Space], bool], what: str) -> None:
-        """Until it holds for every worker that answers. Raises MigrationError after WAIT_S_MAX, or where a worker says
-        that it cannot load the encoder."""
+    async def _until(self, mine: Space, holds: Holds, what: str) -> None:
+        """Until it holds for all, those that do not answer among them. Raises MigrationError after WAIT_S_MAX, or where
+        a worker says that it cannot load the encoder, or is of a build that knows of no move."""
         deadline = time.monotonic() + WAIT_S_MAX
         while True:
             told = await asyncio.to_thread(self.ask)
-            ready = sum(holds(one, mine) for one in told)
-            self.steps(what, ready, len(told))
-            if told and ready == len(told):
+            answers = [one for one in told if one is not None]
+            older = {one["version"] for one in answers if "workers" not in one}
+            if older:
+                raise MigrationError(
+                    f"a worker is of build {min(older)}, which knows of no move: deploy this one first"
+                )
+            ready, wanted = holds(told)
+            self.steps(what, ready, wanted)
+            if answers and ready == wanted:
                 return
-            reasons = {one["encoder"]["next"]["reason"] for one in told if _failed(one, mine)}
+            reasons = {one["encoder"]["next"]["reason"] for one in answers if _failed(one, mine)}
             if reasons:
                 raise MigrationError(
-                    f"a worker cannot {what}: {'; '.join(sorted(reasons))}. Workers try again by themselves; then run "
+                    f"a worker cannot load the encoder: {'; '.join(sorted(reasons))}. Workers try again; then run "
                     "this again, or `headwater encoder give-up`"
                 )
             if time.monotonic() > deadline:
-                raise MigrationError(f"after {WAIT_S_MAX:g} s {ready} of {len(told)} workers did {what}: run it again")
+                raise MigrationError(f"after {WAIT_S_MAX:g} s {ready} of {wanted} {what}: run it again")
             await asyncio.sleep(POLL_S)
 
     async def _items(self, mine: Space) -> list[tuple[int, Item]]:
@@ -199,28 +206,26 @@ class Migration:
             published += len(told)
             self.steps("items that came meanwhile" if in_use else "items", start + len(part), len(items))
         if in_use and published:
-            await self._until(mine, _has_offset(offset), "show the items' new vectors")
+            await self._until(mine, _have_offset(offset), "workers show the items' new vectors")
         return published
 
     async def _read_rest(self, mine: Space) -> int:
-        """Items that the catalogue read by the encoder before, while this went on: once more, until there is none."""
-        ends = await self._catalogue_ends()
-        with suppress(TimeoutError):  # a log whose last record is no event is never applied to its end
-            async with asyncio.timeout(CATALOGUE_WAIT_S):
-                while sum(one["items_applied"] for one in await asyncio.to_thread(self.ask)) < ends:
-                    await asyncio.sleep(POLL_S)
+        """Items that the catalogue read by the encoder before, while this went on: once more, until there is none.
+
+        Behind its mark a partition reads no item by the old encoder; what lies before it is in the examples log once
+        the mark is passed, and in the items' rows once they are as of that log's end.
+        """
+        passed = partial(_have_passed, "items", mine.number, self.settings.partitions)
+        await self._until(mine, passed, "partitions of items pass the mark")
         read = 0
         for _ in range(PASSES_MAX):
+            end = await kafka.log_end(self.settings.kafka_options(), self.settings.internal_topic("examples"), 0)
+            await self._until(mine, _have_offset(end - 1), "workers show what came meanwhile")
             late = await self._late(mine)
             if not late:
-                break
+                return read
             read += await self._publish(mine, late, in_use=True)
-        return read
-
-    async def _catalogue_ends(self) -> int:
-        """Records of all partitions of `items`."""
-        options, topic = self.settings.kafka_options(), self.settings.topic("items")
-        return sum([await kafka.log_end(options, topic, partition) for partition in range(self.settings.partitions)])
+        raise MigrationError(f"{PASSES_MAX} times items had changed meanwhile ({read} were read again): run it again")
 
     async def _late(self, mine: Space) -> list[tuple[int, Item]]:
         """Items whose vector in use is another one than this encoder's."""
@@ -283,6 +288,16 @@ async def _spaces(chosen: Settings) -> Spaces:
     return spaces
 
 
+def _each(holds: Callable[[Any], bool]) -> Holds:
+    return lambda told: (sum(one is not None and holds(one) for one in told), len(told))
+
+
+def _have_passed(topic: str, number: int, partitions: int, told: list[Any]) -> tuple[int, int]:
+    """Partitions of the topic whose next text is read by this encoder."""
+    texts = [one["encoder"]["texts"].get(topic, {}) for one in told if one is not None]
+    return len({p for of in texts for p, reads_by in of.items() if reads_by >= number}), partitions
+
+
 def _has_loaded(told: Any, mine: Space) -> bool:
     coming = told["encoder"]["next"]
     is_coming = coming is not None and coming["number"] == mine.number and coming["state"] == "loaded"
@@ -293,9 +308,9 @@ def _has_begun(told: Any, mine: Space) -> bool:
     return bool(told["encoder"]["name"] == mine.encoder)
 
 
-def _has_offset(offset: int) -> Callable[[Any, Space], bool]:
-    """Whether lists are made of what the examples log had up to there."""
-    return lambda told, _: bool(told["replica"]["applied"]["examples"] >= offset)
+def _have_offset(offset: int) -> Holds:
+    """Whose lists are made of what the examples log had up to there."""
+    return _each(lambda told: bool(told["replica"]["applied"]["examples"] >= offset))
 
 
 def _vector_in_use(matrix: ItemMatrix, key: int) -> bytes | None:

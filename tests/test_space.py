@@ -140,14 +140,14 @@ def test_a_mark_counts_for_its_own_app_id_and_announcement_alone() -> None:
     announced = Space("bge:1", 384, 1, "/m/bge", "nonce", "announced")
     for told in (OURS, announced):
         spaces.take(told)
-    other, given_up = Spaces(), msgspec.structs.replace(announced, state="given up")
+    ended, given_up = Spaces(), msgspec.structs.replace(announced, state="given up")
     for told in (OURS, announced, given_up):
-        other.take(told)
+        ended.take(told)
     encoders = Encoders(cast(Any, Named(OURS.encoder)), cast(Any, None), spaces)
     key, value = space.mark("app", announced, "a")
     assert key.startswith(MARK) and key != space.mark("app", announced, "b")[0]
     assert encoders.number_of(value, "app") is None and space.is_marked(value, "app")  # it may yet be given up
-    assert Encoders(encoders.own, cast(Any, None), other).number_of(value, "app") is None
+    assert Encoders(encoders.own, cast(Any, None), ended).number_of(value, "app") is None
     spaces.take(msgspec.structs.replace(announced, state="in use"))
     assert encoders.number_of(value, "app") == 1
     for other in (
