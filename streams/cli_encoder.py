@@ -121,18 +121,19 @@ def align(
     with broker_faults(settings):
         from model.encoder import Encoder
         from streams import migrate as tool
+        from streams import space
         from streams.progress import Bars
 
         new = Encoder(model, device=settings.device)
-        told = str(Path(model).resolve()) if Path(model).is_dir() else model
         with Bars() as bars:
-            made = asyncio.run(tool.fit(settings, told, new, out, bars.steps_of))
+            made = asyncio.run(tool.fit(settings, space.place(model), new, out, bars.steps_of))
     fidelity = made.fidelity
     assert fidelity is not None
     say(f"{out}: {made.of} in the space of {made.to}, fitted to {fidelity.texts} texts. On {fidelity.held_out} others "
         f"the cosine of a text's two vectors is {fidelity.cosine:.3f} (of two texts' {fidelity.cosine_others:.3f}); of "
-        f"an old vector's 10 nearest texts {fidelity.neighbours:.0%} are the same where those have new vectors, and "
-        f"{fidelity.neighbours_new:.0%} where its own is new, too")  # fmt: skip
+        f"an old vector's 10 nearest among them {fidelity.neighbours:.0%} are the same where those have new vectors, "
+        f"{fidelity.neighbours_new:.0%} where its own is new, too, "
+        f"{fidelity.neighbours_chance:.0%} by chance")  # fmt: skip
 
 
 @encoder_app.command()
@@ -157,14 +158,16 @@ def migrate(model: Model, as_json: Json = False) -> None:
     with broker_faults(settings):
         from model.encoder import Encoder
         from streams import migrate as tool
+        from streams import space
         from streams.progress import Bars
 
         new = Encoder(model, device=settings.device)
-        told = str(Path(model).resolve()) if Path(model).is_dir() else model
         with Bars() as bars:
-            done = asyncio.run(tool.Migration(settings, told, new, ask, bars.steps_of).run())
+            done = asyncio.run(tool.Migration(settings, space.place(model), new, ask, bars.steps_of).run())
     if as_json:
         print_json(done)
+    elif not done["number"]:
+        say(f"{done['encoder']} is in use, and always was: there is nothing to do")
     else:
         say(f"{done['encoder']} is in use, number {done['number']}: {done['items']} items read again, "
             f"{done['items_late']} that came meanwhile, in {done['seconds']} s")  # fmt: skip

@@ -60,21 +60,32 @@ async def fit(chosen: Settings, model: str, encoder: Encoder, out: Path, steps: 
     """The alignment of an encoder with the deployment's space, written to the folder `out`. Raises MigrationError.
 
     From items that have a text and no vector of their own: as many as there are, ALIGN_TEXTS_MAX at most, those with
-    the most positives first.
+    the most positives first. Raises MigrationError for a folder that holds an alignment, too, which may be in use, and
+    for an encoder that is aligned.
     """
+    if align.is_aligned(out):
+        raise MigrationError(f"{out} holds an alignment, which may be in use: name another folder")
+    alignment = getattr(encoder, "alignment", None)
+    if alignment is not None:
+        raise MigrationError(f"{model} is aligned: align the model that stands before its map, {alignment.model}")
     spaces = await _spaces(chosen)
+    if encoder.name == spaces.known[0].encoder:
+        raise MigrationError(
+            f"{encoder.name} is the space's own encoder: `headwater encoder migrate` takes it as it is"
+        )
     assert spaces.current is not None
     matrix = await _matrix(chosen, spaces.current.dim)
     items = [(key, item) for key, item in await _items(chosen, matrix, steps) if item.text and item.vector is None]
     rows = {key: matrix.index(key) for key, _ in items}
     known = [(key, item) for key, item in items if rows[key] >= 0 and matrix.arrays.e[rows[key]].any()]
     known = known[:ALIGN_TEXTS_MAX]
-    new = _texts(encoder, [item.text for _, item in known], steps)
+    texts = [item.text for _, item in known]
+    new = _texts(encoder, texts, steps)
     old = np.stack([matrix.arrays.e[rows[key]] for key, _ in known]) if known else np.zeros((0, matrix.text_dim))
     try:
-        fitted, fidelity = align.fit(old, new)
+        fitted, fidelity = align.fit(old, new, texts)
     except AlignmentError as problem:
-        raise MigrationError(f"{problem}. The catalogue of app id {chosen.app_id} has {len(known)}") from problem
+        raise MigrationError(f"{problem} (the catalogue of app id {chosen.app_id})") from problem
     alignment = Alignment(model, encoder.name, spaces.known[0].encoder, fitted, fidelity)
     await asyncio.to_thread(alignment.write, out)
     return alignment
@@ -99,9 +110,10 @@ class Migration:
         started = time.monotonic()
         async with _started(self.producer):
             spaces = await _spaces(self.settings)
-            mine = await self._announced(spaces)
+            mine, done, late = await self._announced(spaces), 0, 0
+            if mine.number == 0:
+                return self._told(mine, done, late, started)  # no move has ever begun
             self._crash("announce")
-            done = 0
             if mine.state == ANNOUNCED:
                 await self._until(mine, _each(partial(_has_loaded, mine=mine)), "workers load the encoder")
                 self._crash("load")
@@ -118,10 +130,11 @@ class Migration:
             self._crash("mark")
             await self._until(mine, _each(partial(_has_begun, mine=mine)), "workers begin with the encoder")
             late = await self._read_rest(mine)
-        return {
-            "encoder": mine.encoder, "number": mine.number, "items": done, "items_late": late,
-            "seconds": round(time.monotonic() - started, 1),
-        }  # fmt: skip
+        return self._told(mine, done, late, started)
+
+    def _told(self, mine: Space, items: int, late: int, started: float) -> dict[str, Any]:
+        seconds = round(time.monotonic() - started, 1)
+        return {"encoder": mine.encoder, "number": mine.number, "items": items, "items_late": late, "seconds": seconds}
 
     async def _announced(self, spaces: Spaces) -> Space:
         """The encoder's record, appended if there is none. Raises MigrationError where it cannot be the next one."""
@@ -136,17 +149,18 @@ class Migration:
             )
         if coming is not None:
             return coming
-        alignment = getattr(self.encoder, "alignment", None)
-        if alignment is None or alignment.to != spaces.known[0].encoder or self.encoder.dim != spaces.current.dim:
+        alignment, first = getattr(self.encoder, "alignment", None), spaces.known[0].encoder
+        to = self.encoder.name if alignment is None else alignment.to  # the first one needs no map
+        if to != first or self.encoder.dim != spaces.current.dim:
             raise MigrationError(
                 f"{self.encoder.name} is not aligned with the space of app id {self.settings.app_id}, which is that of "
-                f"{spaces.known[0].encoder}: make such a folder by `headwater encoder align {self.model} --out FOLDER`"
+                f"{first}: make such a folder by `headwater encoder align {self.model} --out FOLDER`"
             )
         nonce = secrets.token_hex(8)
         told = Space(self.encoder.name, self.encoder.dim, len(spaces.known), self.model, nonce, ANNOUNCED)
         await space.tell(self.log, told)
-        found = (await space.read(self.log)).named(told.encoder)
-        if found is None:
+        found = (await space.read(self.log)).known[told.number]
+        if found.encoder != told.encoder:
             raise MigrationError("another encoder was announced at the same moment: look at `headwater encoder`")
         return found
 

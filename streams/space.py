@@ -13,6 +13,7 @@ reads the log, now or later, reads each text by the same encoder. The row STARTS
 import asyncio
 import struct
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -302,6 +303,11 @@ class Starts(NamedTuple):
         if row[:1] != bytes([STARTS_VERSION]) or (len(row) - 1) % _START.size:
             raise ValueError("the row of a partition's encoders is of another version: deploy the build that wrote it")
         return cls(tuple(_START.iter_unpack(row[1:])))
+
+
+def place(model: str) -> str:
+    """What HEADWATER_ENCODER says, as it may be told to other processes: a folder by its whole path."""
+    return str(Path(model).resolve()) if model and Path(model).is_dir() else model
 
 
 def loader(device: str) -> Load:

@@ -25,7 +25,7 @@ from streams.migrate import Migration, MigrationError, give_up
 from streams.settings import Settings, environment
 from streams.space import Space
 
-ITEMS = 240
+ITEMS = 400  # more than vectors have numbers
 USERS = 10
 LAYERS = 4  # of six that the new encoder has
 PLACES = ("harbour", "desert", "mine", "school", "forest", "station", "palace", "village")
