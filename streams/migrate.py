@@ -171,7 +171,7 @@ class Migration:
 
     async def _mark(self, mine: Space) -> None:
         """Repeats of a mark say nothing."""
-        for name in space.MARKED:
+        for name in codec.MARKED:
             for partition in range(self.settings.partitions):
                 key, value = space.mark(self.settings.app_id, mine, secrets.token_hex(8))
                 await self.producer.send(self.settings.topic(name), partition, [(key, value)])

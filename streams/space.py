@@ -26,7 +26,6 @@ from streams.settings import Fault, Settings
 
 TOPIC: Final = "encoder"
 KEY: Final = b"encoder"
-MARKED: Final = ("comments", "items")  # the topics that have texts
 STARTS_KEY: Final = MARK + b" encoders"  # no id begins so
 STARTS_VERSION: Final = 1
 ANNOUNCED: Final = "announced"
@@ -60,6 +59,10 @@ class Mark(msgspec.Struct, frozen=True):
 
 class OtherSpaceError(Fault):
     """What is to be added belongs to another encoder's space."""
+
+
+class NotLoadedError(Fault):
+    """An encoder of the deployment that cannot be loaded here."""
 
 
 class Spaces:
@@ -226,9 +229,15 @@ class Encoders:
                 self.spaces = spaces
 
     async def load(self, number: int) -> Encoder:
-        """Loads it beside the loop, if it is not loaded. Raises OtherSpaceError for a model of another name, and what
-        a model that cannot be loaded raises."""
+        """Loads it beside the loop, if it is not loaded. Raises OtherSpaceError for a model of another name, and for a
+        number that the log does not know; NotLoadedError for a model that cannot be loaded, for whatever reason."""
         await self.catch_up(number)
+        if number >= max(1, len(self.spaces.known)):
+            raise OtherSpaceError(
+                f"the state here is of the encoder number {number}, and the log of encoders tells of "
+                f"{len(self.spaces.known)}: its records were deleted. Restore them; or delete the state folders and "
+                "the changelogs of this app id, or set another HEADWATER_APP_ID"
+            )
         async with self._loading:
             if not self.is_loaded(number):
                 space = self.spaces.known[number]
@@ -237,7 +246,12 @@ class Encoders:
                         f"texts that were read by the encoder {space.encoder} are still to be read here: set "
                         "HEADWATER_ENCODER to it; the one that is in use now is taken from the log"
                     )
-                made = await asyncio.to_thread(self._make, space.model)
+                try:
+                    made = await asyncio.to_thread(self._make, space.model)
+                except Exception as problem:
+                    raise NotLoadedError(
+                        f"the deployment's encoder {space.encoder} is to be loaded from {space.model}: {problem}"
+                    ) from problem
                 if made.name != space.encoder or made.dim != space.dim:
                     raise OtherSpaceError(
                         f"the deployment's encoder is {space.encoder} ({space.dim} numbers), and what is at "
