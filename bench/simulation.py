@@ -847,6 +847,7 @@ class World:
         end = chance.random()
         if end < 0.2:
             tell(space.GIVEN_UP)
+            log.land([(b"vectors", examples.pack_drop(number, name))])
         if end < 0.3:
             return
         tell(space.IN_USE)

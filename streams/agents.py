@@ -546,6 +546,11 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
                 await self.eraser.announce(erased, entry.work.record_s, place)
                 return
 
+    @property
+    def next_encoder(self) -> Encoder:
+        """The one of a comment that would come next to what is shown."""
+        return self._encoder_at(self.shown["comments"] + 1)
+
     def row(self, user_id: str) -> bytes | None:
         """The user's row as of now. A disk that a read finds corrupt ends the worker, as one that the stream finds: the
         next start restores it, and till then reads of the user would fail, one after the other."""
@@ -769,7 +774,7 @@ class LearnerKeeper(Keeper[bytes]):
             return False
         if self._flushing is not None and not self._flushing.done():  # not on disk yet, so not in `applied` either
             return False
-        budget_s = 0.0 if self._entered else self.learner.learner.dirty_bytes / self._flush_bytes_per_s
+        budget_s = 0.0 if self._entered else self.learner.dirty_bytes / self._flush_bytes_per_s
         return self.around.now() - self._flushed_s >= max(self._flush_min_s, budget_s)
 
     async def idle(self) -> None:
@@ -796,7 +801,7 @@ class LearnerKeeper(Keeper[bytes]):
         """The matrix as it is, so that the next owner starts from here; a large one is left to the log."""
         await self._flushed()
         behind = self.offset > self.partition.applied["examples"]
-        if behind and self.learner.learner.dirty_bytes <= FINISH_BYTES_MAX:
+        if behind and self.learner.dirty_bytes <= FINISH_BYTES_MAX:
             await self.flush()
             await self._flushed()
 

@@ -167,6 +167,7 @@ class Migration:
     async def _check_log(self, mine: Space) -> None:
         """Raises MigrationError where the log of encoders does not say what was told last: the move was given up."""
         if (await space.read(self.log)).known[mine.number] != mine:
+            await self._send([examples.pack_drop(mine.number, mine.encoder)])
             raise MigrationError(f"the move to {mine.encoder} was given up meanwhile, and has changed nothing")
 
     async def _mark(self, mine: Space) -> None:
@@ -282,6 +283,8 @@ async def give_up(chosen: Settings) -> Space:
         await space.tell(log, ended)
         if (await space.read(log)).known[ended.number] != ended:
             raise MigrationError(f"{ended.encoder} is in use since a moment ago: there is no way back but another move")
+        drop = (VECTORS_KEY, examples.pack_drop(ended.number, ended.encoder))
+        await producer.send(chosen.internal_topic("examples"), LEARNER_PARTITION, [drop])
     return ended
 
 

@@ -206,6 +206,12 @@ class Encoders:
         """Whether `at` has it."""
         return self._name(number) in self._loaded
 
+    def forget_given_up(self) -> None:
+        """Lets those go from memory that the deployment will not have."""
+        for known in self.spaces.known:
+            if known.state == GIVEN_UP and known.encoder != self.own.name and not self.spaces.named(known.encoder):
+                self._loaded.pop(known.encoder, None)
+
     def number_of(self, value: bytes | None, app_id: str) -> int | None:
         """Of a mark's encoder, as far as the log is known here; None: it is none that the app id has, or has had, in
         use. A mark is written after the log says so: whoever has caught up with the log since knows the encoder."""

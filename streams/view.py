@@ -150,9 +150,9 @@ class View:
         """Appends to a source topic: (partition, offset)."""
         return await self.worker.producer.send_one(self.worker.settings.topic(topic), key, value)
 
-    def encode(self, text: str) -> Awaitable[npt.NDArray[np.float32]]:
-        """The text's unit vector, after what already waits for the encoder."""
-        return self.worker.encoding.submit(text)
+    def encode(self, text: str, user_id: str) -> Awaitable[npt.NDArray[np.float32]]:
+        """The text's unit vector as of the user's next comment, after what already waits. Raises NotReady."""
+        return self.worker.encoding.submit(text, self._users(self.partition_of(user_id)).next_encoder)
 
     async def words(self, user_id: str, offsets: Sequence[int]) -> dict[int, str]:
         """Read from the log, which alone has them: what its retention has passed is absent, what is late too."""

@@ -610,6 +610,7 @@ class Worker:
                 for number in missing:
                     await self._load_encoder(spaces.known[number])
             self._tell_coming()
+            self.encoders.forget_given_up()
             if self.encoders.is_loaded(self.encoders.number):
                 self._use(self.encoders.at(self.encoders.number))
 
