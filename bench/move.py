@@ -139,8 +139,8 @@ class _Trial:
         m = moved.learner.learner.matrix
         plain = {examples.item_key(i.item_id): i.text for i in self.stream.items if i.text and i.vector is None}
         known = [(row, plain[int(m.arrays.key[row])]) for row in range(len(m)) if int(m.arrays.key[row]) in plain]
-        old = m.arrays.e[[row for row, _ in known]]
-        matrix, fidelity = align.fit(old, self.other.encode([text for _, text in known]))
+        old, texts = m.arrays.e[[row for row, _ in known]], [text for _, text in known]
+        matrix, fidelity = align.fit(old, self.other.encode(texts), texts)
         return _Aligned(self.other, matrix, self.encoder.dim), fidelity
 
     def _move(self, moved: evaluate.Run, other: Any) -> float:

@@ -41,7 +41,7 @@ from state.partition import Fenced, Partition, PartitionFailedError, digest
 from state.store import Store
 from streams import examples, rebuild, space
 from streams.assignor import share
-from streams.codec import MARK
+from streams.codec import MARK, MARKED
 from streams.erasure import erasure_id, place_of
 from streams.examples import Vectors
 from streams.pipeline import ItemLearner
@@ -847,12 +847,13 @@ class World:
         end = chance.random()
         if end < 0.2:
             tell(space.GIVEN_UP)
+            log.land([(b"vectors", examples.pack_drop(number, name))])
         if end < 0.3:
             return
         tell(space.IN_USE)
         log.land([(b"vectors", examples.pack_vectors(Vectors(number, name, []), in_use=True))])
         mine = Space(name, TEXT_DIM, number, name, name)
-        for tp in [TP(topic, p) for topic in space.MARKED for p in range(self.partitions)]:
+        for tp in [TP(topic, p) for topic in MARKED for p in range(self.partitions)]:
             for _ in range(chance.choice((1, 1, 2))):  # a repeat says nothing
                 await asyncio.sleep(chance.choice((0.0, 0.0, 0.2)))
                 end = self.logs[tp].end

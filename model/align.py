@@ -12,6 +12,7 @@ words of users) still means what it meant. Used so between languages by Xing et 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,10 +27,9 @@ ALIGNMENT_VERSION: Final = 1
 MANIFEST: Final = "alignment.json"
 WEIGHTS: Final = "alignment.safetensors"
 HELD_OUT: Final = 10  # one text in so many is not fitted, and tells the error
-PAIRS_MIN: Final = 200  # texts that both have read; below, the map is fitted to chance
+PAIRS_MIN: Final = 200  # different texts that both have read, whatever the dimensions: 20 of them are held out
 NEIGHBOURS: Final = 10
-PROBES_MAX: Final = 1000  # texts whose neighbours are compared
-CANDIDATES_MAX: Final = 20_000  # among so many
+PROBES_MAX: Final = 1000  # texts whose neighbours are compared, among all that are held out
 
 
 class AlignmentError(ValueError):
@@ -40,12 +40,17 @@ class AlignmentError(ValueError):
 class Fidelity:
     """How well a map does on texts that it was not fitted to."""
 
-    texts: int  # fitted
+    texts: int  # fitted, all different
     held_out: int
     cosine: float  # mean, of a text's old vector and its new one behind the map
     cosine_others: float  # mean, of a text's old vector and another text's new one: what chance gives
-    neighbours: float  # share of an old vector's 10 nearest texts that are the same where those have new vectors
+    neighbours: float  # share of an old vector's 10 nearest held-out texts that are the same where those have new ones
     neighbours_new: float  # the same where its own vector is new, too: how far the two encoders agree at all
+
+    @property
+    def neighbours_chance(self) -> float:
+        """What `neighbours` would be of two encoders that have nothing in common."""
+        return NEIGHBOURS / (self.held_out - 1)
 
 
 @dataclass(frozen=True)
@@ -93,14 +98,24 @@ def is_aligned(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def fit(old: Array, new: Array) -> tuple[Array, Fidelity]:
-    """The map (T', T) float32 from the unit vectors `new` (n, T') to `old` (n, T) of the same texts, and its fidelity.
+def fit(old: Array, new: Array, texts: Sequence[str]) -> tuple[Array, Fidelity]:
+    """The map (T', T) float32 from the unit vectors `new` (n, T') to `old` (n, T) of the n texts, and its fidelity.
 
-    Every tenth text is held out for the latter. Raises AlignmentError for too few texts.
+    A tenth of the texts, by their hashes, is held out for the latter; of equal texts the first counts. Raises
+    AlignmentError for fewer different ones than PAIRS_MIN, or than the shorter vectors have numbers: with less the map
+    is not determined.
     """
-    if len(old) != len(new) or len(old) < PAIRS_MIN:
-        raise AlignmentError(f"{len(old)} texts with vectors of both encoders: a map takes {PAIRS_MIN} at least")
-    told = np.arange(len(old)) % HELD_OUT != HELD_OUT - 1
+    assert len(old) == len(new) == len(texts)
+    first: dict[bytes, int] = {}
+    for at, text in enumerate(texts):
+        first.setdefault(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), at)
+    wanted = max(PAIRS_MIN, min(old.shape[1], new.shape[1]))
+    if len(first) < wanted:
+        raise AlignmentError(
+            f"{len(first)} different texts with vectors of both encoders: a map takes {wanted} at least"
+        )
+    order = [first[digest] for digest in sorted(first)]
+    old, new, told = old[order], new[order], np.arange(len(order)) >= len(order) // HELD_OUT
     left, _, right = np.linalg.svd(new[told].astype(np.float64).T @ old[told].astype(np.float64), full_matrices=False)
     matrix = np.ascontiguousarray(left @ right, np.float32)
     return matrix, _fidelity(old, new, matrix, told)
@@ -114,16 +129,12 @@ def apply(matrix: Array, vector: Array) -> Array:
 
 
 def _fidelity(old: Array, new: Array, matrix: Array, told: Array) -> Fidelity:
-    moved = _units(new.astype(np.float32) @ matrix)
-    out = np.flatnonzero(~told)
-    cosine = (old[out] * moved[out]).sum(axis=1).mean()
-    others = (old[out] * np.roll(moved[out], 1, axis=0)).sum(axis=1).mean()
-    probes, among = out[:PROBES_MAX], np.arange(min(len(old), CANDIDATES_MAX))
-    plain = _nearest(old[probes], old[among], probes)
-    crossed = _nearest(old[probes], moved[among], probes)
-    both = _nearest(moved[probes], moved[among], probes)
+    old, moved = old[~told], _units(new[~told].astype(np.float32) @ matrix)
+    cosine = (old * moved).sum(axis=1).mean()
+    others = (old * np.roll(moved, 1, axis=0)).sum(axis=1).mean()
+    plain, crossed, both = _nearest(old, old), _nearest(old, moved), _nearest(moved, moved)
     return Fidelity(
-        int(told.sum()), len(out), float(cosine), float(others), _overlap(plain, crossed), _overlap(plain, both)
+        int(told.sum()), len(old), float(cosine), float(others), _overlap(plain, crossed), _overlap(plain, both)
     )
 
 
@@ -133,11 +144,10 @@ def _units(vectors: Array) -> Array:
     return units
 
 
-def _nearest(probes: Array, among: Array, own: Array) -> Array:
-    """(n, NEIGHBOURS) places of the nearest, the probe's own (its place in `among`) left out."""
-    score = probes @ among.T
-    inside = own < len(among)
-    score[np.flatnonzero(inside), own[inside]] = -np.inf
+def _nearest(probes: Array, among: Array) -> Array:
+    """(n, NEIGHBOURS) places of the nearest in `among` to each of the first n <= PROBES_MAX `probes`, but its own."""
+    score = probes[:PROBES_MAX] @ among.T
+    np.fill_diagonal(score, -np.inf)
     nearest: Array = np.argpartition(-score, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
     return nearest
 

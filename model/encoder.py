@@ -146,7 +146,10 @@ class Encoder:
         self.dim: int = hidden if self.alignment is None else int(self.alignment.matrix.shape[1])
         # Not the folder's path: the same weights are the same encoder on every machine.
         known_as = Path(model).name if model and Path(model).is_dir() else model or DEFAULT_MODEL
-        self.name: str = f"{known_as}:{self._digest()}"
+        digest = self._digest()
+        if self.alignment is not None:
+            digest = self._behind_map(model, self.alignment, digest)
+        self.name: str = f"{known_as}:{digest.hexdigest()}"
 
     def encode(self, texts: Sequence[str]) -> F4:
         """(n, dim) float32: unit vectors; zeros for a text without a token (empty, white space).
@@ -258,8 +261,19 @@ class Encoder:
         self.stats.tokens += rows * length
         return vectors
 
-    def _digest(self) -> str:
-        """16 hex digits of what a vector means: weights (to bfloat16's precision), tokenizer, window, pooling.
+    def _behind_map(self, model: str, alignment: Alignment, digest: "hashlib.blake2b") -> "hashlib.blake2b":
+        """The digest of the model with the map. Raises EncoderError where the map is another model's."""
+        if alignment.of.rpartition(":")[2] != digest.hexdigest():
+            raise EncoderError(
+                f"encoder {model!r} is a map for {alignment.of}, and the model at {alignment.model} is another one by "
+                f"now ({digest.hexdigest()}): put the former one there (a Hugging Face id stays what it is as "
+                "id@revision), or align it anew, into another folder"
+            )
+        digest.update(alignment.digest)
+        return digest
+
+    def _digest(self) -> "hashlib.blake2b":
+        """8 bytes, of what a vector of the model means: weights (to bfloat16's precision), tokenizer, window, pooling.
 
         Not of its last digits: a GPU's vectors, a processor's, and one's that has no bfloat16, are of one space.
         """
@@ -282,9 +296,7 @@ class Encoder:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             weights = tensor.detach().to("cpu", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
             digest.update(weights.contiguous().reshape(-1).view(torch.uint8).numpy())
-        if self.alignment is not None:
-            digest.update(self.alignment.digest)
-        return digest.hexdigest()
+        return digest
 
 
 def pick_device(device: str) -> str:

@@ -99,7 +99,7 @@ class Surroundings:
     encoding: Encoding
     encoders: Encoders
     number_of: Callable[[bytes | None], int | None]  # of the encoder of a mark; None: it says nothing to this app id
-    load_marked: Callable[[bytes | None], Awaitable[None]]  # the encoder of a mark, if it is one that is to come
+    marked: Callable[[bytes | None], Awaitable[int | None]]  # the same as the log of encoders has it; it is loaded then
     end_of: Callable[[str, int], int | None]  # (topic, partition) -> where the log ends; None: not known, or not lately
     partition_of: Callable[[bytes], int]  # where Kafka's default partitioner puts a key
     first_at: Callable[[str, int, int], Awaitable[tuple[int, int]]]  # streams.kafka.first_at_or_after
@@ -131,6 +131,7 @@ class Keeper(ABC, Generic[T]):
         self.inbox: Inbox[T] = Inbox({}, around.merge_hold_s)
         self.report: OpenReport | None = None  # while it is open
         self.starts = Starts()  # of the encoders that read its texts
+        self._awaited: int | None = None  # number of the encoder of a mark that was not loaded when it came
         self._arrived = asyncio.Event()
         self._misplaced_told_s = float("-inf")
         self._settling = False
@@ -146,7 +147,7 @@ class Keeper(ABC, Generic[T]):
         self.report = await self.partition.open()
         await self.load()
         if self.texts_of:
-            self.starts = starts_of(self.partition.get_many)
+            self.starts = await self._first_starts()
             await self.around.encoders.load_from(self.starts, self.partition.applied[self.texts_of] + 1)
         self.resume()
         seconds = self.around.now() - started
@@ -161,6 +162,17 @@ class Keeper(ABC, Generic[T]):
     async def load(self) -> None:
         """Reads what the keeper holds in memory from the store."""
 
+    async def _first_starts(self) -> Starts:
+        """As the state has them. Of a log that has lost its beginning, maybe a mark with it, a state that holds nothing
+        of it reads all by the encoder in use."""
+        starts, number = starts_of(self.partition.get_many), self.around.encoders.number
+        if number and not starts.pairs and self.partition.applied[self.texts_of] < 0:
+            topic = next(topic for topic, name in self.topics.items() if name == self.texts_of)
+            _, begins = await self.around.first_at(topic, self.number, 0)
+            if begins > 0:
+                return starts.then(number, 0)
+        return starts
+
     def resume(self) -> None:
         """Takes records from just after what is applied; one that takes them already goes on, with what it has."""
         if self._task is not None and not self._task.done() and not self._settling:
@@ -172,16 +184,19 @@ class Keeper(ABC, Generic[T]):
             self._task = asyncio.get_running_loop().create_task(self._run(), name=f"{self.kind}-{self.number}")
 
     async def _read_marks(self, topic: str, records: Sequence[Record]) -> bool:
-        """Loads the encoders that texts of a batch go over to: the partition waits for them. Whether they are there."""
+        """Whether the encoders that texts of a batch go over to are loaded: the partition waits for them."""
         if self.topics[topic] != self.texts_of:
             return True
         for record in records:
             if record.key is not None and record.key.startswith(codec.MARK):
-                await self.around.load_marked(record.value)
-                number = self.around.number_of(record.value)
-                if number is not None and not self.around.encoders.is_loaded(number):
-                    return False  # the worker stops
+                self._awaited = await self.around.marked(record.value)
+                if self._is_waiting():
+                    return False
         return True
+
+    def _is_waiting(self) -> bool:
+        """Whether nothing is taken until an encoder is loaded."""
+        return self._awaited is not None and not self.around.encoders.is_loaded(self._awaited)
 
     def _pass_mark(self, record: Record) -> "_Mark":
         """What comes behind it is read by its encoder, if it is one of ours."""
@@ -193,10 +208,17 @@ class Keeper(ABC, Generic[T]):
     def _encoder_at(self, offset: int) -> Encoder:
         return self.around.encoders.at(self.starts.number_at(offset))
 
+    @property
+    def texts_read_by(self) -> int:
+        """Number of the encoder that reads what comes behind all whose examples are in their log."""
+        return self.starts.number_at(self.partition.durable[self.texts_of] + 1)
+
     def _starts_row(self, entries: Sequence[tuple[str, Entry[Any]]]) -> dict[bytes, bytes | None]:
-        """The row of the encoders' starts, where a mark is among what is flushed."""
+        """The row of the encoders' starts, where a mark is among what is flushed, or no text was before."""
         marks = [entry.offset for _, entry in entries if isinstance(entry.work, _Mark)]
-        return self.starts.until(marks[-1] + 1).row() if marks else {}
+        if marks:
+            return self.starts.until(marks[-1] + 1).row()
+        return self.starts.until(0).row() if self.partition.applied[self.texts_of] < 0 else {}
 
     def applied(self) -> dict[str, int]:
         """Last offset whose effect this keeper holds, a source topic (code name)."""
@@ -231,9 +253,10 @@ class Keeper(ABC, Generic[T]):
     async def offer(self, topic: str, records: Sequence[Record]) -> int | None:
         """Takes a batch in offset order. Returns the offset to seek back to when the batch begins beyond a hole.
 
-        Raises LogTruncatedError when the log no longer holds what comes next.
+        Raises LogTruncatedError when the log no longer holds what comes next. While the keeper waits for an encoder
+        nothing is taken: `is_full`.
         """
-        if not await self._read_marks(topic, records):
+        if self._is_waiting() or not await self._read_marks(topic, records):
             return None
         source = self.inbox.sources[topic]
         while records and records[0].offset < source.expected:
@@ -270,12 +293,15 @@ class Keeper(ABC, Generic[T]):
     def is_full(self, topic: str) -> bool:
         """Whether the consumer should pause this topic's partition for now."""
         source = self.inbox.sources[topic]
-        return len(source.entries) >= INBOX_RECORDS_MAX or source.bytes_waiting() >= INBOX_BYTES_MAX
+        return (
+            self._is_waiting() or len(source.entries) >= INBOX_RECORDS_MAX or source.bytes_waiting() >= INBOX_BYTES_MAX
+        )
 
     def is_low(self, topic: str) -> bool:
         """Whether a paused partition should be fetched again."""
         source = self.inbox.sources[topic]
-        return len(source.entries) <= INBOX_RECORDS_LOW and source.bytes_waiting() <= INBOX_BYTES_LOW
+        is_short = len(source.entries) <= INBOX_RECORDS_LOW and source.bytes_waiting() <= INBOX_BYTES_LOW
+        return is_short and not self._is_waiting()
 
     @abstractmethod
     def prepare(self, topic: str, records: Sequence[Record]) -> list[tuple[float, int, T | None]]:
@@ -403,7 +429,8 @@ class _UserWork:
 
 
 def decode_timed(name: str, records: Sequence[Record]) -> list[tuple[float, Record, UserEvent | Reject | None]]:
-    """(merge time, record, what it holds) of records of a source of the user state, in their order; None of a mark."""
+    """(merge time, record, what it holds) of records of a source of the user state, in their order; None of a mark,
+    which no event waits for."""
     decoded: codec.Decoded[Any] = codec.decode_batch(cast(codec.Topic, name), records)
     timed: list[tuple[float, Record, UserEvent | Reject | None]] = [
         (min(event.ts, _record_s(record)), record, event)
@@ -411,7 +438,7 @@ def decode_timed(name: str, records: Sequence[Record]) -> list[tuple[float, Reco
     ]
     if decoded.rejects or decoded.marks:
         timed += [(_record_s(r.record), r.record, r) for r in decoded.rejects if r.record is not None]
-        timed += [(_record_s(record), record, None) for record in decoded.marks]
+        timed += [(0.0, record, None) for record in decoded.marks]
         timed.sort(key=lambda entry: entry[1].offset)
     return timed
 
@@ -518,6 +545,11 @@ class UserKeeper(Keeper["_UserWork | Reject"]):
                 assert isinstance(entry.work, _UserWork)
                 await self.eraser.announce(erased, entry.work.record_s, place)
                 return
+
+    @property
+    def next_encoder(self) -> Encoder:
+        """The one of a comment that would come next to what is shown."""
+        return self._encoder_at(self.shown["comments"] + 1)
 
     def row(self, user_id: str) -> bytes | None:
         """The user's row as of now. A disk that a read finds corrupt ends the worker, as one that the stream finds: the
@@ -742,7 +774,7 @@ class LearnerKeeper(Keeper[bytes]):
             return False
         if self._flushing is not None and not self._flushing.done():  # not on disk yet, so not in `applied` either
             return False
-        budget_s = 0.0 if self._entered else self.learner.learner.dirty_bytes / self._flush_bytes_per_s
+        budget_s = 0.0 if self._entered else self.learner.dirty_bytes / self._flush_bytes_per_s
         return self.around.now() - self._flushed_s >= max(self._flush_min_s, budget_s)
 
     async def idle(self) -> None:
@@ -769,7 +801,7 @@ class LearnerKeeper(Keeper[bytes]):
         """The matrix as it is, so that the next owner starts from here; a large one is left to the log."""
         await self._flushed()
         behind = self.offset > self.partition.applied["examples"]
-        if behind and self.learner.learner.dirty_bytes <= FINISH_BYTES_MAX:
+        if behind and self.learner.dirty_bytes <= FINISH_BYTES_MAX:
             await self.flush()
             await self._flushed()
 

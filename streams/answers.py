@@ -293,9 +293,10 @@ class TrialView(msgspec.Struct):
 
 class EncoderView(msgspec.Struct):
     """The text encoder: name and digest, numbers a vector, and the adapter that texts are compared through or null.
-    number: of the encoders that the app id has had, from 0; next: the one that it is to move to, or null. checkpoints:
-    of such adapters, newest first, as far as they are announced on `encoder-checkpoints`, whatever app id of the topic
-    prefix they were made for. trial: that is on, or null."""
+    number: of the encoders that the app id has had, from 0; next: the one that it is to move to, or that is waited for
+    here, or null. texts: of this worker's partitions, by topic, the number of the encoder that reads what comes next.
+    checkpoints: of such adapters, newest first, as far as they are announced on `encoder-checkpoints`, whatever app id
+    of the topic prefix they were made for. trial: that is on, or null."""
 
     name: str
     dim: int
@@ -304,15 +305,18 @@ class EncoderView(msgspec.Struct):
     number: Count = 0
     next: NextEncoderView | None = None
     trial: TrialView | None = None
+    texts: dict[str, dict[str, Count]] = {}
 
 
 class LearnerView(msgspec.Struct):
-    """What the learner has taken since it opened here: examples, entries of items, messages of the examples log."""
+    """What the learner has taken since it opened here: examples, entries of items, messages of the examples log.
+    encoder: number of the one whose vectors the items have."""
 
     applied: dict[str, int]
     examples: int
     items: int
     messages: int
+    encoder: Count = 0
 
 
 class ReplicaView(msgspec.Struct):
@@ -358,8 +362,8 @@ class Prequential(msgspec.Struct):
 
 class ModelView(msgspec.Struct):
     """Encoder, learner and replica. config: the learner's settings, by name. events_ and items_applied: records of this
-    worker's partitions whose examples are in their log. learner, examples_applied and prequential are the learning
-    worker's, whichever is asked; learner is null while that one does not answer.
+    worker's partitions whose examples are in their log. workers: all that have partitions. learner, examples_applied
+    and prequential are the learning worker's, whichever is asked; learner is null while that one does not answer.
     """
 
     version: str
@@ -372,6 +376,7 @@ class ModelView(msgspec.Struct):
     items_applied: int
     examples_applied: int | None
     prequential: Prequential
+    workers: list[str] = []
 
 
 # -- erasures

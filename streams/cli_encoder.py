@@ -3,13 +3,18 @@
 import math
 import os
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from streams.cli import Json, broker_faults, fail, faults, load, print_json, say, table
 from streams.cli_asking import running_worker
+
+if TYPE_CHECKING:
+    from streams.settings import Settings
 
 encoder_app = typer.Typer()
 
@@ -35,7 +40,7 @@ def encoder(asked: typer.Context) -> None:
 
 @encoder_app.command("list")
 def list_encoders(as_json: Json = False) -> None:
-    """Each encoder of the app id, in the order of their use.
+    """Each encoder of the app id, in the order of their use; where workers answer, what they read by which.
 
     Example: `headwater encoder list`
     """
@@ -48,11 +53,52 @@ def list_encoders(as_json: Json = False) -> None:
     settings = load()
     with broker_faults(settings):
         known = asyncio.run(space.of_deployment(settings)).known
+        uses = _uses([one for one in _models(settings, [settings.http_url()]) if one is not None])
     if as_json:
-        print_json([msgspec.structs.asdict(one) for one in known])
+        print_json([{**msgspec.structs.asdict(one), "reads": uses.get(one.number, [])} for one in known])
         return
-    rows = [[one.number, one.encoder, one.dim, one.state, one.model or "(the default)"] for one in known]
-    table(["number", "encoder", "dim", "state", "model"], rows)
+    rows = [
+        [one.number, one.encoder, one.dim, one.state, one.model or "(the default)", ", ".join(uses.get(one.number, []))]
+        for one in known
+    ]
+    table(["number", "encoder", "dim", "state", "model", "reads"], rows)
+
+
+def _models(settings: "Settings", urls: list[str]) -> list[Any]:
+    """What /v1/model of each worker answers, None of one that does not: of all that the first to answer tells of, which
+    are then in `urls`."""
+    from streams.client import Client
+    from streams.failures import HeadwaterError
+
+    def model(url: str) -> Any:
+        try:
+            with Client(url, settings.api_key.get_secret_value(), retry_s=0) as client:
+                return client.model()
+        except HeadwaterError:
+            return None
+
+    for url in urls:
+        first = model(url)
+        if first is not None:
+            workers = first.get("workers", [])  # none: of a build that does not tell
+            urls[:] = dict.fromkeys([*workers, *urls])
+            return [model(other) for other in workers] or [first]
+    return [None]
+
+
+def _uses(models: list[Any]) -> dict[int, list[str]]:
+    """What the encoders of these numbers read, in words: the items' vectors, and what comes next in the partitions."""
+    counts: Counter[tuple[int, str]] = Counter()
+    for one in models:
+        for topic, partitions in one["encoder"].get("texts", {}).items():
+            counts.update((number, topic) for number in partitions.values())
+    uses: dict[int, list[str]] = {}
+    learner = next((one["learner"] for one in models if one["learner"] is not None), None)
+    if learner is not None:
+        uses[learner.get("encoder", 0)] = ["items' vectors"]
+    for (number, topic), count in sorted(counts.items()):
+        uses.setdefault(number, []).append(f"{count} partitions of {topic}")
+    return uses
 
 
 @encoder_app.command()
@@ -75,18 +121,19 @@ def align(
     with broker_faults(settings):
         from model.encoder import Encoder
         from streams import migrate as tool
+        from streams import space
         from streams.progress import Bars
 
         new = Encoder(model, device=settings.device)
-        told = str(Path(model).resolve()) if Path(model).is_dir() else model
         with Bars() as bars:
-            made = asyncio.run(tool.fit(settings, told, new, out, bars.steps_of))
+            made = asyncio.run(tool.fit(settings, space.place(model), new, out, bars.steps_of))
     fidelity = made.fidelity
     assert fidelity is not None
     say(f"{out}: {made.of} in the space of {made.to}, fitted to {fidelity.texts} texts. On {fidelity.held_out} others "
         f"the cosine of a text's two vectors is {fidelity.cosine:.3f} (of two texts' {fidelity.cosine_others:.3f}); of "
-        f"an old vector's 10 nearest texts {fidelity.neighbours:.0%} are the same where those have new vectors, and "
-        f"{fidelity.neighbours_new:.0%} where its own is new, too")  # fmt: skip
+        f"an old vector's 10 nearest among them {fidelity.neighbours:.0%} are the same where those have new vectors, "
+        f"{fidelity.neighbours_new:.0%} where its own is new, too, "
+        f"{fidelity.neighbours_chance:.0%} by chance")  # fmt: skip
 
 
 @encoder_app.command()
@@ -106,26 +153,21 @@ def migrate(model: Model, as_json: Json = False) -> None:
     settings = load()
     log.set_up("warning", settings.log_format)  # what it does is told by bars
     with running_worker() as client:
-        urls = client.digest()["workers"]
-
-    def ask() -> list[Any]:
-        found = []
-        for url in urls:
-            with running_worker(url) as worker:
-                found.append(worker.model())
-        return found
-
+        client.model()  # or it says why not
+    ask = partial(_models, settings, [settings.http_url()])
     with broker_faults(settings):
         from model.encoder import Encoder
         from streams import migrate as tool
+        from streams import space
         from streams.progress import Bars
 
         new = Encoder(model, device=settings.device)
-        told = str(Path(model).resolve()) if Path(model).is_dir() else model
         with Bars() as bars:
-            done = asyncio.run(tool.Migration(settings, told, new, ask, bars.steps_of).run())
+            done = asyncio.run(tool.Migration(settings, space.place(model), new, ask, bars.steps_of).run())
     if as_json:
         print_json(done)
+    elif not done["number"]:
+        say(f"{done['encoder']} is in use, and always was: there is nothing to do")
     else:
         say(f"{done['encoder']} is in use, number {done['number']}: {done['items']} items read again, "
             f"{done['items_late']} that came meanwhile, in {done['seconds']} s")  # fmt: skip

@@ -47,6 +47,7 @@ UNCHECKED_BYTES_MAX: Final = 2 * NESTING_MAX  # a shorter message cannot be nest
 assert UNCHECKED_BYTES_MAX < MESSAGE_BYTES_MAX
 
 
+MARKED: Final = ("comments", "items")  # the topics that have texts, and may have marks
 MARK: Final = b"\xffheadwater"  # how the key of a record begins that is no event: no id does, they are UTF-8
 
 
@@ -141,9 +142,10 @@ def decode_batch(topic: Topic, records: Sequence[Record]) -> Decoded[Any]:
     kept: list[Record] = []
     rejects: list[Reject] = []
     marks: list[Record] = []
+    may_mark = topic in MARKED
     for record in records:
         value = record.value
-        if record.key is not None and record.key.startswith(MARK):
+        if may_mark and record.key is not None and record.key.startswith(MARK):
             marks.append(record)
             continue
         if value is None:

@@ -3,7 +3,8 @@
     header      8 B   version u1 | kind u1 (1 = examples, 2 = items, 3 = adapter, 4 = removals,
                       5 = time, 6 = vectors) | source partition u2
                       | count u2 | flags u2 (kind 3: 1 = taken back, 2 = a trial; kind 4: 1 = more of the same removal
-                      follows; kind 6: 1 = the encoder is in use from here on)
+                      follows; kind 6: 1 = the encoder is in use from here on, 2 = it
+                      never will be)
     kind 1, `count` times:
       example  32 B   item key i8 | ts f8 | position u8 (state.rows.position) | label u1 (1 positive, 0 low rating)
                       | history_count u1 | flags u1 (1 = text, 2 = ranked) | bucket u1 | weight f4
@@ -19,7 +20,8 @@
     kind 4: offset u8 of the erasure in `erasures`, then `count` times: position u8 of an event that is to be left out
     kind 5: now f8, Unix s: the time has come to there (count 0), and no event has said so
     kind 6: a MessagePack array of the encoder's number, its name, and `count` times [item key, vector <f2[text_dim]]:
-            what it makes of items' texts. Kept apart until it is in use, then in the place of what there was
+            what it makes of items' texts. Kept apart until it is in use, then in the place of what there was; with
+            flag 2 what was kept apart is dropped
 
 The learner drops what is at or below the highest offset that it has applied of the example's (topic, partition):
 repeats vanish, those of a fenced worker too.
@@ -55,6 +57,7 @@ KINDS: Final = (KIND_EXAMPLES, KIND_ITEMS, KIND_ADAPTER, KIND_REMOVALS, KIND_TIM
 MESSAGE_EXAMPLES_MAX: Final = 64  # examples a message: the micro-batch; 64 costs 1 % of the hits against 1
 REMOVALS_MAX: Final = 32_768  # positions a message
 MESSAGE_BYTES_MAX: Final = 400_000  # of examples in a message: ranked ones of heavy users are large; a batch is 512 KiB
+VECTOR_HEAD_BYTES_MAX: Final = 15  # of one in a message of kind 6, in MessagePack: array, key i8, length of the bytes
 
 KEYS_KEPT: Final = 1 << 18  # of items, with their ids
 
@@ -63,6 +66,8 @@ FLAG_RANKED: Final = 2
 FLAG_TAKEN_BACK: Final = 1  # of a message of kind 3
 FLAG_TRIAL: Final = 2
 FLAG_YIELDS: Final = 4
+FLAG_IN_USE: Final = 1  # of a message of kind 6
+FLAG_DROPS: Final = 2
 
 HEADER: Final = struct.Struct("<BBHHH")
 EXAMPLE: Final = struct.Struct("<qdQBBBBf")
@@ -224,13 +229,35 @@ def pack_time(now: float) -> bytes:
 
 def pack_vectors(told: Vectors, in_use: bool = False) -> bytes:
     """The message of an encoder's vectors. in_use: with it, all that were told of this encoder become their items'."""
-    head = HEADER.pack(MESSAGE_VERSION, KIND_VECTORS, 0, len(told.vectors), in_use)
+    head = HEADER.pack(MESSAGE_VERSION, KIND_VECTORS, 0, len(told.vectors), FLAG_IN_USE * in_use)
     return head + msgspec.msgpack.encode(told)
+
+
+def pack_drop(number: int, encoder: str) -> bytes:
+    """The message after which no vectors of this encoder are kept apart: it was given up."""
+    return HEADER.pack(MESSAGE_VERSION, KIND_VECTORS, 0, 0, FLAG_DROPS) + msgspec.msgpack.encode(
+        Vectors(number, encoder, [])
+    )
+
+
+def drops(message: bytes) -> bool:
+    """Whether a message of kind 6 is `pack_drop`'s."""
+    return bool(HEADER.unpack_from(message)[4] & FLAG_DROPS)
+
+
+def pack_all_vectors(told: Vectors, in_use: bool = False) -> list[bytes]:
+    """The messages of any number of vectors, of one length, MESSAGE_BYTES_MAX each and some; in_use: of each."""
+    vectors = told.vectors
+    count = max(1, MESSAGE_BYTES_MAX // (VECTOR_HEAD_BYTES_MAX + len(vectors[0][1]))) if vectors else 1
+    return [
+        pack_vectors(Vectors(told.number, told.encoder, vectors[at : at + count]), in_use)
+        for at in range(0, len(vectors), count)
+    ]
 
 
 def unpack_vectors(message: bytes) -> tuple[Vectors, bool]:
     """(vectors, whether the encoder is in use from here on) of a message of kind 6. Raises msgspec.ValidationError."""
-    return _decode_vectors(message[HEADER.size :]), bool(HEADER.unpack_from(message)[4])
+    return _decode_vectors(message[HEADER.size :]), bool(HEADER.unpack_from(message)[4] & FLAG_IN_USE)
 
 
 def unpack_time(message: bytes) -> float:

@@ -26,7 +26,7 @@ from streams.pipeline import ItemLearner
 from streams.rebuild import Cut
 from streams.serving import ListOptions, Origin, Read, WorkerView
 from streams.settings import Fault, Settings
-from streams.space import Encoders, Load, starts_of
+from streams.space import Encoders, Load
 from streams.tokens import Token
 from streams.worker import LEARNER_PARTITION
 
@@ -147,8 +147,11 @@ class _Rebuild:
             return _unpacked(restored if self.sealer is None else SealedRows(restored, self.sealer), user_id)
         if lost := await self._lost():
             raise CannotRebuildError(f"{lost}, and the changelog has no flush of the list's offsets any more")
-        kept = restored if self.sealer is None else SealedRows(restored, self.sealer)
-        encoder_at = await self.encoders.reading(starts_of(kept.get_many))
+        comments = self.applied.get("comments", -1)
+        starts = await rebuild.starts(
+            self._read, "comments", partition, comments, self.encoders, self.settings.app_id
+        )  # fmt: skip
+        encoder_at = await self.encoders.reading(starts)
         folded = self.disk.open(self.folder / "rows")
         await rebuild.user_rows(
             self._read, partition, self.token.applied, folded, encoder_at,

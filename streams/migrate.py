@@ -17,7 +17,8 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,14 +40,13 @@ from streams.vectors import VectorCache
 from streams.worker import LEARNER_PARTITION
 
 Steps = Callable[[str, int, int], None]  # (stage, done, in all)
-Ask = Callable[[], list[Any]]  # what each worker's /v1/model answers, anew at each call
+Ask = Callable[[], list[Any]]  # what each worker's /v1/model answers, or None of it; anew at each call
+Holds = Callable[[list[Any]], tuple[int, int]]  # of such answers: (of how many something holds, of how many it should)
 
 VECTORS_KEY: Final = b"vectors"  # of their messages in the examples log
-MESSAGE_VECTORS_MAX: Final = 256  # 768 bytes each at 384 dimensions
 MESSAGES_AT_ONCE: Final = 16
 ENCODE_ITEMS_MAX: Final = 1024  # between two steps of the bar, and two appends to the log
 POLL_S: Final = 0.5
-CATALOGUE_WAIT_S: Final = 30.0
 PASSES_MAX: Final = 5  # over items that came meanwhile
 WAIT_S_MAX: Final = 600.0  # for all workers to load a model, and to begin with it
 ALIGN_TEXTS_MAX: Final = 20_000  # read by the new encoder for the map: half an hour of one core
@@ -60,21 +60,32 @@ async def fit(chosen: Settings, model: str, encoder: Encoder, out: Path, steps: 
     """The alignment of an encoder with the deployment's space, written to the folder `out`. Raises MigrationError.
 
     From items that have a text and no vector of their own: as many as there are, ALIGN_TEXTS_MAX at most, those with
-    the most positives first.
+    the most positives first. Raises MigrationError for a folder that holds an alignment, too, which may be in use, and
+    for an encoder that is aligned.
     """
+    if align.is_aligned(out):
+        raise MigrationError(f"{out} holds an alignment, which may be in use: name another folder")
+    alignment = getattr(encoder, "alignment", None)
+    if alignment is not None:
+        raise MigrationError(f"{model} is aligned: align the model that stands before its map, {alignment.model}")
     spaces = await _spaces(chosen)
+    if encoder.name == spaces.known[0].encoder:
+        raise MigrationError(
+            f"{encoder.name} is the space's own encoder: `headwater encoder migrate` takes it as it is"
+        )
     assert spaces.current is not None
     matrix = await _matrix(chosen, spaces.current.dim)
     items = [(key, item) for key, item in await _items(chosen, matrix, steps) if item.text and item.vector is None]
     rows = {key: matrix.index(key) for key, _ in items}
     known = [(key, item) for key, item in items if rows[key] >= 0 and matrix.arrays.e[rows[key]].any()]
     known = known[:ALIGN_TEXTS_MAX]
-    new = _texts(encoder, [item.text for _, item in known], steps)
+    texts = [item.text for _, item in known]
+    new = _texts(encoder, texts, steps)
     old = np.stack([matrix.arrays.e[rows[key]] for key, _ in known]) if known else np.zeros((0, matrix.text_dim))
     try:
-        fitted, fidelity = align.fit(old, new)
+        fitted, fidelity = align.fit(old, new, texts)
     except AlignmentError as problem:
-        raise MigrationError(f"{problem}. The catalogue of app id {chosen.app_id} has {len(known)}") from problem
+        raise MigrationError(f"{problem} (the catalogue of app id {chosen.app_id})") from problem
     alignment = Alignment(model, encoder.name, spaces.known[0].encoder, fitted, fidelity)
     await asyncio.to_thread(alignment.write, out)
     return alignment
@@ -99,28 +110,31 @@ class Migration:
         started = time.monotonic()
         async with _started(self.producer):
             spaces = await _spaces(self.settings)
-            mine = await self._announced(spaces)
+            mine, done, late = await self._announced(spaces), 0, 0
+            if mine.number == 0:
+                return self._told(mine, done, late, started)  # no move has ever begun
             self._crash("announce")
-            done = 0
             if mine.state == ANNOUNCED:
-                await self._until(mine, _has_loaded, "load the encoder")
+                await self._until(mine, _each(partial(_has_loaded, mine=mine)), "workers load the encoder")
                 self._crash("load")
                 done = await self._publish(mine, await self._items(mine))
                 self._crash("encode")
                 mine = msgspec.structs.replace(mine, state=IN_USE)
                 await space.tell(self.log, mine)
+                await self._check_log(mine)
                 self._crash("in use")
             switch = examples.pack_vectors(Vectors(mine.number, mine.encoder, []), in_use=True)
-            await self._until(mine, _has_offset(await self._send([switch])), "show the items' new vectors")
+            await self._until(mine, _have_offset(await self._send([switch])), "workers show the items' new vectors")
             self._crash("switch")
             await self._mark(mine)
             self._crash("mark")
-            await self._until(mine, _has_begun, "begin with the encoder")
+            await self._until(mine, _each(partial(_has_begun, mine=mine)), "workers begin with the encoder")
             late = await self._read_rest(mine)
-        return {
-            "encoder": mine.encoder, "number": mine.number, "items": done, "items_late": late,
-            "seconds": round(time.monotonic() - started, 1),
-        }  # fmt: skip
+        return self._told(mine, done, late, started)
+
+    def _told(self, mine: Space, items: int, late: int, started: float) -> dict[str, Any]:
+        seconds = round(time.monotonic() - started, 1)
+        return {"encoder": mine.encoder, "number": mine.number, "items": items, "items_late": late, "seconds": seconds}
 
     async def _announced(self, spaces: Spaces) -> Space:
         """The encoder's record, appended if there is none. Raises MigrationError where it cannot be the next one."""
@@ -135,46 +149,59 @@ class Migration:
             )
         if coming is not None:
             return coming
-        alignment = getattr(self.encoder, "alignment", None)
-        if alignment is None or alignment.to != spaces.known[0].encoder or self.encoder.dim != spaces.current.dim:
+        alignment, first = getattr(self.encoder, "alignment", None), spaces.known[0].encoder
+        to = self.encoder.name if alignment is None else alignment.to  # the first one needs no map
+        if to != first or self.encoder.dim != spaces.current.dim:
             raise MigrationError(
                 f"{self.encoder.name} is not aligned with the space of app id {self.settings.app_id}, which is that of "
-                f"{spaces.known[0].encoder}: make such a folder by `headwater encoder align {self.model} --out FOLDER`"
+                f"{first}: make such a folder by `headwater encoder align {self.model} --out FOLDER`"
             )
         nonce = secrets.token_hex(8)
         told = Space(self.encoder.name, self.encoder.dim, len(spaces.known), self.model, nonce, ANNOUNCED)
         await space.tell(self.log, told)
-        found = (await space.read(self.log)).named(told.encoder)
-        if found is None:
+        found = (await space.read(self.log)).known[told.number]
+        if found.encoder != told.encoder:
             raise MigrationError("another encoder was announced at the same moment: look at `headwater encoder`")
         return found
 
+    async def _check_log(self, mine: Space) -> None:
+        """Raises MigrationError where the log of encoders does not say what was told last: the move was given up."""
+        if (await space.read(self.log)).known[mine.number] != mine:
+            await self._send([examples.pack_drop(mine.number, mine.encoder)])
+            raise MigrationError(f"the move to {mine.encoder} was given up meanwhile, and has changed nothing")
+
     async def _mark(self, mine: Space) -> None:
         """Repeats of a mark say nothing."""
-        for name in space.MARKED:
+        for name in codec.MARKED:
             for partition in range(self.settings.partitions):
                 key, value = space.mark(self.settings.app_id, mine, secrets.token_hex(8))
                 await self.producer.send(self.settings.topic(name), partition, [(key, value)])
                 self._crash("one mark")
 
-    async def _until(self, mine: Space, holds: Callable[[Any, Space], bool], what: str) -> None:
-        """Until it holds for every worker that answers. Raises MigrationError after WAIT_S_MAX, or where a worker says
-        that it cannot load the encoder."""
+    async def _until(self, mine: Space, holds: Holds, what: str) -> None:
+        """Until it holds for all, those that do not answer among them. Raises MigrationError after WAIT_S_MAX, or where
+        a worker says that it cannot load the encoder, or is of a build that knows of no move."""
         deadline = time.monotonic() + WAIT_S_MAX
         while True:
             told = await asyncio.to_thread(self.ask)
-            ready = sum(holds(one, mine) for one in told)
-            self.steps(what, ready, len(told))
-            if told and ready == len(told):
+            answers = [one for one in told if one is not None]
+            older = {one["version"] for one in answers if "workers" not in one}
+            if older:
+                raise MigrationError(
+                    f"a worker is of build {min(older)}, which knows of no move: deploy this one first"
+                )
+            ready, wanted = holds(told)
+            self.steps(what, ready, wanted)
+            if answers and ready == wanted:
                 return
-            reasons = {one["encoder"]["next"]["reason"] for one in told if _failed(one, mine)}
+            reasons = {one["encoder"]["next"]["reason"] for one in answers if _failed(one, mine)}
             if reasons:
                 raise MigrationError(
-                    f"a worker cannot {what}: {'; '.join(sorted(reasons))}. Workers try again by themselves; then run "
+                    f"a worker cannot load the encoder: {'; '.join(sorted(reasons))}. Workers try again; then run "
                     "this again, or `headwater encoder give-up`"
                 )
             if time.monotonic() > deadline:
-                raise MigrationError(f"after {WAIT_S_MAX:g} s {ready} of {len(told)} workers did {what}: run it again")
+                raise MigrationError(f"after {WAIT_S_MAX:g} s {ready} of {wanted} {what}: run it again")
             await asyncio.sleep(POLL_S)
 
     async def _items(self, mine: Space) -> list[tuple[int, Item]]:
@@ -184,38 +211,36 @@ class Migration:
         """The items' vectors, into the examples log; how many."""
         published, offset = 0, -1
         for start in range(0, len(items), ENCODE_ITEMS_MAX):
+            await self._check_log(mine)
             part = items[start : start + ENCODE_ITEMS_MAX]
             vectors = await asyncio.to_thread(self._vectors, [item for _, item in part])
             told = [(key, vector) for (key, _), vector in zip(part, vectors, strict=True) if vector]
-            cuts = (told[at : at + MESSAGE_VECTORS_MAX] for at in range(0, len(told), MESSAGE_VECTORS_MAX))
-            messages = [examples.pack_vectors(Vectors(mine.number, mine.encoder, cut), in_use) for cut in cuts]
+            messages = examples.pack_all_vectors(Vectors(mine.number, mine.encoder, told), in_use)
             offset = max(offset, await self._send(messages))
             self._crash("items")
             published += len(told)
             self.steps("items that came meanwhile" if in_use else "items", start + len(part), len(items))
         if in_use and published:
-            await self._until(mine, _has_offset(offset), "show the items' new vectors")
+            await self._until(mine, _have_offset(offset), "workers show the items' new vectors")
         return published
 
     async def _read_rest(self, mine: Space) -> int:
-        """Items that the catalogue read by the encoder before, while this went on: once more, until there is none."""
-        ends = await self._catalogue_ends()
-        with suppress(TimeoutError):  # a log whose last record is no event is never applied to its end
-            async with asyncio.timeout(CATALOGUE_WAIT_S):
-                while sum(one["items_applied"] for one in await asyncio.to_thread(self.ask)) < ends:
-                    await asyncio.sleep(POLL_S)
+        """Items that the catalogue read by the encoder before, while this went on: once more, until there is none.
+
+        Behind its mark a partition reads no item by the old encoder; what lies before it is in the examples log once
+        the mark is passed, and in the items' rows once they are as of that log's end.
+        """
+        passed = partial(_have_passed, "items", mine.number, self.settings.partitions)
+        await self._until(mine, passed, "partitions of items pass the mark")
         read = 0
         for _ in range(PASSES_MAX):
+            end = await kafka.log_end(self.settings.kafka_options(), self.settings.internal_topic("examples"), 0)
+            await self._until(mine, _have_offset(end - 1), "workers show what came meanwhile")
             late = await self._late(mine)
             if not late:
-                break
+                return read
             read += await self._publish(mine, late, in_use=True)
-        return read
-
-    async def _catalogue_ends(self) -> int:
-        """Records of all partitions of `items`."""
-        options, topic = self.settings.kafka_options(), self.settings.topic("items")
-        return sum([await kafka.log_end(options, topic, partition) for partition in range(self.settings.partitions)])
+        raise MigrationError(f"{PASSES_MAX} times items had changed meanwhile ({read} were read again): run it again")
 
     async def _late(self, mine: Space) -> list[tuple[int, Item]]:
         """Items whose vector in use is another one than this encoder's."""
@@ -254,7 +279,12 @@ async def give_up(chosen: Settings) -> Space:
             raise MigrationError("no move to another encoder is under way")
         coming = spaces.next
         ended = msgspec.structs.replace(coming, state=GIVEN_UP)
-        await space.tell(space.log_of(chosen, producer), ended)
+        log = space.log_of(chosen, producer)
+        await space.tell(log, ended)
+        if (await space.read(log)).known[ended.number] != ended:
+            raise MigrationError(f"{ended.encoder} is in use since a moment ago: there is no way back but another move")
+        drop = (VECTORS_KEY, examples.pack_drop(ended.number, ended.encoder))
+        await producer.send(chosen.internal_topic("examples"), LEARNER_PARTITION, [drop])
     return ended
 
 
@@ -275,6 +305,16 @@ async def _spaces(chosen: Settings) -> Spaces:
     return spaces
 
 
+def _each(holds: Callable[[Any], bool]) -> Holds:
+    return lambda told: (sum(one is not None and holds(one) for one in told), len(told))
+
+
+def _have_passed(topic: str, number: int, partitions: int, told: list[Any]) -> tuple[int, int]:
+    """Partitions of the topic whose next text is read by this encoder."""
+    texts = [one["encoder"]["texts"].get(topic, {}) for one in told if one is not None]
+    return len({p for of in texts for p, reads_by in of.items() if reads_by >= number}), partitions
+
+
 def _has_loaded(told: Any, mine: Space) -> bool:
     coming = told["encoder"]["next"]
     is_coming = coming is not None and coming["number"] == mine.number and coming["state"] == "loaded"
@@ -285,9 +325,9 @@ def _has_begun(told: Any, mine: Space) -> bool:
     return bool(told["encoder"]["name"] == mine.encoder)
 
 
-def _has_offset(offset: int) -> Callable[[Any, Space], bool]:
-    """Whether lists are made of what the examples log had up to there."""
-    return lambda told, _: bool(told["replica"]["applied"]["examples"] >= offset)
+def _have_offset(offset: int) -> Holds:
+    """Whose lists are made of what the examples log had up to there."""
+    return _each(lambda told: bool(told["replica"]["applied"]["examples"] >= offset))
 
 
 def _vector_in_use(matrix: ItemMatrix, key: int) -> bytes | None:

@@ -186,8 +186,9 @@ _MODEL = {
     "version": "0.1.0", "model_version": _VERSION,
     "encoder": {"name": _ENCODER, "dim": 384, "adapter": "7d0c41f2a9b3", "checkpoints": _CHECKPOINTS, "number": 0,
                 "next": {"name": "e5:0c9d3b51e77a4f26", "number": 1, "state": "loaded", "reason": ""},
-                "trial": {"adapter": "c1e5f0a2d7b4", "share": 0.5, "offset": 2190}},
-    "learner": {"applied": {"examples": 2210}, "examples": 55375, "items": 1682, "messages": 2211},
+                "trial": {"adapter": "c1e5f0a2d7b4", "share": 0.5, "offset": 2190},
+                "texts": {"comments": {"3": 0}, "items": {"3": 0}}},
+    "learner": {"applied": {"examples": 2210}, "examples": 55375, "items": 1682, "messages": 2211, "encoder": 0},
     "config": LearnerConfig().__dict__,
     "replica": {"items": 1682, "active": 1682, "positives": 55375, "applied": {"examples": 2210}},
     "events_applied": 100000, "items_applied": 1682, "examples_applied": 55375,
@@ -197,6 +198,7 @@ _MODEL = {
         "popularity_1000": _metrics(0.07, 0.034, 0.036, 0.12), "popularity": _metrics(0.07, 0.035, 0.037, 0.12),
         "item_knn": _metrics(0.11, 0.055, 0.053, 0.18), "drift": {"log_loss": 0},
     },
+    "workers": ["http://127.0.0.1:8080"],
 }  # fmt: skip
 _DIGESTS = {
     "url": "http://127.0.0.1:8080", "workers": ["http://127.0.0.1:8080"], "encoder": _ENCODER,

@@ -34,6 +34,7 @@ SNIPPET_CHARS_MAX: Final = 512  # of an item's text that every worker's replica 
 SOURCES_KEY: Final = b"~sources"  # the learner's row of highest applied source offsets
 REMOVED_KEY: Final = b"~removed"  # the learner's row of what it leaves out
 ENCODER_KEY: Final = b"~encoder"  # the learner's row of the encoder in use, where that is not the first
+STAGED_ROW_BYTES: Final = 13  # of such a row, but its vector
 STAGED_HEAD: Final = b"v"  # of the learner's rows of vectors that the next encoder has made: then the item key i8
 OWN_HEADS: Final = (b"~", STAGED_HEAD)  # first bytes of rows that replicas pass over
 GENERATION: Final = struct.Struct(">cI")  # in front of the keys of a state that was learnt again: "#", its number
@@ -420,7 +421,11 @@ class ItemLearner:
             self.learner.pass_time(examples.unpack_time(message))
             return Learnt(partition, 0, 0, 0.0, None, urgent=True)
         if kind == examples.KIND_VECTORS:
-            return Learnt(partition, 0, 0, 0.0, None, urgent=self._take_vectors(*examples.unpack_vectors(message)))
+            told, in_use = examples.unpack_vectors(message)
+            if examples.drops(message):
+                self._drop_staged(told.number)
+                return Learnt(partition, 0, 0, 0.0, None)
+            return Learnt(partition, 0, 0, 0.0, None, urgent=self._take_vectors(told, in_use))
         entered = self._enter(examples.unpack_items(message), self._applied(partition))
         return Learnt(partition, 0, entered, 0.0, None)
 
@@ -443,10 +448,10 @@ class ItemLearner:
             self.learner.try_out(None)
 
     def _is_left_behind(self, adapter: Adapter | None) -> bool:
-        """Whether it was asked for when the deployment was about to move on from its encoder. Raises AdapterError for
-        one that stands behind another encoder where there was no move."""
+        """Whether it was asked for when the deployment was about to move on from its encoder, or is of the one that it
+        is moving to. Raises AdapterError for one that stands behind another encoder where there was no move."""
         if adapter is not None and self.encoder not in ("", adapter.base):
-            if self.number:
+            if self.number or self.staged_number:
                 return True
             raise AdapterError(
                 f"the examples log switches to an adapter of the encoder {adapter.base}, but texts are encoded by "
@@ -462,7 +467,7 @@ class ItemLearner:
             self.learner.revector(told.vectors)
             return bool(told.vectors)
         if told.number != self.staged_number:
-            self._drop_staged()
+            self._drop_staged(self.staged_number)
             self.staged_number = told.number
         self.staged.update(told.vectors)
         self._dirty_staged.update(key for key, _ in told.vectors)
@@ -472,10 +477,12 @@ class ItemLearner:
         self.end_trial()
         self.learner.revector(sorted(self.staged.items()))
         self.number, self.encoder = told.number, told.encoder
-        self._drop_staged()
+        self._drop_staged(told.number)
         return True
 
-    def _drop_staged(self) -> None:
+    def _drop_staged(self, number: int) -> None:
+        if number != self.staged_number:
+            return
         self._dirty_staged.update(self.staged)
         self.staged, self.staged_number = {}, 0
 
@@ -507,6 +514,11 @@ class ItemLearner:
         """The removals that were asked for up to here have their effect, or cannot have it."""
         self.offset = offset
         self.asked, self.owes_replay, self.named = [], False, False
+
+    @property
+    def dirty_bytes(self) -> int:
+        """About what `take_dirty` would give."""
+        return self.learner.dirty_bytes + len(self._dirty_staged) * (STAGED_ROW_BYTES + 2 * self.text_dim)
 
     def take_dirty(self) -> dict[bytes, bytes | None]:
         """The rows that changed since the last call, those of OWN_HEADS among them."""

@@ -21,6 +21,7 @@ from streams.events import Comment, Item
 from streams.inbox import Inbox
 from streams.pipeline import EvidenceConfig, ItemLearner, SourceEvent
 from streams.settings import Fault
+from streams.space import Encoders, Starts
 
 # (topic's code name, partition, first and last offset) -> the records in between, in batches
 Read: TypeAlias = Callable[[str, int, int, int], AsyncIterator[Sequence[Any]]]
@@ -42,6 +43,23 @@ class Cut(NamedTuple):
 
 def _unseen(records: int) -> None:
     """Progress that nobody looks at."""
+
+
+async def starts(
+    read: Read, topic: str, partition: int, upto: int, encoders: Encoders, app_id: str
+) -> Starts:  # fmt: skip
+    """Which encoders read a partition's texts up to an offset: by the marks in its log, which still has them. Reads it
+    where the deployment has had several."""
+    await encoders.catch_up(None)
+    found = Starts()
+    if len(encoders.spaces.known) < 2 or upto < 0:
+        return found
+    async for records in read(topic, partition, 0, upto):
+        for record in records:
+            if record.key is not None and record.key.startswith(codec.MARK):
+                number = encoders.number_of(record.value, app_id)
+                found = found if number is None else found.then(number, record.offset + 1)
+    return found
 
 
 async def user_rows(

@@ -134,8 +134,9 @@ class WorkerView(Protocol):
     async def wait_applied(self, topic: str, partition: int, offset: int, timeout_s: float) -> bool:
         """Whether the offset is applied, at the latest after the timeout. Raises NotReady."""
 
-    def encode(self, text: str) -> Awaitable[npt.NDArray[np.float32]]:
-        """The text's unit vector, (T,) float32, by the worker's encoder, beside the loop."""
+    def encode(self, text: str, user_id: str) -> Awaitable[npt.NDArray[np.float32]]:
+        """The text's unit vector, (T,) float32, by the encoder of the user's next comment, beside the loop. Raises
+        NotReady."""
 
     async def words(self, user_id: str, offsets: Sequence[int]) -> dict[int, str]:
         """The texts of the user's comments at these offsets of their partition, as far as they are found in time."""
@@ -430,7 +431,7 @@ class UnknownPosition(ValueError):
 async def vectors(view: WorkerView, events: Sequence[Click | Comment]) -> list[npt.NDArray[np.float32] | None]:
     """The text vector of each comment, None of each click: what `what_if` needs, encoded beside the loop."""
     comments = [event for event in events if isinstance(event, Comment)]
-    found = iter(await asyncio.gather(*(view.encode(comment.text) for comment in comments)))
+    found = iter(await asyncio.gather(*(view.encode(comment.text, comment.user_id) for comment in comments)))
     return [next(found) if isinstance(event, Comment) else None for event in events]
 
 

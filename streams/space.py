@@ -13,6 +13,7 @@ reads the log, now or later, reads each text by the same encoder. The row STARTS
 import asyncio
 import struct
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -25,7 +26,6 @@ from streams.settings import Fault, Settings
 
 TOPIC: Final = "encoder"
 KEY: Final = b"encoder"
-MARKED: Final = ("comments", "items")  # the topics that have texts
 STARTS_KEY: Final = MARK + b" encoders"  # no id begins so
 STARTS_VERSION: Final = 1
 ANNOUNCED: Final = "announced"
@@ -59,6 +59,10 @@ class Mark(msgspec.Struct, frozen=True):
 
 class OtherSpaceError(Fault):
     """What is to be added belongs to another encoder's space."""
+
+
+class NotLoadedError(Fault):
+    """An encoder of the deployment that cannot be loaded here."""
 
 
 class Spaces:
@@ -202,14 +206,21 @@ class Encoders:
         """Whether `at` has it."""
         return self._name(number) in self._loaded
 
+    def forget_given_up(self) -> None:
+        """Lets those go from memory that the deployment will not have."""
+        for known in self.spaces.known:
+            if known.state == GIVEN_UP and known.encoder != self.own.name and not self.spaces.named(known.encoder):
+                self._loaded.pop(known.encoder, None)
+
     def number_of(self, value: bytes | None, app_id: str) -> int | None:
-        """Of a mark's encoder, as far as the log is known here; None: it is none of this app id's."""
+        """Of a mark's encoder, as far as the log is known here; None: it is none that the app id has, or has had, in
+        use. A mark is written after the log says so: whoever has caught up with the log since knows the encoder."""
         try:
             found = msgspec.json.decode(value or b"", type=Mark)
         except msgspec.DecodeError:
             return None
         known = self.spaces.known[found.number] if 0 <= found.number < len(self.spaces.known) else None
-        is_its = known is not None and known.nonce == found.nonce and known.state != GIVEN_UP
+        is_its = known is not None and known.nonce == found.nonce and known.state == IN_USE
         return found.number if found.app_id == app_id and is_its and found.nonce else None
 
     def reader(self, starts: "Starts") -> Callable[[int], Encoder]:
@@ -224,9 +235,15 @@ class Encoders:
                 self.spaces = spaces
 
     async def load(self, number: int) -> Encoder:
-        """Loads it beside the loop, if it is not loaded. Raises OtherSpaceError for a model of another name, and what
-        a model that cannot be loaded raises."""
+        """Loads it beside the loop, if it is not loaded. Raises OtherSpaceError for a model of another name, and for a
+        number that the log does not know; NotLoadedError for a model that cannot be loaded, for whatever reason."""
         await self.catch_up(number)
+        if number >= max(1, len(self.spaces.known)):
+            raise OtherSpaceError(
+                f"the state here is of the encoder number {number}, and the log of encoders tells of "
+                f"{len(self.spaces.known)}: its records were deleted. Restore them; or delete the state folders and "
+                "the changelogs of this app id, or set another HEADWATER_APP_ID"
+            )
         async with self._loading:
             if not self.is_loaded(number):
                 space = self.spaces.known[number]
@@ -235,7 +252,12 @@ class Encoders:
                         f"texts that were read by the encoder {space.encoder} are still to be read here: set "
                         "HEADWATER_ENCODER to it; the one that is in use now is taken from the log"
                     )
-                made = await asyncio.to_thread(self._make, space.model)
+                try:
+                    made = await asyncio.to_thread(self._make, space.model)
+                except Exception as problem:
+                    raise NotLoadedError(
+                        f"the deployment's encoder {space.encoder} is to be loaded from {space.model}: {problem}"
+                    ) from problem
                 if made.name != space.encoder or made.dim != space.dim:
                     raise OtherSpaceError(
                         f"the deployment's encoder is {space.encoder} ({space.dim} numbers), and what is at "
@@ -301,6 +323,11 @@ class Starts(NamedTuple):
         if row[:1] != bytes([STARTS_VERSION]) or (len(row) - 1) % _START.size:
             raise ValueError("the row of a partition's encoders is of another version: deploy the build that wrote it")
         return cls(tuple(_START.iter_unpack(row[1:])))
+
+
+def place(model: str) -> str:
+    """What HEADWATER_ENCODER says, as it may be told to other processes: a folder by its whole path."""
+    return str(Path(model).resolve()) if model and Path(model).is_dir() else model
 
 
 def loader(device: str) -> Load:

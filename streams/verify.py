@@ -27,7 +27,7 @@ from streams.encoding import Encoder
 from streams.pipeline import ItemLearner
 from streams.rebuild import Cut
 from streams.settings import Fault, Settings
-from streams.space import Encoders, Load, Starts, starts_of
+from streams.space import Encoders, Load, Starts
 
 CHANGELOGS: Final = {"users": "users-changelog", "catalogue": "catalogue-changelog", "learner": "items-changelog"}
 MARKER_WAIT_S_MAX: Final = 10.0  # a flush is on disk, and in the digest, a moment before its marker is in the log
@@ -93,7 +93,6 @@ class _Restored(NamedTuple):
     rows: int
     cuts: list[Cut]
     first: int  # where the changelog began
-    starts: Starts = Starts()  # of the encoders
 
 
 class _Verification:
@@ -114,6 +113,7 @@ class _Verification:
     async def run(self) -> list[Verdict]:
         """First all changelogs, close to the moment of the digests; then the sources."""
         self.encoders.spaces = await space.of_deployment(self.settings)
+        self.encoders.read = partial(space.of_deployment, self.settings)  # a move may go on meanwhile
         wanted = [(kind, p) for kind in ("users", "catalogue") for p in range(self.settings.partitions)]
         wanted.append(("learner", 0))
         restored: dict[tuple[str, int], _Restored] = {}
@@ -170,8 +170,7 @@ class _Verification:
                 return None
             kept = self._as_kept(kind, rows)
             found = digest(kept.items(), applied)
-            starts = starts_of(kept.get_many)
-            return _Restored(told, _finding(found, told), sum(1 for _ in rows.items()), cuts, first, starts)
+            return _Restored(told, _finding(found, told), sum(1 for _ in rows.items()), cuts, first)
 
     async def _learnt(self, learner: ItemLearner, told: _Told) -> _Restored | None:
         start = await kafka.log_start(self.options, self.settings.internal_topic("examples"), 0)
@@ -240,9 +239,10 @@ class _Verification:
                     return Finding.EQUAL, f"checked from {complete[0]} on: an erasure took the changelog before that"
         else:
             with self._store() as store:
-                encoder_at = await self.encoders.reading(restored.starts)
+                starts = await self._starts("items", partition, told)
+                encoder_at = await self.encoders.reading(starts)
                 await rebuild.catalogue_rows(self._read, partition, told.applied["items"], store, encoder_at, bar)
-                store.write(restored.starts.row())
+                store.write(starts.row())
                 found = digest(store.items(), told.applied)
         return self._judged(found, told)
 
@@ -261,12 +261,18 @@ class _Verification:
                 await rebuild.changelog_rows(log, start, store)
                 cuts = cuts[cuts.index(start) :]
             rows = self._as_kept("users", store)
+            starts = await self._starts("comments", partition, told)
             await rebuild.user_rows(
-                self._read, partition, told.applied, rows, await self.encoders.reading(restored.starts),
+                self._read, partition, told.applied, rows, await self.encoders.reading(starts),
                 self.settings.evidence_config(), after=start, cuts=cuts, progress=bar,
             )  # fmt: skip
-            rows.write(restored.starts.row())
+            rows.write(starts.row())
             return digest(rows.items(), told.applied)
+
+    async def _starts(self, topic: str, partition: int, told: _Told) -> Starts:
+        return await rebuild.starts(
+            self._read, topic, partition, told.applied[topic], self.encoders, self.settings.app_id
+        )  # fmt: skip
 
     def _judged(self, found: str, told: _Told) -> tuple[Finding, str]:
         finding = _finding(found, told)

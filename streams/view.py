@@ -150,9 +150,9 @@ class View:
         """Appends to a source topic: (partition, offset)."""
         return await self.worker.producer.send_one(self.worker.settings.topic(topic), key, value)
 
-    def encode(self, text: str) -> Awaitable[npt.NDArray[np.float32]]:
-        """The text's unit vector, after what already waits for the encoder."""
-        return self.worker.encoding.submit(text)
+    def encode(self, text: str, user_id: str) -> Awaitable[npt.NDArray[np.float32]]:
+        """The text's unit vector as of the user's next comment, after what already waits. Raises NotReady."""
+        return self.worker.encoding.submit(text, self._users(self.partition_of(user_id)).next_encoder)
 
     async def words(self, user_id: str, offsets: Sequence[int]) -> dict[int, str]:
         """Read from the log, which alone has them: what its retention has passed is absent, what is late too."""
@@ -185,10 +185,13 @@ class View:
                 applied, rows = keeper.partition.snapshot()
                 told = state_partition.digest(rows, applied)
             found.append(PartitionDigest(kind, number, applied, told))
+        return Digests(self.worker.settings.http_url(), self._workers(), self.encoder, found)
+
+    def _workers(self) -> list[str]:
+        """Addresses of this one and of all that have partitions."""
         clicks = self.worker.settings.topic("clicks")
         owners = {self.worker.owner_of(clicks, p) for p in range(self.partitions)}
-        url = self.worker.settings.http_url()
-        return Digests(url, sorted({url, *filter(None, owners)}), self.encoder, found)
+        return sorted({self.worker.settings.http_url(), *filter(None, owners)})
 
     def model_info(self) -> ModelView:
         """Versions, configuration, progress and live figures."""
@@ -197,7 +200,7 @@ class View:
         learning = None
         if isinstance(learner, LearnerKeeper):
             worker.telemetry.publish(learner.live)
-            learning = LearnerView({"examples": learner.offset}, **learner.counts)
+            learning = LearnerView({"examples": learner.offset}, **learner.counts, encoder=learner.learner.number)
         replica = worker.replica
         return ModelView(
             version("headwater"),
@@ -210,14 +213,23 @@ class View:
             self._durable_count(CatalogueKeeper),
             None if learning is None else learning.examples,
             msgspec.convert(worker.telemetry.report, Prequential),
+            self._workers(),
         )
 
     def _encoder_view(self) -> EncoderView:
         worker = self.worker
         checkpoints, number = worker.announced.newest(), worker.encoders.number
         return EncoderView(
-            self.encoder, worker.encoding.dim, self._adapter(), checkpoints, number, worker.coming, self._trial()
-        )
+            self.encoder, worker.encoding.dim, self._adapter(), checkpoints, number, worker.coming, self._trial(),
+            self._texts(),
+        )  # fmt: skip
+
+    def _texts(self) -> dict[str, dict[str, int]]:
+        found: dict[str, dict[str, int]] = {}
+        for (kind, number), keeper in sorted(self.worker.keepers.items()):
+            if keeper.texts_of and self.worker.open_keeper(kind, number) is keeper:
+                found.setdefault(keeper.texts_of, {})[str(number)] = keeper.texts_read_by
+        return found
 
     def _trial(self) -> TrialView | None:
         trial = self.worker.replica.trial

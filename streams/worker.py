@@ -114,7 +114,8 @@ class Worker:
         self.encoding = Encoding(encoder, self.telemetry.encoded, now, self.crash)
         self.encoders = Encoders(encoder, load or space.loader(settings.device))
         self.coming: NextEncoderView | None = None  # the one that is announced
-        self._in_use = 0  # its number
+        self._in_use = 0  # number of the one that is used
+        self._awaited: set[int] = set()  # numbers of those whose marks have come
         self.learner_config = settings.learner_config(encoder.dim)
         for parameter in ("phi", "y", "beta", "scale", "decay", "sharp"):
             step = float(getattr(self.learner_config, f"lr_{parameter}"))
@@ -152,7 +153,7 @@ class Worker:
         self._noting: asyncio.Task[None] | None = None
         self.around = Surroundings(
             now=now, metrics=self.telemetry, evidence=settings.evidence_config(), encoding=self.encoding,
-            encoders=self.encoders, load_marked=self._load_marked,
+            encoders=self.encoders, marked=self._marked,
             number_of=partial(self.encoders.number_of, app_id=settings.app_id),
             end_of=self._end_heard, partition_of=partial(kafka.partition_of, partitions=settings.partitions),
             first_at=self._first_at, dead_letter=self._dead_letter, durable=self._durable, changed=self._changed,
@@ -582,7 +583,7 @@ class Worker:
         deployment's logs and rows."""
         claims = space.log_of(self.settings, self.producer)
         own = self.encoders.own
-        mine = Space(own.name, own.dim, model=self.settings.encoder)
+        mine = Space(own.name, own.dim, model=space.place(self.settings.encoder))
         waits = "the encoder is not claimed yet; trying again"
         spaces = await in_reach(lambda: space.claim(claims, mine, self.settings.app_id), REOPEN_WAIT_S, waits)
         assert spaces is not None
@@ -593,22 +594,23 @@ class Worker:
 
     async def follow_encoders(self) -> None:
         """Loads an encoder that is announced, and goes on with it once it is in use: whoever announces one waits until
-        all workers have it. While it cannot be loaded, texts are read by the one before."""
+        all workers have it. While it cannot be loaded, texts before its marks are read by the one before, and
+        partitions wait at the marks."""
         tried_s = -math.inf
         async for batch in kafka.read_log(self.options, self.settings.internal_topic(space.TOPIC), 0, 0):
             for record in batch:
                 self.encoders.spaces.take(space.decode(record.value))
             spaces = self.encoders.spaces
             newest = spaces.next or spaces.current
-            if newest is None or (not batch and self.now() - tried_s < LOAD_AGAIN_S):
+            if newest is None:
                 continue
-            if not self.encoders.is_loaded(newest.number):
+            missing = [n for n in sorted({newest.number, *self._awaited}) if not self.encoders.is_loaded(n)]
+            if missing and (batch or self.now() - tried_s >= LOAD_AGAIN_S):
                 tried_s = self.now()
-                await self._load_encoder(newest)
-            if spaces.next is None:
-                self.coming = None
-            elif self.encoders.is_loaded(newest.number):
-                self.coming = NextEncoderView(newest.encoder, newest.number, "loaded")
+                for number in missing:
+                    await self._load_encoder(spaces.known[number])
+            self._tell_coming()
+            self.encoders.forget_given_up()
             if self.encoders.is_loaded(self.encoders.number):
                 self._use(self.encoders.at(self.encoders.number))
 
@@ -620,16 +622,24 @@ class Worker:
             log.warning("the next encoder cannot be loaded; trying again", encoder=newest.encoder, reason=str(problem))
             self.coming = NextEncoderView(newest.encoder, newest.number, "failed", str(problem))
 
-    async def _load_marked(self, value: bytes | None) -> None:
-        """The encoder of a mark, before anything behind it is read; until it can be loaded the partition waits."""
+    def _tell_coming(self) -> None:
+        """Which encoder is to come, or is waited for: one that cannot be loaded is told of until it is, or given up."""
+        spaces, coming = self.encoders.spaces, self.coming
+        if spaces.next is not None and self.encoders.is_loaded(spaces.next.number):
+            self.coming = NextEncoderView(spaces.next.encoder, spaces.next.number, "loaded")
+        elif coming is not None:
+            is_over = spaces.known[coming.number].state == space.GIVEN_UP or self.encoders.is_loaded(coming.number)
+            self.coming = None if is_over else coming
+
+    async def _marked(self, value: bytes | None) -> int | None:
+        """Number of a mark's encoder, before anything behind it is read; `follow_encoders` loads it, if it is not."""
         number_of = partial(self.encoders.number_of, value, self.settings.app_id)
         if number_of() is None and space.is_marked(value, self.settings.app_id):
             await self.encoders.catch_up(None)
         number = number_of()
-        while number is not None and not self.encoders.is_loaded(number) and not self.stopping:
-            await self._load_encoder(self.encoders.spaces.known[number])
-            if not self.encoders.is_loaded(number):
-                await asyncio.sleep(LOAD_AGAIN_S)
+        if number is not None:
+            self._awaited.add(number)
+        return number
 
     def _use(self, encoder: Encoder) -> None:
         """The encoder in use, for what comes from now on."""

@@ -141,7 +141,7 @@ class World:
             await asyncio.sleep(0.002)
         return True
 
-    async def encode(self, text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    async def encode(self, text: str, user_id: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         return encode(text)
 
     async def words(self, user_id: str, offsets: Sequence[int]) -> dict[int, str]:

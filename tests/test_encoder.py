@@ -295,7 +295,7 @@ def test_an_alignment_is_an_encoder_of_another_ones_space(plain_model: Path, tmp
     small = Encoder(str(plain_model))
     texts = [f"{a} {b} about film number {n}" for n in range(40) for a, b in (("good", "words"), ("no", "thing"))] * 3
     texts = [f"{text} {n}" for n, text in enumerate(texts)]
-    matrix, fidelity = align.fit(encoder.encode(texts), small.encode(texts))
+    matrix, fidelity = align.fit(encoder.encode(texts), small.encode(texts), texts)
     alignment = Alignment(str(plain_model), small.name, encoder.name, matrix, fidelity)
     alignment.write(tmp_path / "small-aligned")
     aligned = Encoder(str(tmp_path / "small-aligned"))
@@ -309,6 +309,9 @@ def test_an_alignment_is_an_encoder_of_another_ones_space(plain_model: Path, tmp
         assert (aligned.encode([text])[0] == vector).all()
         assert (Encoder(str(tmp_path / "small-aligned")).encode([text])[0] == vector).all() or text != TEXTS[0]
     assert not aligned.encode([" "]).any()
+    Alignment(str(plain_model), encoder.name, encoder.name, matrix, fidelity).write(tmp_path / "small-aligned")
+    with pytest.raises(EncoderError, match=f"is a map for {encoder.name}, and the model at .* is another one by now"):
+        Encoder(str(tmp_path / "small-aligned"))
 
 
 def test_an_alignment_of_another_model_is_refused(plain_model: Path, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
 from aiokafka.errors import KafkaConnectionError, TopicAuthorizationFailedError
 from structlog.testing import capture_logs
@@ -19,9 +21,10 @@ from bench.doubles import MemoryLog
 from bench.words import WordVectors
 from state.partition import Partition
 from state.store import RocksDisk, StoreCorruptError
-from streams import agents, examples
-from streams.agents import NEW_ITEM_S_MAX, ROW_OVERHEAD_BYTES, LearnerKeeper, RowCache, UserKeeper
+from streams import agents, examples, space
+from streams.agents import NEW_ITEM_S_MAX, ROW_OVERHEAD_BYTES, CatalogueKeeper, LearnerKeeper, RowCache, UserKeeper
 from streams.settings import Settings
+from streams.space import Encoders, Space, Starts, starts_of
 from streams.worker import TP, Worker
 from tests.records import record
 
@@ -45,7 +48,7 @@ def rows_keeper(path: Path, log: MemoryLog) -> RowsKeeper:
         now=lambda: 0.0, merge_hold_s=0.0, metrics=SimpleNamespace(restored=lambda kind, seconds: None), sealer=None,
         end_of=lambda topic, partition: None, failed=None, flush_linger_s=0.0,
     )  # fmt: skip
-    learner: Any = lambda: SimpleNamespace(learner=SimpleNamespace(dirty_bytes=0, pending_ts=math.inf))  # noqa: E731
+    learner: Any = lambda: SimpleNamespace(dirty_bytes=0, learner=SimpleNamespace(pending_ts=math.inf))  # noqa: E731
     return RowsKeeper(3, partition, {"examples": "examples"}, around, learner, 1.0, 0.0, 100)
 
 
@@ -287,6 +290,91 @@ def test_a_row_that_was_written_again_and_deleted_is_gone() -> None:
     assert cache.get_many([b"a", b"b"]) == [b"2", b"1"]
     put(cache, store, {b"a": None})
     assert cache.get_many([b"a"]) == [None]
+
+
+ANNOUNCED = Space("bge:1", 8, 1, "/m/bge", "nonce", "announced")
+
+
+def moved(make: Any = None) -> Encoders:
+    """Of a process that has not loaded the encoder in use."""
+    own: Any = SimpleNamespace(name="words:0", dim=8)
+    encoders = Encoders(own, make or (lambda model: SimpleNamespace(name="bge:1", dim=8)))
+    for told in (Space("words:0", 8), ANNOUNCED, msgspec.structs.replace(ANNOUNCED, state="in use")):
+        encoders.spaces.take(told)
+    return encoders
+
+
+def catalogue(path: Path, encoders: Encoders, begins: int = 0) -> CatalogueKeeper:
+    async def publish(records: list[tuple[bytes, bytes]]) -> None:
+        raise AssertionError("nothing goes downstream")
+
+    async def marked(value: bytes | None) -> int | None:
+        return encoders.number_of(value, "app")
+
+    async def first_at(topic: str, partition: int, offset: int) -> tuple[int, int]:
+        return max(offset, begins), begins
+
+    partition = Partition(path=path, changelog=MemoryLog(), publish=publish, sources=("items",), disk=RocksDisk())
+    metrics = SimpleNamespace(restored=lambda *_: None, consumed=lambda *_: None)
+    around: Any = SimpleNamespace(
+        now=lambda: 0.0, merge_hold_s=0.0, metrics=metrics, end_of=lambda topic, partition: None, failed=None,
+        flush_linger_s=0.0, encoders=encoders, marked=marked, number_of=partial(encoders.number_of, app_id="app"),
+        first_at=first_at, encoding=SimpleNamespace(dim=8),
+    )  # fmt: skip
+    return CatalogueKeeper(3, partition, {"items": "items"}, around)
+
+
+async def test_at_a_mark_a_partition_is_full_until_its_encoder_is_loaded(tmp_path: Path) -> None:
+    encoders = moved()
+    keeper = catalogue(tmp_path / "p", encoders)
+    await keeper.open()
+    key, value = space.mark("app", ANNOUNCED, "a")
+    records = [
+        record("items", space.mark("other", ANNOUNCED, "a")[1], key, offset=0),
+        record("items", value, key, offset=1),
+    ]
+    async with keeper._working:
+        for _ in range(2):
+            assert await keeper.offer("items", records) is None
+            assert keeper.is_full("items") and not keeper.is_low("items") and not len(keeper.inbox)
+        await encoders.load(1)
+        assert not keeper.is_full("items") and keeper.is_low("items")
+        assert await keeper.offer("items", records) is None
+        assert [entry.offset for entry in keeper.inbox.sources["items"].entries] == [0, 1]
+        assert keeper.starts == Starts(((1, 2),)) and keeper.texts_read_by == 0  # nothing is durable
+    await keeper.close()
+
+
+async def test_where_the_beginning_of_a_log_is_gone_an_empty_state_reads_by_the_encoder_in_use(tmp_path: Path) -> None:
+    for begins, number in ((0, 0), (5, 1)):
+        keeper = catalogue(tmp_path / str(begins), moved(), begins)
+        await keeper.open()
+        assert keeper.starts.number_at(begins) == number
+        await keeper.partition.flush(keeper._starts_row([]), [], {"items": 7})
+        assert starts_of(keeper.partition.get_many) == keeper.starts and keeper._starts_row([]) == {}
+        await keeper.close()
+
+
+async def test_an_encoder_that_cannot_be_loaded_is_told_of_until_it_is(make_settings: Callable[..., Settings]) -> None:
+    settings, source = make_settings(), cast(Any, SimpleNamespace(end_of=lambda topic, partition: None))
+    worker = Worker(settings, lambda: 0.0, WordVectors(), source, lambda topic, partition: None)
+    there: list[Any] = []
+
+    def make(model: str) -> Any:
+        if not there:
+            raise ValueError("no such folder")
+        return there[0]
+
+    worker.encoders = moved(make)
+    await worker._load_encoder(worker.encoders.spaces.known[1])
+    worker._tell_coming()
+    assert worker.coming is not None and (worker.coming.number, worker.coming.state) == (1, "failed")
+    assert worker.coming.reason == "the deployment's encoder bge:1 is to be loaded from /m/bge: no such folder"
+    there.append(SimpleNamespace(name="bge:1", dim=8))
+    await worker._load_encoder(worker.encoders.spaces.known[1])
+    worker._tell_coming()
+    assert worker.coming is None
+    await worker.stop()
 
 
 async def test_a_rebalance_while_a_worker_stops_claims_nothing(make_settings: Callable[..., Settings]) -> None:

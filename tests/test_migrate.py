@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ from transformers import AutoModel, AutoTokenizer
 
 from bench.deployment import Deployment, WorkerProcess
 from model.encoder import DEFAULT_MODEL, Encoder, locate
-from streams import tokens, verify
+from streams import migrate, tokens, verify
 from streams.explain import rebuild_list
 from streams.migrate import Migration, MigrationError, give_up
-from streams.settings import environment
+from streams.settings import Settings, environment
+from streams.space import Space
 
-ITEMS = 240
+ITEMS = 400  # more than vectors have numbers
 USERS = 10
 LAYERS = 4  # of six that the new encoder has
 PLACES = ("harbour", "desert", "mine", "school", "forest", "station", "palace", "village")
@@ -173,13 +175,52 @@ def moving(deployment: Deployment, shorter: Path, tmp_path: Path) -> Moving:
     return Moving(deployment, feed, workers, aligned, Encoder(str(aligned)))
 
 
+def told(number: int, items: dict[str, int], examples: int = 9) -> Any:
+    """What /v1/model of a worker says, as far as a move looks at it."""
+    encoder = {"name": f"e:{number}", "number": number, "next": None, "texts": {"items": items}}
+    return {"version": "1", "encoder": encoder, "replica": {"applied": {"examples": examples}}, "workers": []}
+
+
+def until(monkeypatch: pytest.MonkeyPatch, holds: migrate.Holds, *answers: list[Any], wait_s: float = 60.0) -> None:
+    """A step of a move: each ask takes the next answers."""
+    monkeypatch.setattr(migrate, "POLL_S", 0.0)
+    monkeypatch.setattr(migrate, "WAIT_S_MAX", wait_s)
+    left = list(answers)
+    ask = lambda: left.pop(0) if len(left) > 1 else left[0]  # noqa: E731
+    move = Migration(Settings(), "m", cast(Any, None), ask, lambda *_: None)
+    asyncio.run(move._until(Space("e:1", 8, 1), holds, "workers do it"))
+    assert len(left) == 1
+
+
+def test_a_step_waits_for_all_workers_that_there_are_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_end = migrate._have_offset(9)
+    until(monkeypatch, at_end, [None], [told(1, {}), None], [told(1, {}), told(1, {}, examples=8)], [told(1, {})] * 3)
+    with pytest.raises(MigrationError, match=r"after 0 s 1 of 2 workers do it: run it again"):
+        until(monkeypatch, at_end, [told(1, {}), None], wait_s=0.0)
+    with pytest.raises(MigrationError, match=r"a worker is of build 0\.9, which knows of no move"):
+        until(monkeypatch, at_end, [{"version": "0.9", "encoder": {"name": "e:0"}}])
+
+
+def test_items_count_as_read_once_every_partition_has_passed_its_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = partial(migrate._have_passed, "items", 1, 3)
+    lost = [told(1, {"0": 1, "1": 1})]  # a partition that nobody has for now
+    until(monkeypatch, passed, [told(1, {"0": 1, "1": 0}), told(1, {"2": 1})], lost, [*lost, told(1, {"2": 2})])
+
+
 @pytest.mark.embedded
 def test_a_deployment_moves_to_another_encoder_while_it_answers(moving: Moving) -> None:
     first, new, feed = moving.workers[0], moving.new, moving.feed
     lists = {f"u{u}": first.get(f"/v1/users/u{u}/recommendations", limit=10) for u in range(USERS)}
     old = first.get("/v1/model")["encoder"]["name"]
 
-    # Ended after each of its steps, and a worker with it, then gone on with, beside a stream and its readers.
+    # Given up while it goes on. Then ended after each of its steps, and a worker with it, and gone on with, beside a
+    # stream and its readers.
+    def give_up_at_load(step: str) -> None:
+        if step == "load":
+            assert command(first, "encoder", "give-up")[0] == 0
+
+    with pytest.raises(MigrationError, match="was given up meanwhile"):
+        moving.run(give_up_at_load)
     for step in ("announce", "load", "items", "encode"):
         moving.run_to(step)
     coming = first.get("/v1/model")["encoder"]
@@ -196,12 +237,12 @@ def test_a_deployment_moves_to_another_encoder_while_it_answers(moving: Moving) 
         code, out, _ = command(first, "encoder", "migrate", str(moving.aligned), "--json")
         feed.round(7)
         first.wait_quiet()
-    told = json.loads(out)
-    assert (code, told["encoder"], told["number"]) == (0, new.name, 1)
+    moved = json.loads(out)
+    assert (code, moved["encoder"], moved["number"]) == (0, new.name, 2)
     assert not reader.failures and len({a["model_version"].split("@")[0] for a in reader.answers}) == 2
     for worker in moving.workers:
         model = worker.get("/v1/model")["encoder"]
-        assert (model["name"], model["number"], model["next"]) == (new.name, 1, None)
+        assert (model["name"], model["number"], model["next"]) == (new.name, 2, None)
     after = {user: first.get(f"/v1/users/{user}/recommendations", limit=10) for user in lists}
     assert after["u1"]["model_version"].startswith(new.name)
     _check_afterwards(moving, [*lists.values(), *after.values(), reader.answers[len(reader.answers) // 2]])
@@ -215,7 +256,7 @@ def _check_afterwards(moving: Moving, lists: list[Any]) -> None:
     third = moving.deployment.start_worker("c", encoder=str(moving.aligned))
     third.wait_ready()
     first.wait_quiet()
-    assert third.get("/v1/model")["encoder"]["number"] == 1
+    assert third.get("/v1/model")["encoder"]["number"] == 2
 
     def digests() -> list[Any]:
         return [worker.get("/v1/digest") for worker in (first, third)]
@@ -229,4 +270,6 @@ def _check_afterwards(moving: Moving, lists: list[Any]) -> None:
     with pytest.raises(MigrationError, match="no move to another encoder is under way"):
         asyncio.run(give_up(first.settings))
     code, out, _ = command(first, "encoder", "list", "--json")
-    assert (code, [one["state"] for one in json.loads(out)]) == (0, ["in use", "in use"])
+    listed = [(one["state"], one["reads"]) for one in json.loads(out)]
+    everything = ["items' vectors", "2 partitions of comments", "2 partitions of items"]
+    assert (code, listed) == (0, [("in use", []), ("given up", []), ("in use", everything)])

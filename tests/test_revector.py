@@ -11,6 +11,7 @@ from model.items import ItemMatrix
 from model.learner import Learner
 from streams import examples
 from streams.examples import ItemEntry, Vectors
+from streams.kafka import BATCH_BYTES_MAX
 from streams.pipeline import ItemLearner, Replica
 from streams.tuning import Tuning
 from tests.tuning_world import BASE, DIM, LEARNER, TUNING, messages
@@ -149,6 +150,21 @@ def test_items_that_wait_and_items_that_nobody_knows(log: list[bytes]) -> None:
     assert copy_of(learner).learner.pending[key].vector.astype("<f2").tobytes() == new
 
 
+def test_what_was_given_up_is_dropped_and_counts_towards_a_flush_until_then(log: list[bytes]) -> None:
+    learner = learnt(log)
+    learner.take_dirty()
+    before = dict(learner.all_rows())
+    for offset, message in enumerate(staged(learner, 0.1), 50):
+        learner.learn(offset, message)
+    kept = {key for key in learner.take_dirty() if key.startswith(b"v")}
+    learner.learn(70, examples.pack_drop(2, "another:2"))
+    assert len(learner.staged) == len(kept) > 0
+    assert not learner.learn(71, examples.pack_drop(1, OTHER)).urgent
+    assert learner.dirty_bytes > learner.learner.dirty_bytes + len(kept) * 2 * DIM
+    assert {key for key, value in learner.take_dirty().items() if value is None} == kept
+    assert dict(learner.all_rows()) == before and learner.dirty_bytes == learner.learner.dirty_bytes
+
+
 def test_the_newest_encoder_counts(log: list[bytes]) -> None:
     learner = learnt(log)
     first, second = moved_vectors(learner, 0.1, 1), moved_vectors(learner, 0.1, 2)
@@ -173,6 +189,11 @@ def test_the_adapter_ends_with_its_encoder(log: list[bytes]) -> None:
     learner.learn(50, examples.pack_adapter(old))
     with pytest.raises(AdapterError, match="switches to an adapter of the encoder other:1"):
         copy_of(learner).learn(51, examples.pack_adapter(new))
+    early = copy_of(learner)
+    early.learn(51, vectors_message(moved_vectors(learner, 0.1)))
+    early.learn(52, examples.pack_adapter(new))  # asked for a moment before the switch
+    adapter = early.learner.matrix.adapter
+    assert adapter is not None and adapter.base == BASE
     learner.learn(51, vectors_message(moved_vectors(learner, 0.1), in_use=True))
     assert learner.learner.matrix.adapter is None
     learner.learn(52, examples.pack_adapter(old))  # asked for a moment before the move
@@ -224,3 +245,13 @@ def test_the_loop_that_tunes_begins_anew(phase: str, log: list[bytes]) -> None:
     for more, message in enumerate(long[offset + 1 :], offset + 2):
         decided += resumed.advance(2 * more, message)
     assert resumed.champion.learner.digest() != tuning.champion.learner.digest()
+
+
+@pytest.mark.parametrize("dim", [1, 384, 1024, 4096])
+def test_messages_of_vectors_fit_a_batch_of_the_log(dim: int) -> None:
+    count = 2 * examples.MESSAGE_BYTES_MAX // (2 * dim) + 3
+    vectors = [((-1) ** n * 2**62 + n, bytes(2 * dim)) for n in range(count)]
+    packed = examples.pack_all_vectors(Vectors(1, "an encoder's name:0123456789abcdef" * 8, vectors))
+    assert max(map(len, packed)) < examples.MESSAGE_BYTES_MAX + 1000 < BATCH_BYTES_MAX and len(packed) > 2
+    assert [pair for message in packed for pair in examples.unpack_vectors(message)[0].vectors] == vectors
+    assert examples.pack_all_vectors(Vectors(1, OTHER, [])) == []

@@ -1,14 +1,16 @@
 """Whose vectors a deployment has: the first claim in its log, and the moves from there on."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from bench.doubles import MemoryLog
-from streams import space
+from streams import codec, rebuild, space
 from streams.codec import MARK
 from streams.space import Encoders, OtherSpaceError, Space, Spaces, Starts
+from tests.records import record
 
 OURS = Space("minilm:0123", 384)
 THEIRS = Space("bge:4567", 384)
@@ -139,10 +141,16 @@ def test_a_mark_counts_for_its_own_app_id_and_announcement_alone() -> None:
     announced = Space("bge:1", 384, 1, "/m/bge", "nonce", "announced")
     for told in (OURS, announced):
         spaces.take(told)
+    ended, given_up = Spaces(), msgspec.structs.replace(announced, state="given up")
+    for told in (OURS, announced, given_up):
+        ended.take(told)
     encoders = Encoders(cast(Any, Named(OURS.encoder)), cast(Any, None), spaces)
     key, value = space.mark("app", announced, "a")
     assert key.startswith(MARK) and key != space.mark("app", announced, "b")[0]
-    assert encoders.number_of(value, "app") == 1 and space.is_marked(value, "app")
+    assert encoders.number_of(value, "app") is None and space.is_marked(value, "app")  # it may yet be given up
+    assert Encoders(encoders.own, cast(Any, None), ended).number_of(value, "app") is None
+    spaces.take(msgspec.structs.replace(announced, state="in use"))
+    assert encoders.number_of(value, "app") == 1
     for other in (
         space.mark("other", announced, "a")[1],
         space.mark("app", Space("bge:1", 384, 1, "/m/bge", "forged"), "a")[1],
@@ -151,8 +159,58 @@ def test_a_mark_counts_for_its_own_app_id_and_announcement_alone() -> None:
         b"{", b"[1]", None,
     ):  # fmt: skip
         assert encoders.number_of(other, "app") is None
-    spaces.take(Space("bge:1", 384, 1, "/m/bge", "nonce", "given up"))
-    assert encoders.number_of(value, "app") is None
+
+
+async def test_encoders_of_a_log_are_those_of_its_marks_whatever_a_state_says() -> None:
+    spaces = Spaces()
+    mine = Space("bge:1", 384, 1, "/m/bge", "nonce")
+    encoders = Encoders(cast(Any, Named(OURS.encoder)), cast(Any, None), spaces)
+    key, value = space.mark("app", mine, "a")
+    forged = space.mark("app", msgspec.structs.replace(mine, nonce="forged"), "b")[1]
+    reads: list[int] = []
+
+    async def read(topic: str, partition: int, start: int, stop: int) -> AsyncIterator[list[Any]]:
+        reads.append(stop)
+        log = [record(topic, forged, key), record(topic, b"{}", b"u"), record(topic, value, key, offset=2)]
+        yield [one for one in log if start <= one.offset <= stop]
+
+    async def starts(upto: int) -> Starts:
+        return await rebuild.starts(read, "comments", 0, upto, encoders, "app")
+
+    spaces.take(OURS)
+    assert await starts(2) == Starts() and not reads  # no move: the log need not be read
+    for told in (msgspec.structs.replace(mine, state="announced"), mine):
+        spaces.take(told)
+    assert (await starts(2), await starts(1), await starts(-1)) == (Starts(((1, 3),)), Starts(), Starts())
+    assert reads == [2, 1]
+
+
+async def test_a_number_that_the_log_does_not_know_is_told_with_what_to_do() -> None:
+    encoders = Encoders(cast(Any, Named(OURS.encoder)), cast(Any, None))
+    encoders.spaces.take(OURS)
+    with pytest.raises(OtherSpaceError, match="encoder number 1, and the log of encoders tells of 1: its records were"):
+        await encoders.load_from(Starts(((1, 5),)), 9)
+
+
+def test_what_was_given_up_leaves_memory() -> None:
+    encoders = Encoders(cast(Any, Named(OURS.encoder)), cast(Any, None))
+    second = Space("bge:1", 384, 1, "/m/bge", state="announced")
+    for told in (OURS, second):
+        encoders.spaces.take(told)
+    encoders._loaded[second.encoder] = cast(Any, Named(second.encoder))
+    encoders.forget_given_up()
+    assert encoders.is_loaded(1)
+    encoders.spaces.take(msgspec.structs.replace(second, state="given up"))
+    encoders.forget_given_up()
+    assert not encoders.is_loaded(1) and encoders.is_loaded(0)
+
+
+def test_a_mark_outside_the_topics_of_texts_is_a_reject() -> None:
+    key, value = space.mark("app", Space("bge:1", 384, 1, "/m/bge", "nonce"), "a")
+    topics: tuple[Any, ...] = ("clicks", "comments", "erasures", "items")
+    decoded = {topic: codec.decode_batch(topic, [record(topic, value, key)]) for topic in topics}
+    assert {topic for topic, one in decoded.items() if one.marks} == set(codec.MARKED)
+    assert {topic for topic, one in decoded.items() if one.rejects} == {"clicks", "erasures"}
 
 
 def test_the_first_mark_of_a_number_holds() -> None:

@@ -188,7 +188,7 @@ async def test_a_bad_what_if_is_told_what_is_wrong(world: World, body: Any, prob
 async def test_a_busy_encoder_means_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     world = small_world(users=1)
     busy = asyncio.Event()
-    monkeypatch.setattr(world, "encode", lambda text: busy.wait())
+    monkeypatch.setattr(world, "encode", lambda text, user_id: busy.wait())
     monkeypatch.setattr("streams.web.ENCODE_WAIT_S", 0.02)
     async with httpx.AsyncClient() as forwarder, client_of(create_app(world, forwarder, ["127.0.0.1"])) as api:
         comment = {"type": "comment", "user_id": FAN, "text": "hello"}
