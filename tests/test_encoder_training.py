@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -234,10 +234,14 @@ def test_training_that_is_killed_goes_on_as_if_it_had_not_been(
     assert sorted(path.name for path in tmp_path.iterdir() if "trained" in path.name) == ["trained"]
 
 
+# The command, but for its low priority: beside a suite it would get no core for minutes.
+AT_ONCE: Final = "import os; del os.SCHED_IDLE; from streams.__main__ import main; main()"
+
+
 def test_process_that_is_killed_goes_on_where_it_was(world: Path, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "trained"
     command = [
-        sys.executable, "-m", "streams", "encoder", "train", "--out", str(out), "--json", "--share", "1",
+        sys.executable, "-c", AT_ONCE, "encoder", "train", "--out", str(out), "--json", "--share", "1",
         "--items", str(world / "items.jsonl.gz"), "--events", str(world / "events.jsonl.gz"), "--layers", "0",
         "--steps", "20", "--lr", "5e-3", "--pairs", "8", "--max-tokens", "16",
     ]  # fmt: skip
