@@ -18,7 +18,7 @@ demo:  ## an embedded broker, a worker and a real stream; then the page. ARGS="-
 
 test:  ## the whole suite, in three processes. ARGS="tests/test_settings.py -k secret" for a part of it
 	@./setup.sh test
-	@$(BIN)/python -m pytest $(or $(ARGS),-n 3 --dist loadgroup --no-loadscope-reorder)
+	@$(BIN)/python -m pytest $(or $(ARGS),-n 3)
 
 check:  ## format, lint, types, import arrows; no tests
 	@./setup.sh test

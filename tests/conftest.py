@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from bench.kafka_node import KafkaNode
 from streams import broker as embedded
@@ -17,7 +18,7 @@ EMBEDDED: Final = "embedded"
 KAFKA: Final = "kafka"
 LONG: Final = "long"
 # The long ones, which begin first, in this order. The tests of most share nothing, so that the processes of a run share
-# them out; those of others stay in one process, as all modules do that are not named here.
+# them out; those of others stay in one process, as those of all modules do that are not named here.
 FIRST: Final = (
     "test_damage", "test_worker_simulation", "test_migrate", "test_worker", "test_switch", "test_forget", "test_demo",
     "test_cli", "test_bench", "test_pressure", "test_encoder_training", "test_page", "test_asking", "test_privacy",
@@ -50,16 +51,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that ask for `kafka_node` exist only where Kafka's jars do: they are the same promises on more software.
-
-    Of the others a module's tests stay in one process (pytest-xdist's groups): they share what it has started.
-    """
+    """Tests that ask for `kafka_node` exist only where Kafka's jars do: they are the same promises on more software."""
     if kafka_test_dir() is None:
         items[:] = [item for item in items if KAFKA + "_node" not in getattr(item, "fixturenames", ())]
-    for item in items:
-        if item.path.stem not in FIRST or item.path.stem in IN_ONE_PROCESS:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+
+
+class ByModule(LoadScopeScheduling):
+    """A module's tests stay in one process, which shares what it has started, but for those that share nothing.
+
+    In the order of the collection. (Marks of groups would do, but xdist 3.8 does not get them across in pytest 9.2.)
+    """
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        stem = Path(module).stem
+        return nodeid if stem in FIRST and stem not in IN_ONE_PROCESS else module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByModule:
+    """How `-n` shares the tests out."""
+    return ByModule(config, log)
 
 
 @pytest.fixture(scope="session")
