@@ -88,23 +88,26 @@ def shorter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Reader(threading.Thread):
-    """Asks for lists until it is stopped; keeps what failed, and the last answer of each user."""
+    """Asks for lists until it is stopped; keeps the answers, and what failed. While another worker is `away`, its users
+    may have to come again."""
 
     def __init__(self, worker: WorkerProcess) -> None:
         super().__init__()
         self.worker = worker
         self.answers: list[Any] = []
         self.failures: list[str] = []
+        self.away = False
         self._over = threading.Event()
 
     def run(self) -> None:
         n = 0
         while not self._over.is_set():
             n += 1
+            away = self.away
             answer = self.worker.http.get(f"/v1/users/u{n % USERS}/recommendations", params={"limit": 10})
             if answer.status_code == 200 and len(answer.json()["items"]) == 10:
                 self.answers.append(answer.json())
-            elif answer.status_code != 503 or "retry-after" not in answer.headers:  # of the worker that is killed
+            elif not (away or self.away) or answer.status_code != 503 or "retry-after" not in answer.headers:
                 self.failures.append(f"{answer.status_code}: {answer.text}")
 
     def __enter__(self) -> "Reader":
@@ -172,7 +175,14 @@ def moving(deployment: Deployment, shorter: Path, tmp_path: Path) -> Moving:
     aligned = tmp_path / "aligned"
     code, _, said = command(workers[0], "encoder", "align", str(shorter), "--out", str(aligned))
     assert code == 0 and f"in the space of {old['name']}" in said
-    return Moving(deployment, feed, workers, aligned, Encoder(str(aligned)))
+    new, quietly = Encoder(str(aligned)), lambda *_: None
+    with pytest.raises(MigrationError, match="may be in use: name another folder"):
+        asyncio.run(migrate.fit(settings, str(shorter), new, aligned, quietly))
+    with pytest.raises(MigrationError, match="align the model that stands before its map"):
+        asyncio.run(migrate.fit(settings, str(aligned), new, tmp_path / "twice", quietly))
+    nothing = asyncio.run(Migration(settings, DEFAULT_MODEL, Encoder(), list, quietly).run())
+    assert (nothing["encoder"], nothing["number"], nothing["items"]) == (old["name"], 0, 0)
+    return Moving(deployment, feed, workers, aligned, new)
 
 
 def told(number: int, items: dict[str, int], examples: int = 9) -> Any:
@@ -231,9 +241,12 @@ def test_a_deployment_moves_to_another_encoder_while_it_answers(moving: Moving) 
         for step in ("in use", "switch", "one mark", "mark"):
             moving.run_to(step)
             if step == "one mark":  # some partitions have passed theirs
+                reader.away = True
                 moving.workers.pop().kill()
                 moving.workers.append(moving.deployment.start_worker("b"))
-                moving.workers[-1].wait_ready()
+                for worker in reversed(moving.workers):
+                    worker.wait_ready()
+                reader.away = False
         code, out, _ = command(first, "encoder", "migrate", str(moving.aligned), "--json")
         feed.round(7)
         first.wait_quiet()
@@ -273,3 +286,6 @@ def _check_afterwards(moving: Moving, lists: list[Any]) -> None:
     listed = [(one["state"], one["reads"]) for one in json.loads(out)]
     everything = ["items' vectors", "2 partitions of comments", "2 partitions of items"]
     assert (code, listed) == (0, [("in use", []), ("given up", []), ("in use", everything)])
+    moving._replace(aligned=Path(DEFAULT_MODEL), new=base).run_to("announce")  # the way back needs no map
+    ended = asyncio.run(give_up(first.settings))
+    assert (ended.encoder, ended.number) == (base.name, 3)
