@@ -342,6 +342,8 @@ class Keeper(ABC, Generic[T]):
             asyncio.get_running_loop().call_later(max(wait, 0.001), self._arrived.set)
 
     def _take(self) -> tuple[list[tuple[str, Entry[T]]], float | None]:
+        if self._is_waiting():
+            return [], None
         ends = {topic: self.around.end_of(topic, self.number) for topic in self.topics}
         return self.inbox.take(self.around.now(), ends.get, self.batch_max)
 
@@ -696,7 +698,7 @@ class LearnerKeeper(Keeper[bytes]):
         learner = self.learner if fresh is None else fresh
         named = self.learner.named
         learner.settled(offset)
-        kept = self._not_taken_back(learner, bool(named if fresh is None else model.removed), named)
+        kept = await self._not_taken_back(learner, bool(named if fresh is None else model.removed), named)
         if model.exact and kept:
             model.exact, model.reason = False, "; and ".join(kept)
         loop = asyncio.get_running_loop()
@@ -711,7 +713,7 @@ class LearnerKeeper(Keeper[bytes]):
         await self.flush(gone)
         return True
 
-    def _not_taken_back(self, learner: ItemLearner, has_examples: bool, has_events: bool) -> list[str]:
+    async def _not_taken_back(self, learner: ItemLearner, has_examples: bool, has_events: bool) -> list[str]:
         """What stands before the item state, and may have learnt from the user: in words."""
         kept, matrix = [], learner.learner.matrix
         adapter = matrix.adapter or (None if matrix.trial is None else matrix.trial.adapter)
@@ -720,10 +722,11 @@ class LearnerKeeper(Keeper[bytes]):
                 f"the encoder's adapter in use, {adapter.name}, may have been trained on the user's examples and is "
                 "not trained again; all else is the state of a log without them, under this adapter"
             )
-        trained_on = self.around.encoders.trained_on()
+        encoders = self.around.encoders
+        trained_on = await encoders.trained_on(learner.number)
         if trained_on and has_events:
             kept.append(
-                f"the encoder in use, {self.around.encoders.name}, was trained on {trained_on}, maybe on the user's "
+                f"the encoder in use, {encoders.name_of(learner.number)}, was trained on {trained_on}, maybe on the user's "
                 "words too, and is not trained again; all else is the state of a log without the user, under it"
             )
         return kept

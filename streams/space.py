@@ -190,21 +190,23 @@ class Encoders:
     @property
     def name(self) -> str:
         """Of the encoder in use."""
-        return self._name(self.number)
+        return self.name_of(self.number)
 
     def at(self, number: int) -> Encoder:
         """The encoder of this number, which is loaded."""
-        return self._loaded[self._name(number)]
+        return self._loaded[self.name_of(number)]
 
-    def trained_on(self) -> str:
-        """What `headwater encoder train` trained the encoder in use on, in words; "" where it did not."""
-        if not self.is_loaded(self.number):
-            return "something unknown (it is not loaded here)"
-        return str(getattr(self.at(self.number), "trained_on", ""))
+    async def trained_on(self, number: int) -> str:
+        """What `headwater encoder train` trained the encoder of this number on, in words; "" where it did not."""
+        try:
+            encoder = await self.load(number)
+        except (NotLoadedError, OtherSpaceError):
+            return "something unknown (it cannot be loaded here)"
+        return str(getattr(encoder, "trained_on", ""))
 
     def is_loaded(self, number: int) -> bool:
         """Whether `at` has it."""
-        return self._name(number) in self._loaded
+        return self.name_of(number) in self._loaded
 
     def forget_given_up(self) -> None:
         """Lets those go from memory that the deployment will not have."""
@@ -277,7 +279,7 @@ class Encoders:
             await self.load(number)
         return self.reader(starts)
 
-    def _name(self, number: int) -> str:
+    def name_of(self, number: int) -> str:
         return self.spaces.known[number].encoder if self.spaces.known or number else self.own.name
 
 

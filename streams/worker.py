@@ -632,13 +632,16 @@ class Worker:
             self.coming = None if is_over else coming
 
     async def _marked(self, value: bytes | None) -> int | None:
-        """Number of a mark's encoder, before anything behind it is read; `follow_encoders` loads it, if it is not."""
+        """Number of a mark's encoder, loaded before anything behind it is read; where it cannot be, `follow_encoders`
+        tries again."""
         number_of = partial(self.encoders.number_of, value, self.settings.app_id)
         if number_of() is None and space.is_marked(value, self.settings.app_id):
             await self.encoders.catch_up(None)
         number = number_of()
         if number is not None:
             self._awaited.add(number)
+            if not self.encoders.is_loaded(number):
+                await self._load_encoder(self.encoders.spaces.known[number])
         return number
 
     def _use(self, encoder: Encoder) -> None:

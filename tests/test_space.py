@@ -73,17 +73,25 @@ async def test_an_encoder_is_announced_then_in_use_or_given_up() -> None:
         assert (await space.claim(log, mine, "app")).current == spaces.current
 
 
-def test_what_the_encoder_in_use_was_trained_on_is_known_here() -> None:
+async def test_what_an_encoder_was_trained_on_is_told_by_itself_or_not_known() -> None:
     spaces = Spaces()
     spaces.take(OURS)
+    for told in (Space("bge:1", 384, 1, "/m/bge"), Space("e5:2", 384, 2, "/m/gone")):
+        spaces.take(msgspec.structs.replace(told, state=space.ANNOUNCED))
+        spaces.take(told)
     own: Any = Named(OURS.encoder)
-    encoders = Encoders(own, cast(Any, None), spaces)
-    assert encoders.trained_on() == ""
-    own.trained_on = "the logs of app id app"
-    assert encoders.trained_on() == "the logs of app id app"
-    for state in (space.ANNOUNCED, space.IN_USE):
-        spaces.take(Space("bge:1", 384, 1, "/m/bge", state=cast(Any, state)))
-    assert encoders.name == "bge:1" and "not loaded" in encoders.trained_on()
+
+    def load(model: str) -> Any:
+        if model != "/m/bge":
+            raise FileNotFoundError(model)
+        trained: Any = Named("bge:1")
+        trained.trained_on = "the logs of app id app"
+        return trained
+
+    encoders = Encoders(own, load, spaces)
+    assert await encoders.trained_on(0) == ""
+    assert await encoders.trained_on(1) == "the logs of app id app"
+    assert "cannot be loaded here" in await encoders.trained_on(2)
 
 
 class Named:
