@@ -723,11 +723,11 @@ class LearnerKeeper(Keeper[bytes]):
                 "not trained again; all else is the state of a log without them, under this adapter"
             )
         encoders = self.around.encoders
-        trained_on = await encoders.trained_on(learner.number)
+        trained_on, name = await encoders.trained_on(learner.number), encoders.name_of(learner.number)
         if trained_on and has_events:
             kept.append(
-                f"the encoder in use, {encoders.name_of(learner.number)}, was trained on {trained_on}, maybe on the user's "
-                "words too, and is not trained again; all else is the state of a log without the user, under it"
+                f"the encoder in use, {name}, was trained on {trained_on}, maybe on the user's words too, "
+                "and is not trained again; all else is the state of a log without the user, under it"
             )
         return kept
 
