@@ -34,9 +34,8 @@ create_venv() {
     "$python" -m venv "$venv"
 }
 
-# Without compiling 18,000 files of which most are never imported: that took longer than all the rest.
 pip_install() {
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --no-input --no-compile -c constraints.txt "$@"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --no-input -c constraints.txt "$@"
 }
 
 install_packages() {
@@ -58,8 +57,7 @@ install_for_tests() {
 }
 
 compile_kernels() {
-    "$venv/bin/python" -c 'import model.encoder, streams.app  # what they import is compiled, too
-from model import learner, ranker
+    "$venv/bin/python" -c 'from model import learner, ranker
 learner.warm_up()
 ranker.warm_up(learner.Learner().matrix)'
 }
