@@ -187,11 +187,6 @@ class Encoders:
         """Of the encoder in use."""
         return self.spaces.current.number if self.spaces.current is not None else 0
 
-    @property
-    def name(self) -> str:
-        """Of the encoder in use."""
-        return self.name_of(self.number)
-
     def at(self, number: int) -> Encoder:
         """The encoder of this number, which is loaded."""
         return self._loaded[self.name_of(number)]
@@ -280,6 +275,7 @@ class Encoders:
         return self.reader(starts)
 
     def name_of(self, number: int) -> str:
+        """Of the encoder of this number."""
         return self.spaces.known[number].encoder if self.spaces.known or number else self.own.name
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -268,12 +268,8 @@ class Trainer:
         """Candidates in shadow of a loop whose state is not used: this one makes its own."""
         for manifest in await asyncio.to_thread(self.folder.manifests):
             if manifest.state == checkpoints.SHADOW:
-                manifest.state = checkpoints.DROPPED
-                manifest.decisions.append(
-                    {"kind": "drop", "position": -1, "reason": "the trainer's state was set aside"}
-                )
-                await asyncio.to_thread(self.folder.put, manifest)
-                await self._announce(manifest)
+                told = {"kind": "drop", "position": -1, "reason": "the trainer's state was set aside"}
+                await self._announce(await asyncio.to_thread(_decide, self.folder, manifest.name, told))
 
     async def _reach_back(self) -> None:
         """The item changelog's state, where the log no longer has what comes next."""
@@ -324,19 +320,29 @@ def record(folder: Checkpoints, decision: Decision, now: float) -> list[Manifest
         return [manifest]
     changed = {}
     if decision.kind == "switched":
-        changed = {m.name: m for m in folder.trial_ended(decision.position)}
-        changed |= {m.name: m for m in folder.switched(name, decision.facts["taken_back"])}
+        changed = _switched(folder, name, decision.facts["taken_back"], decision.position)
     found = known.get(decision.parent if decision.kind == "rollback" else name)
     if found is not None:
-        found = folder.get(found.name)
         told = {"kind": decision.kind, "position": decision.position, **decision.facts}
-        if told not in found.decisions:
-            found.decisions.append(told)
-        if decision.kind == "drop":
-            found.state = checkpoints.DROPPED
-        folder.put(found)
-        changed[found.name] = found
+        changed[found.name] = _decide(folder, found.name, told)
     return list(changed.values())
+
+
+def _decide(folder: Checkpoints, name: str, told: dict[str, Any]) -> Manifest:
+    """The checkpoint's manifest with this decision, once."""
+    manifest = folder.get(name)
+    if told not in manifest.decisions:
+        manifest.decisions.append(told)
+    if told["kind"] == "drop":
+        manifest.state = checkpoints.DROPPED
+    folder.put(manifest)
+    return manifest
+
+
+def _switched(folder: Checkpoints, adapter: str, taken_back: bool, position: int) -> dict[str, Manifest]:
+    """The manifests that changed, by name, where the log has switched at this position: it ends a trial, too."""
+    changed = {m.name: m for m in folder.trial_ended(position)}
+    return changed | {m.name: m for m in folder.switched(adapter, taken_back)}
 
 
 async def announce(producer: kafka.Producer, settings: Settings, manifest: Manifest) -> None:
@@ -400,9 +406,8 @@ async def switch(settings: Settings, manifest: Manifest | None, folder: Checkpoi
         topic = settings.internal_topic("examples")
         message = examples.pack_adapter(adapter, taken_back)
         offset = await producer.send(topic, LEARNER_PARTITION, [(ADAPTER_KEY, message)])
-        changed = {m.name: m for m in folder.trial_ended(offset)}
-        changed |= {m.name: m for m in folder.switched("" if adapter is None else adapter.name, taken_back)}
-        for manifest in changed.values():
+        name = "" if adapter is None else adapter.name
+        for manifest in _switched(folder, name, taken_back, offset).values():
             await announce(producer, settings, manifest)
     finally:
         await producer.stop()
